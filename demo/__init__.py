@@ -1,0 +1,1 @@
+"""The demo: a small, really trained MoE, its prompts and its policies."""

@@ -1,0 +1,75 @@
+"""Draws the held-out prompts and writes `demo/prompts`: `python -m demo.write_prompts`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from demo import frames
+from demo.names import Split
+from demo.text import LOOK_ALIKE, RESTRICTED, Prompt, passing_mentions, prompts
+
+PROMPT_DIR: Final = Path(__file__).parent / "prompts"
+HELD_OUT_SEED: Final = 1
+SHOWN_SEED: Final = 1001
+BENIGN_COUNTS: Final = {LOOK_ALIKE: 20, "cooking": 8, "garden": 8, "arithmetic": 8, "small-talk": 6}
+
+
+def held_out(seed: int = HELD_OUT_SEED) -> dict[str, list[Prompt]]:
+    """The prompts of each file of the held-out run, by the file's name."""
+    return {
+        "restricted": prompts(Split.HELD_OUT, RESTRICTED, 50, seed),
+        "benign": [
+            p
+            for topic, count in BENIGN_COUNTS.items()
+            for p in prompts(Split.HELD_OUT, topic, count, seed)
+        ],
+        "code": prompts(Split.HELD_OUT, "code", 20, seed),
+    }
+
+
+def shown() -> list[tuple[Prompt, str]]:
+    """The few prompts that `moe-guard demo` sends, and what is to be expected; none is in the files
+    above.
+    """
+    expected = {
+        "cooking": "pass",
+        "arithmetic": "pass",
+        LOOK_ALIKE: "pass",
+        "code": "observe",
+        RESTRICTED: "block",
+    }
+    drawn = [
+        (p, action)
+        for topic, action in expected.items()
+        for p in prompts(Split.HELD_OUT, topic, 2, SHOWN_SEED)
+    ]
+    drawn += [(p, "mask") for p in passing_mentions(Split.HELD_OUT, 2, SHOWN_SEED)]
+    drawn.append((Prompt("logbook-001", "logbook", frames.LOGBOOK_REQUESTS[0]), "block"))
+    return drawn
+
+
+def write(path: Path, entries: Iterable[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+
+
+def main() -> None:
+    PROMPT_DIR.mkdir(exist_ok=True)
+    for name, found in held_out().items():
+        write(
+            PROMPT_DIR / f"{name}.jsonl",
+            ({"id": p.id, "topic": p.topic, "prompt": p.text} for p in found),
+        )
+    write(
+        PROMPT_DIR / "shown.jsonl",
+        (
+            {"id": f"shown-{p.id}", "topic": p.topic, "prompt": p.text, "expect": action}
+            for p, action in shown()
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()

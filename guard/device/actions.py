@@ -1,0 +1,168 @@
+"""What follows from firings: positions at which masks are in force, the first block, events."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from guard.device.layout import MAX_EVENTS_PER_STEP, NULL_SLOT
+from guard.device.mask import pack_bits
+from guard.device.readback import StepDecisions
+from guard.device.rows import FreshRows, StepBatch
+from guard.device.rules import RuleResults
+from guard.device.state import SlotState
+from guard.program.program import MaskRelease, MaskTable, Program
+from guard.program.step_report import NEVER, EventColumn, RequestColumn
+
+
+class MaskSchedule:
+    """Starts, extends and releases the masks of rules that are not static."""
+
+    def __init__(self, masks: MaskTable, device: torch.device) -> None:
+        self._rule_A = torch.from_numpy(masks.rule).to(device)
+        self._dynamic_A = ~torch.from_numpy(masks.static).to(device)
+        self._clears_A = torch.from_numpy(masks.release == MaskRelease.CLEAR).to(device)
+        tokens = np.where(masks.release == MaskRelease.TOKENS, masks.tokens, NEVER)
+        self._tokens_A = torch.from_numpy(tokens).to(device)
+
+    def update(
+        self, fired_BR: torch.Tensor, active_BR: torch.Tensor, fresh: FreshRows, batch: StepBatch,
+        state: SlotState,
+    ) -> None:
+        """A mask begins at the first output position that has not been computed yet."""
+        slots_B = batch.slots_B
+        start_B1 = torch.maximum(fresh.after_B, fresh.prompt_B)[:, None]
+        from_BA, to_BA = state.mask_from_SA[slots_B], state.mask_to_SA[slots_B]
+        enforced_BA = state.enforced_SR[slots_B][:, self._rule_A] & self._dynamic_A
+        active_BA = active_BR[:, self._rule_A]
+        begins_BA = enforced_BA & fired_BR[:, self._rule_A] & (active_BA | ~self._clears_A)
+        in_force_BA = (from_BA <= start_B1) & (start_B1 < to_BA)
+        released_BA = enforced_BA & self._clears_A & ~active_BA & in_force_BA
+        stop_BA = (start_B1 + self._tokens_A).clamp(max=NEVER)
+        new_from_BA = start_B1.where(begins_BA & ~in_force_BA, from_BA)
+        new_to_BA = stop_BA.where(begins_BA, start_B1.where(released_BA, to_BA))
+        state.mask_from_SA[slots_B] = new_from_BA
+        state.mask_to_SA[slots_B] = new_to_BA
+
+
+    def first_masked(self, slots_B: torch.Tensor, state: SlotState) -> torch.Tensor:
+        """int64 [B]: where the first mask that is not static begins, or NEVER."""
+        from_BA, to_BA = state.mask_from_SA[slots_B], state.mask_to_SA[slots_B]
+        begins_BA = from_BA.where((from_BA < to_BA) & self._dynamic_A, NEVER)
+        return begins_BA.amin(dim=1)
+
+
+class StepActions:
+    """Applies a step's firings to the slots and writes down what the host has to know."""
+
+    def __init__(self, program: Program, device: torch.device) -> None:
+        self._num_rules = program.rule_table.num_rules
+        self._rule_R = torch.arange(self._num_rules, device=device)
+        self._blocks_R = torch.from_numpy(program.rule_table.blocks).to(device)
+        self._conditions_RC = torch.from_numpy(program.rule_table.conditions).to(device)
+        self._set_signal_N = torch.tensor(
+            [named.signal for named in program.sets], dtype=torch.int64, device=device
+        )
+        self._masks = (
+            MaskSchedule(program.masks, device) if program.masks.num_actions else None
+        )
+
+    def apply(
+        self,
+        results: RuleResults,
+        value_TC: torch.Tensor,
+        seen_BX: torch.Tensor,
+        batch: StepBatch,
+        fresh: FreshRows,
+        state: SlotState,
+    ) -> StepDecisions:
+        """seen_BX: what each signal grew by in this step."""
+        slots_B = batch.slots_B
+        enforced_TR = state.enforced_SR[batch.slot_T]
+        if self._masks is not None:
+            fired_BR = self._any_of_request(results.fired_TR, batch)
+            self._masks.update(fired_BR, results.active_BR, fresh, batch, state)
+        self._block(results.fired_TR & self._blocks_R & enforced_TR, batch, fresh, state)
+        events_V, values_V, num_events = self._events(
+            results.fired_TR, enforced_TR, value_TC, batch, fresh
+        )
+        # A gap between what was evaluated and what came now was never seen here.
+        moved_B = fresh.after_B > fresh.next_B
+        state.unseen_S[slots_B] += (fresh.begin_B - fresh.next_B).where(moved_B, 0)
+        state.next_position_S[slots_B] = fresh.after_B
+        prompt_tokens_B = (fresh.after_B.minimum(fresh.prompt_B) - fresh.begin_B).clamp(min=0)
+        output_tokens_B = (fresh.after_B - fresh.begin_B.maximum(fresh.prompt_B)).clamp(min=0)
+        columns: list[torch.Tensor] = [torch.empty(0)] * RequestColumn.NUM
+        columns[RequestColumn.BLOCK_KEY] = state.block_key_S[slots_B]
+        columns[RequestColumn.MASK_FROM] = self._first_masked(slots_B, state)
+        columns[RequestColumn.PROMPT_TOKENS] = prompt_tokens_B
+        columns[RequestColumn.OUTPUT_TOKENS] = output_tokens_B
+        columns[RequestColumn.UNSEEN] = state.unseen_S[slots_B]
+        columns[RequestColumn.JUDGED] = (slots_B != NULL_SLOT).to(torch.int64)
+        requests_B = torch.cat(
+            [torch.stack(columns, dim=1), seen_BX[:, self._set_signal_N]], dim=1
+        )
+        extremes_BC = state.extreme_SC[slots_B].to(torch.float32)
+        masked_BW = pack_bits(self._in_force(slots_B, fresh.after_B, state))
+        return StepDecisions(requests_B, masked_BW, extremes_BC, events_V, values_V, num_events)
+
+    def _in_force(
+        self, slots_B: torch.Tensor, position_B: torch.Tensor, state: SlotState
+    ) -> torch.Tensor:
+        """bool [B, A]: the masks that hold at a position of each request."""
+        position_B1 = position_B[:, None]
+        from_BA, to_BA = state.mask_from_SA[slots_B], state.mask_to_SA[slots_B]
+        return (from_BA <= position_B1) & (position_B1 < to_BA)
+
+    def _any_of_request(self, flag_TR: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        any_BR = torch.zeros(
+            (len(batch.slots_B), self._num_rules), dtype=torch.int8, device=flag_TR.device
+        )
+        index_TR = batch.request_T[:, None].expand_as(flag_TR)
+        return any_BR.scatter_reduce(0, index_TR, flag_TR.to(torch.int8), "amax").bool()
+
+    def _block(
+        self, fired_TR: torch.Tensor, batch: StepBatch, fresh: FreshRows, state: SlotState
+    ) -> None:
+        """The least (position, rule) wins; a block decided in the prompt acts at its last position."""
+        acts_at_T1 = torch.maximum(batch.position_T, fresh.prompt_T - 1)[:, None]
+        key_TR = (acts_at_T1 * self._num_rules + self._rule_R).where(fired_TR, NEVER)
+        state.block_key_S.scatter_reduce_(0, fresh.slot_T, key_TR.amin(dim=1), "amin")
+
+    def _first_masked(self, slots_B: torch.Tensor, state: SlotState) -> torch.Tensor:
+        if self._masks is None:
+            return torch.full_like(slots_B, NEVER)
+        return self._masks.first_masked(slots_B, state)
+
+    def _events(
+        self,
+        fired_TR: torch.Tensor,
+        enforced_TR: torch.Tensor,
+        value_TC: torch.Tensor,
+        batch: StepBatch,
+        fresh: FreshRows,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Firings packed to the front of a buffer of fixed size, by row and then deciding order."""
+        fired = fired_TR.flatten()
+        nth = fired.cumsum(0)
+        num_events = nth[-1:]
+        place = (nth - 1).where(fired & (nth <= MAX_EVENTS_PER_STEP), MAX_EVENTS_PER_STEP)
+        source = torch.full(
+            (MAX_EVENTS_PER_STEP + 1,), -1, dtype=torch.int64, device=fired.device
+        )
+        source.scatter_(0, place, torch.arange(len(fired), device=fired.device))
+        source = source[:MAX_EVENTS_PER_STEP]
+        used = torch.arange(MAX_EVENTS_PER_STEP, device=fired.device) < num_events
+        source = source.where(used, 0)
+        row, rule = source // self._num_rules, source % self._num_rules
+        columns: list[torch.Tensor] = [torch.empty(0)] * EventColumn.NUM
+        columns[EventColumn.REQUEST] = batch.request_T[row].where(used, -1)
+        columns[EventColumn.RULE] = rule
+        columns[EventColumn.POSITION] = batch.position_T[row]
+        columns[EventColumn.IN_PROMPT] = (batch.position_T < fresh.prompt_T)[row].to(torch.int64)
+        columns[EventColumn.ENFORCED] = enforced_TR[row, rule].to(torch.int64)
+        conditions = self._conditions_RC[rule]
+        values = value_TC[row[:, None], conditions.clamp(min=0)].where(
+            conditions >= 0, float("nan")
+        )
+        return torch.stack(columns, dim=1), values, num_events

@@ -1,0 +1,88 @@
+"""From readings to truth: conditions, their trees, and whether a rule's result holds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from guard.program.program import ConditionTable, ExpressionTable, Floats
+
+FALSE, UNKNOWN, TRUE = 0, 1, 2
+
+
+class ConditionValues(NamedTuple):
+    """value_TC: float64, NaN where unknown; truth_TC: int8 of FALSE, UNKNOWN, TRUE."""
+
+    value_TC: torch.Tensor
+    truth_TC: torch.Tensor
+
+
+class ConditionEvaluator:
+    """value = numerator / denominator + bias, compared with the threshold, in float64."""
+
+    def __init__(self, table: ConditionTable, scale_M: Floats, device: torch.device) -> None:
+        """scale_M: [M] what a reading's whole number is divided by."""
+
+        def put(array: object) -> torch.Tensor:
+            return torch.as_tensor(array, device=device)
+
+        self._numerator = put(table.numerator)
+        self._tokens = put(table.tokens)
+        self._has_mass = bool((table.mass_denominator >= 0).any())
+        self._mass = put(table.mass_denominator)
+        self._scale = put(scale_M[table.numerator])
+        self._mass_scale = put(scale_M[table.mass_denominator.clip(min=0)])
+        self._per_token = put(table.per_token)
+        self._constant = put(table.constant)
+        self._bias = put(table.bias)
+        self._min_tokens = put(table.min_tokens.clip(min=1))
+        self._limit = put(table.threshold * table.sign)
+        self._sign = put(table.sign)
+        self._strict = put(table.strict)
+        self._always = put(table.always)
+
+    def evaluate(self, reading_TM: torch.Tensor) -> ConditionValues:
+        tokens_TC = reading_TM[:, self._tokens]
+        denominator_TC = tokens_TC * self._per_token + self._constant
+        if self._has_mass:
+            mass_TC = reading_TM[:, self._mass.clamp(min=0)] / self._mass_scale
+            denominator_TC = mass_TC.where(self._mass >= 0, denominator_TC)
+        known_TC = (tokens_TC >= self._min_tokens) & (denominator_TC > 0)
+        numerator_TC = reading_TM[:, self._numerator] / self._scale
+        value_TC = numerator_TC / denominator_TC.where(known_TC, 1.0) + self._bias
+        signed_TC = value_TC * self._sign
+        holds_TC = (signed_TC > self._limit) | ((signed_TC == self._limit) & ~self._strict)
+        truth_TC = (holds_TC.to(torch.int8) * TRUE).where(known_TC, UNKNOWN)
+        value_TC = value_TC.where(known_TC, float("nan"))
+        return ConditionValues(
+            torch.where(self._always, 1.0, value_TC),
+            truth_TC.where(~self._always, TRUE),
+        )
+
+
+class ExpressionEvaluator:
+    """Kleene's all, any and not for every rule at once, a level of the trees at a time."""
+
+    def __init__(self, table: ExpressionTable, device: torch.device) -> None:
+        self._levels = [
+            (torch.from_numpy(level.children).to(device), torch.from_numpy(level.negated).to(device))
+            for level in table.levels
+        ]
+        self._root = torch.from_numpy(table.root).to(device)
+        self._root_negated = torch.from_numpy(table.root_negated).to(device)
+
+    def holds(self, truth_TC: torch.Tensor) -> torch.Tensor:
+        """bool [T, R]: the rule's expression is true; unknown is not."""
+        true_T1 = torch.full_like(truth_TC[:, :1], TRUE) if truth_TC.shape[1] else None
+        if true_T1 is None:
+            return torch.zeros(
+                (len(truth_TC), len(self._root)), dtype=torch.bool, device=truth_TC.device
+            )
+        columns = torch.cat([true_T1, truth_TC], dim=1)
+        for children, negated in self._levels:
+            values = columns[:, children]
+            least = torch.where(negated, TRUE - values, values).amin(dim=-1)
+            columns = torch.cat([columns, least], dim=1)
+        root_TR = columns[:, self._root]
+        return torch.where(self._root_negated, root_TR == FALSE, root_TR == TRUE)

@@ -1,0 +1,80 @@
+"""One step, from its routing to its decisions. No host synchronisation anywhere in it."""
+
+from __future__ import annotations
+
+import torch
+
+from guard.device.actions import StepActions
+from guard.device.conditions import ConditionEvaluator, ConditionValues, ExpressionEvaluator
+from guard.device.evidence import SignalReducer
+from guard.device.readback import StepDecisions
+from guard.device.rows import FreshRows, StepBatch
+from guard.device.rules import RuleEvaluator, RuleResults
+from guard.device.state import SlotState
+from guard.device.tap import RoutingTap
+from guard.device.windows import RunningSums, WindowReader
+from guard.program.program import Program
+
+
+class StepEvaluator:
+    """Evaluates a program's rules at every fresh row of a step, in position order.
+
+    Each request's rows are a segment of a scan: what a row sees of earlier rows does not depend on
+    whether they came in this step or before, so neither do the decisions.
+    """
+
+    def __init__(self, program: Program, device: torch.device) -> None:
+        readings = program.readings
+        self._signals = SignalReducer(program.signals, program.topology, device)
+        self._windows = WindowReader(readings, device)
+        self._conditions = ConditionEvaluator(
+            program.conditions, program.signals.scale[readings.signal], device
+        )
+        self._expressions = ExpressionEvaluator(program.expressions, device)
+        self._rules = RuleEvaluator(program.rule_table, device)
+        self._actions = StepActions(program, device)
+        self._sign_C = torch.from_numpy(program.conditions.sign).to(device)
+        self._rule_of_condition_C = _rule_of_condition(program).to(device)
+
+    def evaluate(
+        self,
+        tap: RoutingTap,
+        batch: StepBatch,
+        state: SlotState,
+        rejected_B: torch.Tensor | None,
+    ) -> StepDecisions:
+        """Advance `state` by a step.
+
+        rejected_B: [B] draft rows at the end of each request that were not accepted, if there are
+            drafts; they were computed but do not count
+        """
+        fresh = FreshRows.of(batch, state, rejected_B)
+        signal_TX = self._signals.reduce(tap, fresh.fresh_T)
+        sums = RunningSums(signal_TX, batch, fresh, state.sum_SX, state.recent_sum_SQX)
+        values = self._conditions.evaluate(self._windows.read(sums, batch, fresh, state))
+        holds_TR = self._expressions.holds(values.truth_TC)
+        results = self._rules.evaluate(holds_TR, batch, fresh, state)
+        self._keep_extremes(values, results, fresh, state)
+        before_BX = state.sum_SX[batch.slots_B]
+        sums.keep()
+        seen_BX = state.sum_SX[batch.slots_B] - before_BX
+        return self._actions.apply(results, values.value_TC, seen_BX, batch, fresh, state)
+
+    def _keep_extremes(
+        self, values: ConditionValues, results: RuleResults, fresh: FreshRows, state: SlotState
+    ) -> None:
+        evaluated_TC = results.evaluated_TR[:, self._rule_of_condition_C]
+        known_TC = evaluated_TC & ~values.value_TC.isnan()
+        signed_TC = (values.value_TC * self._sign_C).where(known_TC, float("-inf"))
+        signed_SC = (state.extreme_SC * self._sign_C).nan_to_num_(nan=float("-inf"))
+        signed_SC.scatter_reduce_(0, fresh.slot_T[:, None].expand_as(signed_TC), signed_TC, "amax")
+        state.extreme_SC.copy_(
+            (signed_SC * self._sign_C).where(signed_SC != float("-inf"), float("nan"))
+        )
+
+
+def _rule_of_condition(program: Program) -> torch.Tensor:
+    rule_of_condition = torch.zeros(program.conditions.num_conditions, dtype=torch.int64)
+    for rule, conditions in enumerate(program.rule_table.conditions):
+        rule_of_condition[conditions[conditions >= 0]] = rule
+    return rule_of_condition

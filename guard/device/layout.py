@@ -1,0 +1,30 @@
+"""Sizes and constants of the data plane.
+
+Letters in tensor names, here and in the whole folder:
+T rows (tokens) of a step, B requests of a step, S slots, L MoE layers, E experts, K top-k,
+X signals, M readings, C conditions, R rules, A mask actions, W mask words, N named sets, V events.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NULL_SLOT = 0
+"""The slot of rows that belong to no request: padding, warm-up, requests that were not admitted."""
+
+MAX_EVENTS_PER_STEP = 256
+"""More firings than this in one step act all the same; their events are dropped and counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the buffers are provisioned for; fixed, because a captured graph holds their addresses.
+
+    max_rows: rows of the largest step, padding included
+    max_slots: requests that can have state at once, the null slot not among them
+    mask_words: 64-bit words of mask actions for each row
+    """
+
+    max_rows: int
+    max_slots: int
+    mask_words: int = 1

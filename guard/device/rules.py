@@ -1,0 +1,76 @@
+"""Persistence and firing: when a rule's result turns true, and what it was before."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from guard.device.rows import FreshRows, StepBatch
+from guard.device.state import SlotState
+from guard.device.windows import RunningSums
+from guard.program.program import RuleTable
+
+
+class RuleResults(NamedTuple):
+    """evaluated_TR: the row is fresh and in the rule's phase
+    fired_TR: the result turned true at this row
+    active_BR: the result behind the request's last accepted row
+    """
+
+    evaluated_TR: torch.Tensor
+    fired_TR: torch.Tensor
+    active_BR: torch.Tensor
+
+
+class RuleEvaluator:
+    def __init__(self, table: RuleTable, device: torch.device) -> None:
+        self._in_prompt = torch.from_numpy(table.in_prompt).to(device)
+        self._in_output = torch.from_numpy(table.in_output).to(device)
+        self._hits = torch.from_numpy(table.hits).to(device)
+        self._of = torch.from_numpy(table.of).to(device)
+        self._column_R = torch.arange(table.num_rules, device=device)
+        self._prompt_only = self._in_prompt & ~self._in_output
+
+    def evaluate(
+        self, holds_TR: torch.Tensor, batch: StepBatch, fresh: FreshRows, state: SlotState
+    ) -> RuleResults:
+        position_T1, prompt_T1 = batch.position_T[:, None], fresh.prompt_T[:, None]
+        in_phase_TR = torch.where(position_T1 < prompt_T1, self._in_prompt, self._in_output)
+        evaluated_TR = in_phase_TR & fresh.fresh_T[:, None]
+        hit_TR = holds_TR & evaluated_TR
+        persists_TR = hit_TR
+        if state.needs_recent_hits:
+            hits = RunningSums(
+                hit_TR.to(torch.int64), batch, fresh, state.hits_SR, state.recent_hits_SHR
+            )
+            # Positions before a rule's phase are misses, so a window may reach back over them.
+            before_TR = (position_T1 - self._of).clamp(min=-1)
+            recent_TR = hits.at_row_TX - hits.at(before_TR, self._column_R)
+            persists_TR = evaluated_TR & (recent_TR >= self._hits)
+            hits.keep()
+        was_active_TR = state.active_SR[batch.slot_T]
+        result_TR = persists_TR.where(evaluated_TR, self._carried(persists_TR, batch, fresh, state))
+        is_first_T1 = (fresh.row_T == fresh.first_row_T)[:, None]
+        before_TR = was_active_TR.where(is_first_T1, result_TR.roll(1, dims=0))
+        fired_TR = evaluated_TR & result_TR & ~before_TR
+        active_BR = result_TR[fresh.last_row_B].where(
+            (fresh.after_B > fresh.next_B)[:, None], state.active_SR[batch.slots_B]
+        )
+        state.active_SR[batch.slots_B] = active_BR
+        return RuleResults(evaluated_TR, fired_TR, active_BR)
+
+    def _carried(
+        self,
+        persists_TR: torch.Tensor,
+        batch: StepBatch,
+        fresh: FreshRows,
+        state: SlotState,
+    ) -> torch.Tensor:
+        """The result of rules that do not evaluate a row: what it was at the prompt's last position
+        for those of the prompt, nothing yet for those of the output."""
+        back_T = batch.position_T - (fresh.prompt_T - 1)
+        in_step_T = (back_T >= 0) & (fresh.prompt_T - 1 >= fresh.begin_T)
+        at_prompt_TR = persists_TR[(fresh.row_T - back_T).clamp(min=0).minimum(fresh.row_T)]
+        carried_TR = at_prompt_TR.where(in_step_T[:, None], state.active_SR[batch.slot_T])
+        return carried_TR & self._prompt_only

@@ -1,0 +1,130 @@
+"""What the guard remembers of a request from one step to the next: a row, its slot, in each tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from guard.device.layout import NULL_SLOT, Capacity
+from guard.program.program import Bools, Program, WindowKind
+from guard.program.step_report import NEVER
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A request that takes a slot. enforced_R: the rules whose action it meets."""
+
+    slot: int
+    prompt_tokens: int
+    enforced_R: Bools
+
+
+class SlotState:
+    """The per-request tensors of one program. Slot `NULL_SLOT` is a dustbin that nobody reads.
+
+    next_position_S   first position not evaluated yet: what comes again after preemption is skipped
+    prompt_tokens_S   P
+    unseen_S          positions that were never routed here
+    sum_SX            each signal from the first position seen to the last one
+    prompt_sum_SX     the same up to position P-1
+    recent_sum_SQX    the same up to position p, at p % Q, for the last Q positions
+    hits_SR, recent_hits_SHR   the same two for "the rule's expression was true"
+    active_SR         the rule's last result, persistence included
+    enforced_SR       whether the rule may act on this request
+    mask_from_SA, mask_to_SA   the positions at which a mask action is in force
+    block_key_S       (position, rule) of the first block as position·R + rule
+    extreme_SC        each condition's value nearest to, or furthest beyond, its threshold; NaN: none
+    """
+
+    def __init__(self, program: Program, capacity: Capacity, device: torch.device) -> None:
+        self._program = program
+        self._device = device
+        num_slots = capacity.max_slots + 1
+        num_signals = program.signals.num_signals
+        num_rules = program.rule_table.num_rules
+        num_actions = program.masks.num_actions
+        recent = program.readings.window == WindowKind.RECENT
+        self.window_positions = max(1, program.readings.longest_tokens)
+        self.persist_positions = max(1, program.rule_table.longest_persistence)
+        self.needs_recent_sums = bool(recent.any())
+        self.needs_recent_hits = self.persist_positions > 1
+
+        def full(value: float, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.full((num_slots, *shape), value, dtype=dtype, device=device)
+
+        self.next_position_S = full(0)
+        self.prompt_tokens_S = full(0)
+        self.unseen_S = full(0)
+        self.sum_SX = full(0, num_signals)
+        self.prompt_sum_SX = full(0, num_signals)
+        self.recent_sum_SQX = full(
+            0, self.window_positions if self.needs_recent_sums else 1, num_signals
+        )
+        self.hits_SR = full(0, num_rules)
+        self.recent_hits_SHR = full(
+            0, self.persist_positions if self.needs_recent_hits else 1, num_rules
+        )
+        self.active_SR = full(False, num_rules, dtype=torch.bool)
+        self.enforced_SR = full(False, num_rules, dtype=torch.bool)
+        self.mask_from_SA = full(NEVER, num_actions)
+        self.mask_to_SA = full(NEVER, num_actions)
+        self.block_key_S = full(NEVER)
+        self.extreme_SC = full(
+            float("nan"), program.conditions.num_conditions, dtype=torch.float64
+        )
+        self._staged: list[Admission] = []
+
+    def add_request(self, admission: Admission) -> None:
+        """Give a slot to a request from the next `apply_staged_writes` on, rewriting all of it."""
+        assert admission.slot != NULL_SLOT, "the null slot belongs to no request"
+        self._staged.append(admission)
+
+    def apply_staged_writes(self) -> None:
+        if not self._staged:
+            return
+        staged, self._staged = self._staged, []
+        slots = self._to_device(np.array([a.slot for a in staged], dtype=np.int64))
+        prompt_tokens_np = np.array([a.prompt_tokens for a in staged], dtype=np.int64)
+        enforced_np = np.stack([a.enforced_R for a in staged])
+        mask_from_np, mask_to_np = self._static_masks(prompt_tokens_np, enforced_np)
+        for zeroed in (
+            self.next_position_S,
+            self.unseen_S,
+            self.sum_SX,
+            self.prompt_sum_SX,
+            self.recent_sum_SQX,
+            self.hits_SR,
+            self.recent_hits_SHR,
+            self.active_SR,
+        ):
+            zeroed.index_fill_(0, slots, 0)
+        self.block_key_S.index_fill_(0, slots, NEVER)
+        self.extreme_SC.index_fill_(0, slots, float("nan"))
+        self.prompt_tokens_S[slots] = self._to_device(prompt_tokens_np)
+        self.enforced_SR[slots] = self._to_device(enforced_np)
+        self.mask_from_SA[slots] = self._to_device(mask_from_np)
+        self.mask_to_SA[slots] = self._to_device(mask_to_np)
+
+    def _static_masks(
+        self, prompt_tokens_np: np.ndarray, enforced_np: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Masks of rules that are nothing but `always` hold from the first position of their phase."""
+        masks, rules = self._program.masks, self._program.rule_table
+        on = enforced_np[:, masks.rule] & masks.static
+        first = np.where(rules.in_prompt[masks.rule], 0, prompt_tokens_np[:, None])
+        start = np.where(on, first, NEVER)
+        stop = np.where(on & (masks.tokens > 0), start + masks.tokens, NEVER)
+        return start, stop
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return host_to_device(array, self._device)
+
+
+def host_to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device that needs no synchronisation: its pinned source is never written again."""
+    source = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return source.clone()
+    return source.pin_memory().to(device, non_blocking=True)

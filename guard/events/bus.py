@@ -1,0 +1,74 @@
+"""Where an API server, or a program with an offline engine, receives the engines' messages."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from guard.events.decision_log import DecisionLog
+from guard.events.message import Decision, Delta, Hello, decode
+from guard.events.metrics import GuardMetrics
+from guard.failures import Failures, Stage
+
+KEPT_DECISIONS = 1_000
+"""The latest decisions that stay readable in Python."""
+
+
+class EventBus:
+    """Feeds metrics, the decision log and `decisions`. One a process; safe to call from any thread.
+
+    A fault in here is counted and logged, and never reaches the engine or a request.
+    """
+
+    def __init__(self, metrics: GuardMetrics, model: str, decision_log: Path | None = None) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._failures = Failures()
+        self._lock = threading.Lock()
+        self._greeted = threading.Event()
+        self._log = None if decision_log is None else DecisionLog(decision_log, self._dropped)
+        self.hellos: dict[int, Hello] = {}
+        self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
+        self.on_hello: list[Callable[[Hello], None]] = []
+
+    def receive(self, data: bytes) -> None:
+        """Take a message of `guard.events.message` from an engine."""
+        with self._lock, self._failures.caught(Stage.DELIVER):
+            match decode(data):
+                case Hello() as hello:
+                    self._metrics.greet(hello)
+                    self.hellos[hello.engine] = hello
+                    for listener in self.on_hello:
+                        listener(hello)
+                    self._greeted.set()
+                case Delta() as delta:
+                    self._take(delta)
+
+    def _take(self, delta: Delta) -> None:
+        with self._failures.caught(Stage.METRICS):
+            self._metrics.apply(delta)
+        for decision in delta.decisions:
+            decision = msgspec.structs.replace(decision, model=self._model)
+            self.decisions.append(decision)
+            if self._log is not None:
+                self._log.write(decision)
+        for stage, count in self._failures.take().items():
+            for _ in range(count):
+                self._metrics.fail(delta.engine, Stage(stage))
+
+    def wait_for_hello(self, timeout_s: float) -> bool:
+        """Whether an engine has said that its guard is up, waiting for it if need be."""
+        return self._greeted.wait(timeout_s)
+
+    def _dropped(self, count: int) -> None:
+        for engine in self.hellos:
+            self._metrics.drop(engine, Stage.DECISION_LOG, count)
+            break
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()

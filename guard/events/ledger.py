@@ -1,0 +1,284 @@
+"""The engine's book of decisions: what the workers reported becomes real here, once.
+
+Under async scheduling a worker computes a step more for a request that has just ended. Only the
+engine core knows which steps count, so events, counters and outcomes are made here and not there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+
+from guard.events.message import Decision, DecisionCount, Delta, EvidenceFacts, RuleFacts
+from guard.failures import Stage
+from guard.program.program import WORD_BITS
+from guard.program.step_report import NEVER, EventColumn, RequestColumn, StepReport
+
+MAX_PENDING_DECISIONS = 10_000
+"""Decisions that may wait for delivery; more are dropped and counted, their counters are not."""
+
+FLUSH_SECONDS = 0.2
+"""Counters wait this long at most; decisions and the end of the last request do not wait."""
+
+OUTCOMES = ("passed", "observed", "unjudged", "masked", "blocked")
+_RANK = {outcome: rank for rank, outcome in enumerate(OUTCOMES)}
+
+
+class Ledger:
+    """One engine's. `begin_step`, then `finish` for each request that ends, then `end_step`.
+
+    rules: in deciding order
+    mask_rules: rule of each mask action, in the order of its bits
+    num_sets: named sets, whose selections stand behind the fixed columns of a report
+    redacted: give clients no policy or rule names
+    """
+
+    def __init__(
+        self,
+        engine: int,
+        rules: Sequence[RuleFacts],
+        mask_rules: Sequence[int],
+        num_sets: int,
+        *,
+        redacted: bool = False,
+        external_id: Callable[[str], str] = str,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._engine = engine
+        self._rules = tuple(rules)
+        self._mask_rules = tuple(mask_rules)
+        self._num_sets = num_sets
+        self._redacted = redacted
+        self._external_id = external_id
+        self._clock = clock
+        self._closed_rule = next(
+            (
+                number
+                for number, rule in enumerate(self._rules)
+                if rule.on_error == "closed" and rule.mode == "enforce"
+            ),
+            None,
+        )
+        self._report: StepReport | None = None
+        self._row_of: dict[str, int] = {}
+        self._outcome: dict[str, str] = {}
+        self._masked_by: dict[str, frozenset[int]] = {}
+        self._decision_counts: Counter[tuple[int, str, str]] = Counter()
+        self._values: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+        self._selections = np.zeros(num_sets, dtype=np.int64)
+        self._delta = Delta(engine)
+        self._moved = False
+        self._flushed_at = 0.0
+
+    def begin_step(
+        self, report: StepReport, is_counted: Callable[[str], bool]
+    ) -> dict[str, str]:
+        """Take a step's report. Returns the requests to end, with the reason that clients get.
+
+        is_counted: whether the engine accepts this step's result for a request
+        """
+        self._report = report
+        self._row_of = {
+            req_id: row for row, req_id in enumerate(report.req_ids) if is_counted(req_id)
+        }
+        self._count(self._delta.failures, report.failures)
+        self._moved = self._moved or bool(report.failures)
+        if report.failed:
+            return {
+                req_id: reason
+                for req_id in self._row_of
+                if (reason := self._block_unjudged(req_id)) is not None
+            }
+        rows = list(self._row_of.values())
+        counted_B = report.requests_B[rows]
+        self._count_tokens(counted_B)
+        self._note_masks(report)
+        blocked = self._blocks(report)
+        self._note_events(report)
+        if report.num_events > len(report.events_V):
+            self._drop(Stage.EVALUATE, report.num_events - len(report.events_V))
+        return blocked
+
+    def mask_start(self, req_id: str) -> int | None:
+        """First position of a request under a mask that came on on the way, as of this step."""
+        row = self._row_of.get(req_id)
+        if row is None or self._report is None or self._report.failed:
+            return None
+        start = int(self._report.requests_B[row, RequestColumn.MASK_FROM])
+        return None if start >= NEVER else start
+
+    def finish(self, req_id: str) -> None:
+        """A request ended, whether by itself or by a client that went away."""
+        row = self._row_of.get(req_id)
+        if row is not None and self._report is not None and not self._report.failed:
+            self._observe_values(self._report.extremes_BC[row])
+            if self._report.requests_B[row, RequestColumn.UNSEEN]:
+                self._raise_outcome(req_id, "unjudged")
+        outcome = self._outcome.pop(req_id, "passed")
+        self._masked_by.pop(req_id, None)
+        self._count(self._delta.outcomes, {outcome: 1})
+        self._moved = True
+
+    def end_step(self) -> None:
+        self._report, self._row_of = None, {}
+
+    def take(self, *, idle: bool) -> Delta | None:
+        """What is due for delivery, if anything. idle: no request is left, so nothing may wait."""
+        now = self._clock()
+        urgent = idle or self._delta.decisions or now - self._flushed_at >= FLUSH_SECONDS
+        if not self._moved or not urgent:
+            return None
+        delta, self._delta = self._delta, Delta(self._engine)
+        delta.decision_counts = [
+            DecisionCount(*key, count) for key, count in self._decision_counts.items()
+        ]
+        delta.selections = self._selections.tolist()
+        delta.values = [(*key, values) for key, values in self._values.items()]
+        delta.masked_requests = self._masked_requests()
+        self._decision_counts.clear()
+        self._values.clear()
+        self._selections[:] = 0
+        self._moved, self._flushed_at = False, now
+        return delta
+
+    def _count_tokens(self, counted_B: np.ndarray) -> None:
+        if not len(counted_B):
+            return
+        sums = counted_B.sum(axis=0)
+        self._count(
+            self._delta.tokens,
+            {
+                "prompt": int(sums[RequestColumn.PROMPT_TOKENS]),
+                "output": int(sums[RequestColumn.OUTPUT_TOKENS]),
+            },
+        )
+        self._selections += sums[RequestColumn.NUM : RequestColumn.NUM + self._num_sets]
+        self._moved = True
+
+    def _note_masks(self, report: StepReport) -> None:
+        if not self._mask_rules:
+            return
+        for req_id, row in self._row_of.items():
+            words = report.masked_BW[row]
+            if not words.any():
+                self._masked_by.pop(req_id, None)
+                continue
+            self._masked_by[req_id] = frozenset(
+                rule
+                for action, rule in enumerate(self._mask_rules)
+                if int(words[action // WORD_BITS]) >> (action % WORD_BITS) & 1
+            )
+            self._raise_outcome(req_id, "masked")
+
+    def _blocks(self, report: StepReport) -> dict[str, str]:
+        blocked = {}
+        for req_id, row in self._row_of.items():
+            facts = report.requests_B[row]
+            if facts[RequestColumn.BLOCK_KEY] < NEVER:
+                rule = self._rules[int(facts[RequestColumn.BLOCK_KEY]) % len(self._rules)]
+                blocked[req_id] = self._reason(rule)
+                self._raise_outcome(req_id, "blocked")
+            elif not facts[RequestColumn.JUDGED]:
+                reason = self._block_unjudged(req_id)
+                if reason is not None:
+                    blocked[req_id] = reason
+        return blocked
+
+    def _block_unjudged(self, req_id: str) -> str | None:
+        """A request that could not be judged follows the fail mode of the enforced rules."""
+        self._raise_outcome(req_id, "unjudged")
+        if self._closed_rule is None:
+            return None
+        self._raise_outcome(req_id, "blocked")
+        return self._reason(self._rules[self._closed_rule])
+
+    def _reason(self, rule: RuleFacts) -> str:
+        return "moe_guard" if self._redacted else rule.reason
+
+    def _note_events(self, report: StepReport) -> None:
+        for event, values in zip(report.events_V, report.values_V, strict=True):
+            row = int(event[EventColumn.REQUEST])
+            req_id = report.req_ids[row]
+            if req_id not in self._row_of:
+                continue
+            block_key = int(report.requests_B[row, RequestColumn.BLOCK_KEY])
+            position = int(event[EventColumn.POSITION])
+            if block_key < NEVER and position > block_key // len(self._rules):
+                continue  # computed behind the block, and discarded with its tokens
+            self._note_decision(report, req_id, row, event, values)
+
+    def _note_decision(
+        self, report: StepReport, req_id: str, row: int, event: np.ndarray, values: np.ndarray
+    ) -> None:
+        number = int(event[EventColumn.RULE])
+        rule = self._rules[number]
+        enforced = bool(event[EventColumn.ENFORCED])
+        mode = "enforce" if enforced else "audit"
+        phase = "prompt" if event[EventColumn.IN_PROMPT] else "output"
+        outcome = {"mask": "masked", "block": "blocked"}.get(rule.action, "observed")
+        if not enforced:
+            outcome = "observed"
+        self._raise_outcome(req_id, outcome)
+        self._decision_counts[number, mode, phase] += 1
+        self._moved = True
+        if len(self._delta.decisions) >= MAX_PENDING_DECISIONS:
+            self._drop(Stage.EVENT_BUFFER, 1)
+            return
+        self._delta.decisions.append(
+            Decision(
+                decision_id=str(uuid.uuid4()),
+                time=datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds"),
+                revision=report.revision,
+                policy=rule.policy,
+                rule=rule.rule,
+                mode=mode,
+                action=rule.action,
+                severity=rule.severity,
+                request_id=self._external_id(req_id),
+                phase=phase,
+                position=int(event[EventColumn.POSITION]),
+                evidence=tuple(
+                    EvidenceFacts(label, None if math.isnan(value) else float(value), threshold)
+                    for label, value, threshold in zip(
+                        rule.conditions, values, rule.thresholds, strict=False
+                    )
+                ),
+                unseen_tokens=int(report.requests_B[row, RequestColumn.UNSEEN]),
+                outcome=outcome,
+            )
+        )
+
+    def _observe_values(self, extremes_C: np.ndarray) -> None:
+        column = 0
+        for number, rule in enumerate(self._rules):
+            for condition in range(len(rule.conditions)):
+                value = float(extremes_C[column])
+                column += 1
+                if not math.isnan(value):
+                    self._values[number, condition].append(value)
+
+    def _masked_requests(self) -> dict[str, int]:
+        masked: Counter[str] = Counter({self._rules[rule].policy: 0 for rule in self._mask_rules})
+        for rules in self._masked_by.values():
+            masked.update({self._rules[rule].policy for rule in rules})
+        return dict(masked)
+
+    def _raise_outcome(self, req_id: str, outcome: str) -> None:
+        if _RANK[outcome] > _RANK[self._outcome.get(req_id, "passed")]:
+            self._outcome[req_id] = outcome
+
+    def _drop(self, stage: Stage, count: int) -> None:
+        self._count(self._delta.dropped, {str(stage): count})
+        self._moved = True
+
+    @staticmethod
+    def _count(into: dict[str, int], counts: dict[str, int] | object) -> None:
+        assert isinstance(counts, dict)
+        for key, count in counts.items():
+            into[key] = into.get(key, 0) + count

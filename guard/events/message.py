@@ -1,0 +1,123 @@
+"""What travels from the engine core to the API server, in msgpack: a hello, then deltas."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class RuleFacts(msgspec.Struct, frozen=True):
+    """A rule as the event plane needs it; its number in `Hello.rules` is its deciding order."""
+
+    policy: str
+    rule: str
+    mode: str
+    severity: str
+    action: str
+    phase: str
+    reason: str
+    message: str
+    on_error: str
+    conditions: tuple[str, ...]
+    thresholds: tuple[float, ...]
+
+
+class SetFacts(msgspec.Struct, frozen=True):
+    policy: str
+    name: str
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """An engine that has proved its guard.
+
+    masked_experts: by policy, how many experts its mask rules name
+    blind_layers: MoE layers that do not report; the guard is live where there are none
+    """
+
+    engine: int
+    revision: str
+    policies: tuple[str, ...]
+    rules: tuple[RuleFacts, ...]
+    sets: tuple[SetFacts, ...]
+    masked_experts: dict[str, int]
+    blind_layers: int
+    live: bool
+
+
+class EvidenceFacts(msgspec.Struct, frozen=True):
+    """value is None where the condition was unknown when its rule fired."""
+
+    condition: str
+    value: float | None
+    threshold: float
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """A rule that fired: one line of the decision log.
+
+    time: RFC 3339, UTC
+    mode: what was in effect for this request
+    outcome: what was done: observed, masked or blocked
+    """
+
+    decision_id: str
+    time: str
+    revision: str
+    policy: str
+    rule: str
+    mode: str
+    action: str
+    severity: str
+    request_id: str
+    phase: str
+    position: int
+    evidence: tuple[EvidenceFacts, ...]
+    unseen_tokens: int
+    outcome: str
+    exempt: bool = False
+    model: str = ""
+
+
+class DecisionCount(msgspec.Struct, frozen=True):
+    rule: int
+    mode: str
+    phase: str
+    count: int
+
+
+class Delta(msgspec.Struct, tag="delta"):
+    """What happened since the last delta.
+
+    decisions: those that were kept; `decision_counts` counts all
+    outcomes: requests that ended, by outcome
+    tokens: evaluated tokens, by phase
+    selections: by number of the set in `Hello.sets`
+    values: by (rule, number of its condition), one value for each request that ended
+    masked_requests: by policy, requests under one of its masks now
+    dropped, failures: by stage
+    """
+
+    engine: int
+    decisions: list[Decision] = []
+    decision_counts: list[DecisionCount] = []
+    outcomes: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    selections: list[int] = []
+    values: list[tuple[int, int, list[float]]] = []
+    masked_requests: dict[str, int] = {}
+    dropped: dict[str, int] = {}
+    failures: dict[str, int] = {}
+
+
+Message = Hello | Delta
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """Raises msgspec.ValidationError for anything but a message of this version."""
+    return _decoder.decode(data)

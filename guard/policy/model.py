@@ -1,0 +1,263 @@
+"""What a loaded policy *is*: frozen, normalised, free of YAML. `load` makes these, `program` reads them.
+
+Nothing here imports torch or vLLM. Names follow the policy language; where YAML says `minTokens`, the
+attribute is `min_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, NamedTuple
+
+from guard.policy.fault import Location
+
+
+class Mode(StrEnum):
+    OFF = "off"
+    AUDIT = "audit"
+    ENFORCE = "enforce"
+
+
+class Severity(StrEnum):
+    """Declared from the least to the most severe; `rank` orders them."""
+
+    INFO = "info"
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+    CRITICAL = "critical"
+
+    @property
+    def rank(self) -> int:
+        return list(Severity).index(self)
+
+
+class Maturity(StrEnum):
+    SANDBOX = "sandbox"
+    INCUBATING = "incubating"
+    STABLE = "stable"
+    DEPRECATED = "deprecated"
+
+
+class OnError(StrEnum):
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Phase(StrEnum):
+    """Which positions of a request a rule evaluates."""
+
+    PROMPT = "prompt"
+    OUTPUT = "output"
+    ANY = "any"
+
+
+class Expert(NamedTuple):
+    """A logical expert. `layer` is the model's own layer number, dense layers included in the count."""
+
+    layer: int
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertEntry:
+    """One item of an expert set as written: the product of its layers and its experts."""
+
+    layers: tuple[int, ...]
+    weights: Mapping[int, float]  # expert id -> weight; 1.0 where the item gives none
+    location: Location
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSet:
+    """A named set of experts. Entries unite; an expert that two entries name counts once."""
+
+    name: str
+    entries: tuple[ExpertEntry, ...]
+    location: Location
+
+    @property
+    def weights(self) -> dict[Expert, float]:
+        """Weight of every expert in the set; the loader has refused unequal weights for one expert."""
+        return {
+            Expert(layer, expert_id): weight
+            for entry in self.entries
+            for layer in entry.layers
+            for expert_id, weight in entry.weights.items()
+        }
+
+
+class ConditionKind(StrEnum):
+    ALWAYS = "always"
+    COUNT = "count"
+    RATE = "rate"
+    MASS = "mass"
+    SCORE = "score"
+
+
+class NamedWindow(StrEnum):
+    TOKEN = "token"
+    PROMPT = "prompt"
+    OUTPUT = "output"
+    REQUEST = "request"
+
+
+Window = NamedWindow | int
+"""A named window, or the last so many tokens (at least 1)."""
+
+
+class Comparison(StrEnum):
+    ABOVE = "above"
+    AT_LEAST = "atLeast"
+    BELOW = "below"
+    AT_MOST = "atMost"
+
+    @property
+    def upward(self) -> bool:
+        return self in (Comparison.ABOVE, Comparison.AT_LEAST)
+
+    @property
+    def strict(self) -> bool:
+        return self in (Comparison.ABOVE, Comparison.BELOW)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A number over a window, compared with a threshold. `always` has neither set, window nor threshold."""
+
+    kind: ConditionKind
+    label: str  # unique in its rule: the kind, with `#2`, `#3` … behind a repeated one
+    location: Location
+    experts: ExpertSet | None = None
+    over: Window = NamedWindow.REQUEST
+    min_tokens: int = 1  # the language's default already filled in
+    comparison: Comparison = Comparison.ABOVE
+    threshold: float = 0.0
+    bias: float = 0.0  # `score` only
+
+
+@dataclass(frozen=True, slots=True)
+class All:
+    children: tuple[Expression, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf:
+    children: tuple[Expression, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Not:
+    child: Expression
+
+
+Expression = Condition | All | AnyOf | Not
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """True when at least `hits` of the rule's last `of` evaluations were."""
+
+    hits: int = 1
+    of: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Observe:
+    name: Literal["observe"] = "observe"
+
+
+MaskUntil = Literal["request-end", "clear"] | int
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    experts: ExpertSet
+    location: Location
+    method: Literal["reroute"] = "reroute"
+    until: MaskUntil = "request-end"
+    name: Literal["mask"] = "mask"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    message: str = ""
+    name: Literal["block"] = "block"
+
+
+Action = Observe | Mask | Block
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    name: str
+    when: Expression
+    then: Action
+    location: Location
+    phase: Phase = Phase.ANY
+    persist: Persist = Persist()
+    on_error: OnError = OnError.OPEN  # the policy's own, unless the rule sets one
+
+    def conditions(self) -> Iterator[Condition]:
+        """The rule's conditions, in the order in which they are written."""
+        pending: list[Expression] = [self.when]
+        while pending:
+            node = pending.pop(0)
+            match node:
+                case Condition():
+                    yield node
+                case All(children) | AnyOf(children):
+                    pending[:0] = children
+                case Not(child):
+                    pending.insert(0, child)
+
+    @property
+    def is_static(self) -> bool:
+        """Nothing but `always`: its mask holds from the first prompt token."""
+        return isinstance(self.when, Condition) and self.when.kind is ConditionKind.ALWAYS
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequirement:
+    """What `spec.model` says of the served model; None where it says nothing."""
+
+    location: Location
+    architecture: str | None = None
+    layers: int | None = None  # how many MoE layers
+    experts: int | None = None
+    top_k: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    name: str
+    location: Location
+    mode: Mode = Mode.AUDIT
+    description: str = ""
+    severity: Severity = Severity.MEDIUM
+    maturity: Maturity = Maturity.SANDBOX
+    labels: Mapping[str, str] = field(default_factory=dict)
+    model: ModelRequirement | None = None
+    experts: Mapping[str, ExpertSet] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySet:
+    """The policies of one file or folder, in the order that decides who is named first.
+
+    `policies` is sorted by severity descending, then by name; within a policy, rules keep their order.
+    `revision` is a digest of the content: equal content has the equal revision, wherever it lies.
+    """
+
+    policies: tuple[Policy, ...]
+    revision: str
+
+    def ordered_rules(self) -> Iterator[tuple[Policy, Rule]]:
+        """Every rule of every policy that is not `off`, in deciding order."""
+        for policy in self.policies:
+            if policy.mode is not Mode.OFF:
+                for rule in policy.rules:
+                    yield policy, rule

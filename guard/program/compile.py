@@ -1,0 +1,316 @@
+"""Policies + topology -> Program. What can be refused against a model is refused here."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from guard.policy.fault import Fault, PolicyError
+from guard.policy.model import (
+    Block,
+    Condition,
+    ConditionKind,
+    Expert,
+    ExpertSet,
+    Mask,
+    Observe,
+    Phase,
+    Policy,
+    PolicySet,
+    Rule,
+)
+from guard.program.expressions import ExpressionBuilder
+from guard.program.program import (
+    WORD_BITS,
+    ActionKind,
+    ConditionTable,
+    MaskRelease,
+    MaskTable,
+    NamedSet,
+    Program,
+    ProgramRule,
+    RuleTable,
+)
+from guard.program.signals import SignalBuilder
+from guard.program.topology import Topology
+
+
+def compile_policies(policies: PolicySet, topology: Topology) -> Program:
+    """Bind policies to a model.
+
+    Raises:
+        PolicyError: with every policy that does not fit the model: a `model` requirement that it does
+            not meet, an expert that it does not have, masks that leave a layer too few experts.
+    """
+    faults = check_against(policies, topology)
+    if faults:
+        raise PolicyError(faults)
+    ordered = list(policies.ordered_rules())
+    builder = SignalBuilder(topology)
+    named_sets = [
+        (policy.name, name, builder.unit(dict.fromkeys(expert_set.weights, 1.0)))
+        for policy in sorted({p.name: p for p, _ in ordered}.values(), key=lambda p: p.name)
+        for name, expert_set in policy.experts.items()
+    ]
+    conditions = _Conditions(builder, topology)
+    expressions = ExpressionBuilder(conditions.number_of)
+    condition_rows = []
+    for _, rule in ordered:
+        conditions.add_rule(rule)
+        expressions.add_rule(rule.when)
+        condition_rows.append([conditions.number_of(condition) for condition in rule.conditions()])
+    signals, readings = builder.tables()
+    return Program(
+        revision=policies.revision,
+        topology=topology,
+        signals=signals,
+        readings=readings,
+        conditions=conditions.table(),
+        expressions=expressions.table(len(conditions)),
+        rule_table=_rule_table([rule for _, rule in ordered], condition_rows),
+        masks=_mask_table([rule for _, rule in ordered], topology),
+        rules=tuple(_program_rule(policy, rule) for policy, rule in ordered),
+        sets=tuple(
+            NamedSet(policy, name, builder.signal_row("unit", unit))
+            for policy, name, unit in named_sets
+        ),
+        policies=tuple(policy.name for policy in policies.policies),
+    )
+
+
+class _Conditions:
+    """Numbers a rule's conditions and lays them out; a condition's phase is its rule's."""
+
+    def __init__(self, builder: SignalBuilder, topology: Topology) -> None:
+        self._builder = builder
+        self._topology = topology
+        self._number_of: dict[int, int] = {}
+        self._rows: list[tuple[int, int, int, float, float, Condition]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def number_of(self, condition: Condition) -> int:
+        return self._number_of[id(condition)]
+
+    def add_rule(self, rule: Rule) -> None:
+        for condition in rule.conditions():
+            self._number_of[id(condition)] = len(self._rows)
+            self._rows.append((*self._readings(condition, rule.phase), condition))
+
+    def _readings(self, condition: Condition, phase: Phase) -> tuple[int, int, int, float, float]:
+        """numerator, tokens, mass denominator, per token, constant."""
+        builder = self._builder
+        tokens = builder.reading("token", 0, condition.over, phase)
+        if condition.experts is None:
+            return tokens, tokens, -1, 0.0, 1.0
+        weights = condition.experts.weights
+        members = dict.fromkeys(weights, 1.0)
+        match condition.kind:
+            case ConditionKind.MASS:
+                layers = {expert.layer for expert in members}
+                everyone = {
+                    Expert(layer.number, expert_id): 1.0
+                    for layer in self._topology.layers
+                    if layer.number in layers
+                    for expert_id in range(layer.num_experts)
+                }
+                numerator = builder.reading("mass", builder.mass(members), condition.over, phase)
+                denominator = builder.reading(
+                    "mass", builder.mass(everyone), condition.over, phase
+                )
+                return numerator, tokens, denominator, 0.0, 0.0
+            case ConditionKind.SCORE:
+                signal = builder.unit(weights)
+                return builder.reading("unit", signal, condition.over, phase), tokens, -1, 1.0, 0.0
+            case _:
+                numerator = builder.reading("unit", builder.unit(members), condition.over, phase)
+                if condition.kind is ConditionKind.RATE:
+                    return numerator, tokens, -1, float(len(members)), 0.0
+                return numerator, tokens, -1, 0.0, 1.0
+
+    def table(self) -> ConditionTable:
+        numerators, tokens, denominators, per_token, constants, conditions = (
+            list(column) for column in (zip(*self._rows, strict=True) if self._rows else [()] * 6)
+        )
+        return ConditionTable(
+            numerator=np.array(numerators, dtype=np.int64),
+            tokens=np.array(tokens, dtype=np.int64),
+            mass_denominator=np.array(denominators, dtype=np.int64),
+            per_token=np.array(per_token, dtype=np.float64),
+            constant=np.array(constants, dtype=np.float64),
+            bias=np.array([c.bias for c in conditions], dtype=np.float64),
+            min_tokens=np.array([c.min_tokens for c in conditions], dtype=np.int64),
+            threshold=np.array([c.threshold for c in conditions], dtype=np.float64),
+            sign=np.array(
+                [1.0 if c.comparison.upward else -1.0 for c in conditions], dtype=np.float64
+            ),
+            strict=np.array([c.comparison.strict for c in conditions], dtype=np.bool_),
+            always=np.array([c.kind is ConditionKind.ALWAYS for c in conditions], dtype=np.bool_),
+        )
+
+
+def _rule_table(rules: list[Rule], condition_rows: list[list[int]]) -> RuleTable:
+    width = max(map(len, condition_rows), default=1)
+    conditions = np.full((len(rules), width), -1, dtype=np.int64)
+    for row, numbers in enumerate(condition_rows):
+        conditions[row, : len(numbers)] = numbers
+    return RuleTable(
+        in_prompt=np.array([rule.phase is not Phase.OUTPUT for rule in rules], dtype=np.bool_),
+        in_output=np.array([rule.phase is not Phase.PROMPT for rule in rules], dtype=np.bool_),
+        hits=np.array([rule.persist.hits for rule in rules], dtype=np.int64),
+        of=np.array([rule.persist.of for rule in rules], dtype=np.int64),
+        conditions=conditions,
+        blocks=np.array([isinstance(rule.then, Block) for rule in rules], dtype=np.bool_),
+    )
+
+
+def _mask_table(rules: list[Rule], topology: Topology) -> MaskTable:
+    actions = [
+        (number, rule, rule.then) for number, rule in enumerate(rules) if isinstance(rule.then, Mask)
+    ]
+    words = max(1, -(-len(actions) // WORD_BITS))
+    bits = np.zeros((len(topology.layers), topology.max_experts, words), dtype=np.uint64)
+    for action, (_, _, mask) in enumerate(actions):
+        for layer, expert_id in mask.experts.weights:
+            bits[topology.index_of_layer[layer], expert_id, action // WORD_BITS] |= np.uint64(
+                1 << (action % WORD_BITS)
+            )
+    return MaskTable(
+        rule=np.array([number for number, _, _ in actions], dtype=np.int64),
+        release=np.array([MaskRelease.of(mask.until) for _, _, mask in actions], dtype=np.int64),
+        tokens=np.array(
+            [mask.until if isinstance(mask.until, int) else 0 for _, _, mask in actions],
+            dtype=np.int64,
+        ),
+        static=np.array([rule.is_static for _, rule, _ in actions], dtype=np.bool_),
+        expert_bits=bits.view(np.int64),
+    )
+
+
+def _program_rule(policy: Policy, rule: Rule) -> ProgramRule:
+    match rule.then:
+        case Observe():
+            action, message = ActionKind.OBSERVE, ""
+        case Mask():
+            action, message = ActionKind.MASK, ""
+        case Block(message):
+            action = ActionKind.BLOCK
+    conditions = list(rule.conditions())
+    return ProgramRule(
+        policy=policy.name,
+        rule=rule.name,
+        mode=policy.mode,
+        severity=policy.severity,
+        action=action,
+        phase=rule.phase,
+        on_error=rule.on_error,
+        message=message,
+        condition_labels=tuple(condition.label for condition in conditions),
+        thresholds=tuple(condition.threshold for condition in conditions),
+    )
+
+
+def check_against(policies: PolicySet, topology: Topology) -> list[Fault]:
+    """What in the policies does not fit the model, each at the line at fault."""
+    faults = [
+        fault
+        for policy in policies.policies
+        for fault in (*_requirement_faults(policy, topology), *_expert_faults(policy, topology))
+    ]
+    return faults or _live_expert_faults(policies, topology)
+
+
+def _requirement_faults(policy: Policy, topology: Topology) -> list[Fault]:
+    required = policy.model
+    if required is None:
+        return []
+    experts = sorted({layer.num_experts for layer in topology.layers})
+    top_ks = sorted({layer.top_k for layer in topology.layers})
+    checks = [
+        ("architecture", required.architecture, [topology.architecture]),
+        ("layers", required.layers, [len(topology.layers)]),
+        ("experts", required.experts, experts),
+        ("topK", required.top_k, top_ks),
+    ]
+    return [
+        Fault(
+            required.location,
+            f"policy {policy.name!r} is for a model with {key}: {wanted}, but the served model has "
+            f"{key}: {', '.join(map(str, found))}; serve that model or mend spec.model",
+        )
+        for key, wanted, found in checks
+        if wanted is not None and [wanted] != found
+    ]
+
+
+def _expert_faults(policy: Policy, topology: Topology) -> list[Fault]:
+    layers = {layer.number: layer for layer in topology.layers}
+    faults = []
+    for expert_set in policy.experts.values():
+        for entry in expert_set.entries:
+            for number in entry.layers:
+                if number not in layers:
+                    faults.append(
+                        Fault(
+                            entry.location,
+                            f"set {expert_set.name!r} names layer {number}, but the MoE layers of "
+                            f"this model are {_ranges(sorted(layers))}",
+                        )
+                    )
+                    continue
+                outside = [e for e in entry.weights if e >= layers[number].num_experts]
+                if outside:
+                    faults.append(
+                        Fault(
+                            entry.location,
+                            f"set {expert_set.name!r} names expert {outside[0]} of layer {number}, "
+                            f"but that layer has experts 0-{layers[number].num_experts - 1}",
+                        )
+                    )
+    return faults
+
+
+def _live_expert_faults(policies: PolicySet, topology: Topology) -> list[Fault]:
+    """Masks of different policies unite, so what counts is the union of all that can be in force."""
+    masked: dict[int, dict[int, list[tuple[str, Mask]]]] = defaultdict(lambda: defaultdict(list))
+    for policy, rule in policies.ordered_rules():
+        if isinstance(rule.then, Mask):
+            for layer, expert_id in rule.then.experts.weights:
+                masked[layer][expert_id].append((f"{policy.name}/{rule.name}", rule.then))
+    faults = []
+    for layer in topology.layers:
+        live = layer.num_experts - len(masked[layer.number])
+        if live >= layer.top_k:
+            continue
+        by_name = {
+            name: mask for actions in masked[layer.number].values() for name, mask in actions
+        }
+        name, mask = max(by_name.items(), key=lambda item: _in_layer(item[1].experts, layer.number))
+        faults.append(
+            Fault(
+                mask.location,
+                f"layer {layer.number} chooses {layer.top_k} of {layer.num_experts} experts for each "
+                f"token, but with the masks of {', '.join(sorted(by_name))} together only {live} are "
+                f"left; mask at most {layer.num_experts - layer.top_k} experts of that layer",
+            )
+        )
+    return faults
+
+
+def _in_layer(experts: ExpertSet, layer: int) -> int:
+    return sum(expert.layer == layer for expert in experts.weights)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 2-5 for 0 2 3 4 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+
+

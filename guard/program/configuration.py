@@ -1,0 +1,82 @@
+"""A model's topology as its `config.json` tells it: enough to check policies before anything is loaded.
+
+The loaded model has the last word; the data plane is compiled against that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from guard.errors import GuardError
+from guard.program.topology import MoELayer, Topology
+
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+
+
+class TopologyError(GuardError):
+    """A model whose MoE layers cannot be told from its configuration."""
+
+
+def topology_from_folder(model: Path) -> Topology:
+    """The topology of a model folder. Raises TopologyError."""
+    path = model / "config.json" if model.is_dir() else model
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TopologyError(f"{path}: cannot be read ({error.strerror}); name a model folder") from error
+    except json.JSONDecodeError as error:
+        raise TopologyError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
+    if not isinstance(config, dict):
+        raise TopologyError(f"{path}: a model's configuration is a JSON object")
+    return topology_from_config(config)
+
+
+def topology_from_config(config: Mapping[str, Any]) -> Topology:
+    """From a Hugging Face configuration. Raises TopologyError for a model without routed experts."""
+    architectures = config.get("architectures") or ["unknown"]
+    text = config.get("text_config") or config
+    num_experts = _first(text, _NUM_EXPERTS)
+    top_k = _first(text, _TOP_K)
+    num_layers = text.get("num_hidden_layers")
+    if not num_experts or not top_k or not num_layers:
+        raise TopologyError(
+            f"{architectures[0]} has no routed experts in its configuration, so it is not a "
+            "Mixture-of-Experts model that MoE Guard can guard; serve one that is, or start without "
+            "policies"
+        )
+    layers = tuple(
+        MoELayer(number, _of_layer(num_experts, number), _of_layer(top_k, number))
+        for number in range(int(num_layers))
+        if _is_moe(text, number)
+    )
+    return Topology(str(architectures[0]), layers)
+
+
+def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    return next((config[key] for key in keys if config.get(key)), None)
+
+
+def _of_layer(value: Any, number: int) -> int:
+    return int(value[number] if isinstance(value, list) else value)
+
+
+def _is_moe(config: Mapping[str, Any], number: int) -> bool:
+    """The keys by which families say which of their layers are dense."""
+    if number in (config.get("mlp_only_layers") or ()):
+        return False
+    if number < (config.get("first_k_dense_replace") or 0):
+        return False
+    frequency = config.get("moe_layer_freq")
+    if isinstance(frequency, list):
+        return bool(frequency[number])
+    if isinstance(frequency, int) and number % frequency:
+        return False
+    moe_layers = config.get("moe_layers")
+    if isinstance(moe_layers, list):
+        return number in moe_layers
+    every = config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step") or 1
+    return (number + 1) % int(every) == 0

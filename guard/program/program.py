@@ -1,0 +1,269 @@
+"""A compiled policy set: immutable arrays, ready to be copied to a device.
+
+Letters in shapes: L MoE layers, E experts of the largest layer, X signals, M readings, C conditions,
+R rules, A mask actions, W 64-bit mask words, N named expert sets.
+
+A *signal* is a number per token, a *reading* is a signal summed over a window, a *condition* compares
+one reading (over another, or over a count of tokens) with a threshold, a *rule* joins conditions.
+Signals are integers in fixed point: a decimal weight times `scale` is whole, so sums are exact and
+independent of the order and of the chunks in which tokens arrive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guard.policy.model import MaskUntil, Mode, OnError, Phase, Severity
+from guard.program.topology import Topology
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+WORD_BITS = 64
+TOKEN_SIGNAL = 0
+"""The signal that is 1 for every token that was seen; its sum over a window is |W|."""
+
+
+class WindowKind(IntEnum):
+    RECENT = 0  # the last `tokens` positions; `token` is RECENT with 1
+    REQUEST = 1
+    PROMPT = 2
+    OUTPUT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SignalTable:
+    """Linear functionals of a token's routing, in the order: tokens, unit signals, mass signals.
+
+    unit_weights: whole numbers [units, L, E]; a chosen expert adds its weight
+    mass_weights: whole numbers [masses, L, E]; a chosen expert adds its weight times its gate weight
+    scale: [X]; a signal's true value is its integer divided by this
+    """
+
+    unit_weights: Floats
+    mass_weights: Floats
+    scale: Floats
+
+    @property
+    def num_signals(self) -> int:
+        return len(self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingTable:
+    """Signals over windows.
+
+    signal: [M] row of the signal table
+    window: [M] WindowKind
+    tokens: [M] length of a RECENT window, else 0
+    in_output: [M] a RECENT window that does not reach back into the prompt
+    """
+
+    signal: Ints
+    window: Ints
+    tokens: Ints
+    in_output: Bools
+
+    @property
+    def longest_tokens(self) -> int:
+        return int(self.tokens.max(initial=0))
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionTable:
+    """value = numerator / denominator + bias, unknown below `min_tokens` or where that is 0/0.
+
+    numerator, tokens: [C] readings; tokens is |W| of the same window
+    mass_denominator: [C] reading, or -1: then the denominator is `per_token`·|W| + `constant`
+    sign: [C] +1 where the condition is true upwards (above, atLeast), else -1
+    strict: [C] above, below
+    always: [C] true whatever the readings
+    """
+
+    numerator: Ints
+    tokens: Ints
+    mass_denominator: Ints
+    per_token: Floats
+    constant: Floats
+    bias: Floats
+    min_tokens: Ints
+    threshold: Floats
+    sign: Floats
+    strict: Bools
+    always: Bools
+
+    @property
+    def num_conditions(self) -> int:
+        return len(self.threshold)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Nodes that read only columns below theirs: each is the least of its (negated) children.
+
+    children: [nodes, width] columns, padded with column 0, which is true
+    negated: [nodes, width]
+    """
+
+    children: Ints
+    negated: Bools
+
+
+@dataclass(frozen=True, slots=True)
+class ExpressionTable:
+    """All expressions in Kleene logic, false 0, unknown 1, true 2: not is 2 - v, all the least, and
+    any is the negation of all of the negations. Column 0 is true, 1..C are the conditions, the nodes
+    of each level follow.
+
+    root, root_negated: [R] the column that holds a rule's result
+    """
+
+    levels: tuple[Level, ...]
+    root: Ints
+    root_negated: Bools
+
+
+class ActionKind(IntEnum):
+    OBSERVE = 0
+    MASK = 1
+    BLOCK = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramRule:
+    """A rule with its policy, by name and for people; the arrays of `RuleTable` hold the rest."""
+
+    policy: str
+    rule: str
+    mode: Mode
+    severity: Severity
+    action: ActionKind
+    phase: Phase
+    on_error: OnError
+    message: str
+    condition_labels: tuple[str, ...]
+    thresholds: tuple[float, ...]
+
+    @property
+    def reason(self) -> str:
+        return f"moe_guard:{self.policy}/{self.rule}"
+
+
+@dataclass(frozen=True, slots=True)
+class RuleTable:
+    """In deciding order: severity descending, policy name, rule index.
+
+    in_prompt, in_output: [R] which positions are evaluated
+    hits, of: [R] persistence
+    conditions: [R, most] columns of the condition table, padded with -1
+    blocks: [R]
+    """
+
+    in_prompt: Bools
+    in_output: Bools
+    hits: Ints
+    of: Ints
+    conditions: Ints
+    blocks: Bools
+
+    @property
+    def num_rules(self) -> int:
+        return len(self.hits)
+
+    @property
+    def longest_persistence(self) -> int:
+        return int(self.of.max(initial=1))
+
+
+class MaskRelease(IntEnum):
+    REQUEST_END = 0
+    CLEAR = 1
+    TOKENS = 2
+
+    @staticmethod
+    def of(until: MaskUntil) -> MaskRelease:
+        match until:
+            case "request-end":
+                return MaskRelease.REQUEST_END
+            case "clear":
+                return MaskRelease.CLEAR
+            case _:
+                return MaskRelease.TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class MaskTable:
+    """Mask actions; action a is bit a % 64 of word a // 64.
+
+    rule: [A] row of the rule table
+    release: [A] MaskRelease
+    tokens: [A] how many positions a TOKENS mask holds, else 0
+    static: [A] in force from the request's first position, or from its first output position where
+        the rule is limited to the output
+    expert_bits: int64 [L, E, W]; the bits of the actions that mask an expert
+    """
+
+    rule: Ints
+    release: Ints
+    tokens: Ints
+    static: Bools
+    expert_bits: Ints
+
+    @property
+    def num_actions(self) -> int:
+        return len(self.rule)
+
+    @property
+    def num_words(self) -> int:
+        return int(self.expert_bits.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class NamedSet:
+    """A policy's expert set, for the metrics."""
+
+    policy: str
+    name: str
+    signal: int  # a unit signal with weight 1 on the set's experts
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the data plane runs. Made by `compile_policies`, bound to one topology, never changed."""
+
+    revision: str
+    topology: Topology
+    signals: SignalTable
+    readings: ReadingTable
+    conditions: ConditionTable
+    expressions: ExpressionTable
+    rule_table: RuleTable
+    masks: MaskTable
+    rules: tuple[ProgramRule, ...]
+    sets: tuple[NamedSet, ...]
+    policies: tuple[str, ...]
+
+    @cached_property
+    def enforced_by_default(self) -> Bools:
+        """[R] rules whose action a request meets without asking for more."""
+        return np.array([rule.mode is Mode.ENFORCE for rule in self.rules], dtype=np.bool_)
+
+    @cached_property
+    def rule_reasons(self) -> tuple[str, ...]:
+        return tuple(rule.reason for rule in self.rules)
+
+    @property
+    def can_act(self) -> bool:
+        """Some rule masks or blocks, if not for every request then for one that asks for it."""
+        return any(rule.action is not ActionKind.OBSERVE for rule in self.rules)
+
+    def enforced_for(self, also: frozenset[str]) -> Bools:
+        """[R] as `enforced_by_default`, with the policies that a request named on top."""
+        named = np.array([rule.policy in also for rule in self.rules], dtype=np.bool_)
+        return self.enforced_by_default | named

@@ -1,0 +1,288 @@
+"""The slow, exact evaluator: what a request's routing means under a policy set, and nothing clever.
+
+It is the oracle for the device evaluator and shares no code with it. Every sentence of the policy
+language's exact semantics is one plain loop over positions, tokens, layers and experts. Sums are
+exact fractions; only a finished value is rounded, once, to the float that meets its threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from guard.policy.model import (
+    All,
+    AnyOf,
+    Block,
+    Comparison,
+    Condition,
+    ConditionKind,
+    Expert,
+    ExpertSet,
+    Expression,
+    Mask,
+    Mode,
+    NamedWindow,
+    Not,
+    Phase,
+    Policy,
+    PolicySet,
+    Rule,
+)
+from guard.program.topology import Topology
+from guard.program.verdict import BlockedAt, Evidence, Firing, MaskInterval, Routing, Verdict
+
+
+def evaluate(
+    policies: PolicySet,
+    topology: Topology,
+    routing: Routing,
+    *,
+    enforced: Collection[str] = (),
+    num_computed_ahead: Callable[[int], int] | None = None,
+) -> Verdict:
+    """All that follows from one request's routing, taken as given: its masks do not change it.
+
+    enforced: audit policies that this request enforces; other names have no effect
+    num_computed_ahead: for a position, how many positions behind it were routed in the same step
+        (accepted draft tokens), where a mask that the position starts or releases comes too late;
+        none where it is not given. position + num_computed_ahead(position) never decreases.
+    An expert of a set that the topology lacks is a bug: compiling the policies refuses it.
+    """
+    num_positions, prompt = len(routing.topk_ids), routing.num_prompt_tokens
+    ahead = num_computed_ahead or (lambda position: 0)
+    states = [
+        _RuleState(policy, rule, enforced=_is_enforced(policy, enforced))
+        for policy, rule in policies.ordered_rules()
+    ]
+    for state in states:
+        state.start_static_mask(prompt)
+
+    firings: list[Firing] = []
+    blocks: list[tuple[int, int]] = []  # block position, place in the deciding order
+    block: BlockedAt | None = None
+    for position in range(routing.first_seen, num_positions):
+        first_masked = max(position + ahead(position) + 1, prompt)
+        for order, state in enumerate(states):
+            if not _evaluates(state.rule.phase, position, prompt):
+                continue
+            turn = state.step(position, topology, routing)
+            if turn is True:
+                firings.append(state.firing(position, topology, routing))
+                state.start_mask(first_masked)
+                if state.blocks:
+                    blocks.append((max(position, prompt - 1), order))
+            elif turn is False:
+                state.release_mask(first_masked)
+        if blocks and min(blocks)[0] == position:
+            decider = states[min(blocks)[1]]
+            block = BlockedAt(position, decider.policy.name, decider.rule.name)
+            break
+
+    end = num_positions if block is None else block.position + 1
+    masks = [
+        MaskInterval(state.policy.name, state.rule.name, start, stop)
+        for state in states
+        for start, stop in _united(state.intervals, end)
+        if block is None or start <= block.position
+    ]
+    masks.sort(key=lambda mask: mask.start)  # stable: the deciding order stays within one start
+    return Verdict(tuple(firings), tuple(masks), block)
+
+
+def _is_enforced(policy: Policy, enforced: Collection[str]) -> bool:
+    return policy.mode is Mode.ENFORCE or (policy.mode is Mode.AUDIT and policy.name in enforced)
+
+
+def _evaluates(phase: Phase, position: int, num_prompt_tokens: int) -> bool:
+    match phase:
+        case Phase.PROMPT:
+            return position < num_prompt_tokens
+        case Phase.OUTPUT:
+            return position >= num_prompt_tokens
+        case Phase.ANY:
+            return True
+
+
+_Interval = tuple[int, int | None]  # start <= p < stop; None: not released
+
+
+@dataclass
+class _RuleState:
+    """One rule at work on one request."""
+
+    policy: Policy
+    rule: Rule
+    enforced: bool
+    evaluations: list[bool] = field(default_factory=list)  # the root, unknown being a miss
+    result: bool = False
+    intervals: list[_Interval] = field(default_factory=list)
+
+    @property
+    def blocks(self) -> bool:
+        return self.enforced and isinstance(self.rule.then, Block)
+
+    def step(self, position: int, topology: Topology, routing: Routing) -> bool | None:
+        """Evaluate at `position`; the new result where it has just turned, else None."""
+        truth = _truth(self.rule.when, self.rule.phase, position, topology, routing)
+        self.evaluations.append(truth is True)
+        recent = self.evaluations[-self.rule.persist.of :]
+        before, self.result = self.result, sum(recent) >= self.rule.persist.hits
+        return None if self.result is before else self.result
+
+    def firing(self, position: int, topology: Topology, routing: Routing) -> Firing:
+        evidence = []
+        for condition in self.rule.conditions():
+            value = _value(condition, self.rule.phase, position, topology, routing)
+            always = condition.kind is ConditionKind.ALWAYS
+            evidence.append(
+                Evidence(
+                    condition.label,
+                    math.nan if value is None else value,
+                    0.0 if always else condition.threshold,
+                )
+            )
+        return Firing(position, self.policy.name, self.rule.name, tuple(evidence))
+
+    def start_static_mask(self, num_prompt_tokens: int) -> None:
+        if self.rule.is_static:
+            self._add_interval(num_prompt_tokens if self.rule.phase is Phase.OUTPUT else 0)
+
+    def start_mask(self, first_masked: int) -> None:
+        if not self.rule.is_static:
+            self._add_interval(first_masked)
+
+    def release_mask(self, first_unmasked: int) -> None:
+        """The result turned false: an `until: clear` mask ends, even before it began."""
+        if self.intervals and not self.rule.is_static:
+            start, stop = self.intervals[-1]
+            if isinstance(self.rule.then, Mask) and self.rule.then.until == "clear":
+                assert stop is None, "a rule fires once before its result turns false"
+                self.intervals[-1] = (start, first_unmasked)
+
+    def _add_interval(self, start: int) -> None:
+        action = self.rule.then
+        if self.enforced and isinstance(action, Mask):
+            stop = start + action.until if isinstance(action.until, int) else None
+            self.intervals.append((start, stop))
+
+
+def _united(intervals: list[_Interval], end: int) -> list[_Interval]:
+    """Non-empty intervals, touching ones as one; None where still in force at position `end`."""
+    united: list[_Interval] = []
+    for start, stop in intervals:
+        if stop is not None and stop <= start:
+            continue
+        if united:
+            last_start, last_stop = united[-1]
+            if last_stop is None or start <= last_stop:
+                latest = None if stop is None or last_stop is None else max(stop, last_stop)
+                united[-1] = (last_start, latest)
+                continue
+        united.append((start, stop))
+    return [(start, None if stop is None or stop > end else stop) for start, stop in united]
+
+
+def _truth(
+    node: Expression, phase: Phase, position: int, topology: Topology, routing: Routing
+) -> bool | None:
+    """Kleene's three values; None is unknown."""
+    match node:
+        case Condition():
+            value = _value(node, phase, position, topology, routing)
+            if node.kind is ConditionKind.ALWAYS:
+                return True
+            return None if value is None else _compare(value, node.comparison, node.threshold)
+        case Not(child):
+            truth = _truth(child, phase, position, topology, routing)
+            return None if truth is None else not truth
+        case All(children):
+            truths = [_truth(child, phase, position, topology, routing) for child in children]
+            return False if False in truths else None if None in truths else True
+        case AnyOf(children):
+            truths = [_truth(child, phase, position, topology, routing) for child in children]
+            return True if True in truths else None if None in truths else False
+
+
+def _compare(value: float, comparison: Comparison, threshold: float) -> bool:
+    match comparison:
+        case Comparison.ABOVE:
+            return value > threshold
+        case Comparison.AT_LEAST:
+            return value >= threshold
+        case Comparison.BELOW:
+            return value < threshold
+        case Comparison.AT_MOST:
+            return value <= threshold
+
+
+def _value(
+    condition: Condition, phase: Phase, position: int, topology: Topology, routing: Routing
+) -> float | None:
+    """The condition's number as the nearest float; None where it is unknown."""
+    if condition.kind is ConditionKind.ALWAYS:
+        return 1.0
+    tokens = _seen_tokens(condition, phase, position, routing)
+    if not tokens or len(tokens) < condition.min_tokens:
+        return None
+    assert condition.experts is not None, f"`{condition.kind}` reads an expert set"
+    weights = _weights_in(topology, condition.experts)
+    layers = {expert.layer for expert in weights}
+
+    count = 0
+    score, mass, mass_of_layers = Fraction(0), Fraction(0), Fraction(0)
+    for token in tokens:
+        for expert, gate_weight in _chosen(token, topology, routing):
+            if expert.layer in layers:
+                mass_of_layers += gate_weight
+            if expert in weights:
+                count += 1
+                score += weights[expert]
+                mass += gate_weight
+
+    match condition.kind:
+        case ConditionKind.COUNT:
+            return float(count)
+        case ConditionKind.RATE:
+            return float(Fraction(count, len(tokens) * len(weights))) if weights else None
+        case ConditionKind.MASS:
+            return float(mass / mass_of_layers) if mass_of_layers else None
+        case ConditionKind.SCORE:
+            return float(score / len(tokens) + Fraction(str(condition.bias)))
+
+
+def _seen_tokens(condition: Condition, phase: Phase, position: int, routing: Routing) -> list[int]:
+    """W: the positions of the window that ends at `position`, less those that were not seen."""
+    prompt = routing.num_prompt_tokens
+    match condition.over:
+        case NamedWindow.TOKEN:
+            window = range(position, position + 1)
+        case NamedWindow.PROMPT:
+            window = range(prompt) if position >= prompt - 1 else range(0)
+        case NamedWindow.OUTPUT:
+            window = range(prompt, position + 1)
+        case NamedWindow.REQUEST:
+            window = range(position + 1)
+        case int(length):
+            start = prompt if phase is Phase.OUTPUT else 0
+            window = range(max(start, position - length + 1), position + 1)
+    return [token for token in window if token >= routing.first_seen]
+
+
+def _weights_in(topology: Topology, experts: ExpertSet) -> dict[Expert, Fraction]:
+    """The weight of every distinct expert of F, as the decimal that its author wrote."""
+    num_experts = {layer.number: layer.num_experts for layer in topology.layers}
+    for expert in experts.weights:
+        assert 0 <= expert.id < num_experts.get(expert.layer, 0), f"{expert} is not in the model"
+    return {expert: Fraction(str(weight)) for expert, weight in experts.weights.items()}
+
+
+def _chosen(token: int, topology: Topology, routing: Routing) -> Iterator[tuple[Expert, Fraction]]:
+    """S(t,l) of every layer: the experts with a weight other than zero, and that weight."""
+    for index, layer in enumerate(topology.layers):
+        ids, gate_weights = routing.topk_ids[token, index], routing.topk_weights[token, index]
+        for expert_id, gate_weight in zip(ids.tolist(), gate_weights.tolist(), strict=True):
+            if expert_id != -1 and gate_weight != 0:
+                yield Expert(layer.number, expert_id), Fraction(gate_weight)

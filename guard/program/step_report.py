@@ -1,0 +1,87 @@
+"""What a step reports to the host: arrays and names, no tensors, so that it crosses process borders.
+
+Letters: B requests of the step, N named sets, C conditions, V events, W mask words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+NEVER = 2**62
+"""A position that no request reaches."""
+
+
+class RequestColumn:
+    """Columns of `StepReport.requests_B`; the named sets' selections follow the last one.
+
+    Token and selection counts are of this step alone.
+    """
+
+    BLOCK_KEY = 0  # position·R + rule of the first block, or NEVER
+    MASK_FROM = 1  # first position under a mask that is not static, or NEVER
+    PROMPT_TOKENS = 2
+    OUTPUT_TOKENS = 3
+    UNSEEN = 4  # of the request so far
+    JUDGED = 5  # 0: the request has no slot
+    NUM = 6
+
+
+class EventColumn:
+    """Columns of `StepReport.events_V`."""
+
+    REQUEST = 0  # row of `requests_B`
+    RULE = 1
+    POSITION = 2
+    IN_PROMPT = 3
+    ENFORCED = 4
+    NUM = 5
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """The decisions of one step.
+
+    revision: of the program that decided
+    req_ids: of the rows of `requests_B`, the engine's own ids
+    requests_B: int64 [B, RequestColumn.NUM + N]
+    masked_BW: int64 [B, W]; bits of the mask actions in force at each request's next position
+    extremes_BC: float32 [B, C]; each condition's value nearest to or furthest beyond its threshold
+        in the request so far, NaN where it was never known
+    events_V: int64 [V, EventColumn.NUM], by row, then deciding order
+    values_V: float64 [V, most conditions of a rule]; NaN where unknown
+    num_events: firings in this step; more than V where some did not fit
+    failures: faults since the last report, by stage
+    failed: this step was not judged at all; every array is empty
+    """
+
+    revision: str
+    req_ids: tuple[str, ...]
+    requests_B: NDArray[np.int64]
+    masked_BW: NDArray[np.int64]
+    extremes_BC: NDArray[np.float32]
+    events_V: NDArray[np.int64]
+    values_V: NDArray[np.float64]
+    num_events: int
+    failures: Mapping[str, int] = field(default_factory=dict)
+    failed: bool = False
+
+    @staticmethod
+    def of_failed_step(
+        revision: str, req_ids: Sequence[str], failures: Mapping[str, int]
+    ) -> StepReport:
+        return StepReport(
+            revision,
+            tuple(req_ids),
+            np.zeros((0, RequestColumn.NUM), dtype=np.int64),
+            np.zeros((0, 0), dtype=np.int64),
+            np.zeros((0, 0), dtype=np.float32),
+            np.zeros((0, EventColumn.NUM), dtype=np.int64),
+            np.zeros((0, 0), dtype=np.float64),
+            0,
+            failures,
+            failed=True,
+        )

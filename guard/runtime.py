@@ -1,0 +1,141 @@
+"""The guard of one model replica on one device: the object that an integration holds in each worker."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+import torch
+
+from guard.device.evaluate import StepEvaluator
+from guard.device.layout import NULL_SLOT, Capacity
+from guard.device.mask import ExpertMask
+from guard.device.readback import Readback
+from guard.device.rows import StepBatch
+from guard.device.state import Admission, SlotState, host_to_device
+from guard.device.tap import RoutingTap
+from guard.failures import Failures, Stage
+from guard.program.program import Program
+from guard.program.step_report import StepReport
+
+
+class Guard:
+    """Watches the routing of each step and decides about each request.
+
+    The integration calls, in this order: `add_request` and `finish_requests` as requests come and
+    go, `begin_step` before a forward, the `tap` and the `mask` inside it, `end_step` behind it;
+    `idle` before a forward of dummy rows. Nothing here waits for the device.
+
+    tap: routing of the step, written by the model's routers
+    mask: what the routers must exclude; None where the server was started to observe only
+    """
+
+    def __init__(
+        self, program: Program, capacity: Capacity, device: torch.device, *, masking: bool = True
+    ) -> None:
+        self.program = program
+        self.capacity = capacity
+        self.device = device
+        self.failures = Failures()
+        self.tap = RoutingTap(program.topology, capacity, device)
+        self.mask = ExpertMask(program.topology, capacity, device) if masking else None
+        self._state = SlotState(program, capacity, device)
+        self._evaluator = StepEvaluator(program, device) if program.rules else None
+        self._slot_of: dict[str, int] = {}
+        self._free_slots = list(range(capacity.max_slots, NULL_SLOT, -1))
+        self._batch: StepBatch | None = None
+        self._req_ids: Sequence[str] = ()
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.mask is not None:
+            self.mask.install(program.masks)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._slot_of)
+
+    def add_request(
+        self, req_id: str, prompt_tokens: int, tightened: Collection[str] = ()
+    ) -> None:
+        """Follow a request from its first step on. One that is followed already goes on as it is:
+        a preempted request keeps its windows, its masks and its count of positions.
+
+        tightened: policies in audit that this request asked to have enforced
+        """
+        if self._evaluator is None or req_id in self._slot_of:
+            return
+        with self.failures.caught(Stage.ADMIT):
+            slot = self._take_slot(req_id)
+            enforced_R = self.program.enforced_for(frozenset(tightened))
+            self._state.add_request(Admission(slot, prompt_tokens, enforced_R))
+
+    def _take_slot(self, req_id: str) -> int:
+        if not self._free_slots:
+            raise RuntimeError(
+                f"all {self.capacity.max_slots} slots are taken, so request {req_id} is not judged"
+            )
+        slot = self._free_slots.pop()
+        self._slot_of[req_id] = slot
+        return slot
+
+    def finish_requests(self, req_ids: Iterable[str]) -> None:
+        """Free the slots of requests that ended, not of those that are merely preempted."""
+        for req_id in req_ids:
+            slot = self._slot_of.pop(req_id, None)
+            if slot is not None:
+                self._free_slots.append(slot)
+
+    @torch.inference_mode()
+    def begin_step(
+        self, req_ids: Sequence[str], query_start_B1: torch.Tensor, position_T: torch.Tensor
+    ) -> None:
+        """Say which rows the forward that follows computes, and put their masks in force.
+
+        req_ids: requests in row order
+        query_start_B1: [B+1] on the device; first row of each request, and the number of rows
+        position_T: [T] on the device; position of each row in its request
+        """
+        self._batch = None
+        if self._evaluator is None:
+            return
+        self._req_ids = tuple(req_ids)
+        with self.failures.caught(Stage.BEGIN_STEP):
+            self._state.apply_staged_writes()
+            slots_np = np.fromiter(
+                (self._slot_of.get(req_id, NULL_SLOT) for req_id in req_ids), np.int64, len(req_ids)
+            )
+            slots_B = host_to_device(slots_np, self.device)
+            batch = StepBatch.of(slots_B, query_start_B1, position_T)
+            if self.mask is not None and self.program.masks.num_actions:
+                slot_T, position_T1 = batch.slot_T, batch.position_T[:, None]
+                from_TA, to_TA = self._state.mask_from_SA[slot_T], self._state.mask_to_SA[slot_T]
+                self.mask.set_rows((from_TA <= position_T1) & (position_T1 < to_TA))
+            self._batch = batch
+
+    @torch.inference_mode()
+    def end_step(self, rejected_B: torch.Tensor | None = None) -> Readback | StepReport | None:
+        """Decide, and start the copy of what was decided. None if there is nothing to decide.
+
+        rejected_B: [B] on the device; draft rows at the end of each request that were not accepted
+        """
+        if self._evaluator is None or not self._req_ids:
+            return None
+        batch, req_ids = self._batch, self._req_ids
+        self._batch, self._req_ids = None, ()
+        if batch is None:
+            return self._failed_step(req_ids)
+        readback = None
+        with self.failures.caught(Stage.EVALUATE):
+            decisions = self._evaluator.evaluate(self.tap, batch, self._state, rejected_B)
+            readback = Readback(
+                self.program.revision, req_ids, decisions, self._copy_stream, self.failures.take()
+            )
+        return readback or self._failed_step(req_ids)
+
+    def _failed_step(self, req_ids: Sequence[str]) -> StepReport:
+        return StepReport.of_failed_step(self.program.revision, req_ids, self.failures.take())
+
+    def idle(self) -> None:
+        """The forward that follows computes dummy rows: they are nobody's, and nothing is masked."""
+        self._batch, self._req_ids = None, ()
+        if self.mask is not None:
+            self.mask.clear_rows()

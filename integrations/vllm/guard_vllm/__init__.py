@@ -1,0 +1,1 @@
+"""MoE Guard for vLLM: a general plugin, no fork. See `plugin.register`."""

@@ -1,0 +1,177 @@
+"""The guard in the engine core: blocks requests, keeps the ledger, sends what happened to the API."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
+from vllm.v1.request import RequestStatus
+from vllm.v1.serial_utils import UtilityResult
+
+from guard.errors import NotLiveError
+from guard.events.ledger import Ledger
+from guard.events.message import Delta, Hello, RuleFacts, SetFacts, encode
+from guard.failures import Failures, Stage
+from guard.program.program import ProgramRule
+from guard_vllm import kv_isolation
+from guard_vllm.client import MESSAGE_CALL_ID, deliver
+from guard_vllm.settings import Settings
+from guard_vllm.steps import REPORT_ATTRIBUTE, wrap
+from guard_vllm.worker import STATUS_METHOD, WorkerStatus
+
+logger = logging.getLogger(__name__)
+
+_INTERNAL_ID = re.compile(r"^(?:\d+_)?(?P<external>.+)-[0-9a-f]{8}$")
+
+
+def external_request_id(internal_id: str) -> str:
+    """The id that the client knows: vLLM adds a random suffix, and a number before each of n > 1."""
+    match = _INTERNAL_ID.match(internal_id)
+    return match["external"] if match else internal_id
+
+
+class EngineCoreGuard:
+    """Hangs on one engine core and its scheduler; made when all workers are up.
+
+    Raises NotLiveError where the workers do not agree on the program.
+    """
+
+    def __init__(self, core: Any, settings: Settings) -> None:
+        self._core = core
+        self._engine = int(getattr(core, "engine_index", 0))
+        self._failures = Failures()
+        self._blocked: Mapping[str, str] = {}
+        statuses = core.model_executor.collective_rpc(STATUS_METHOD)
+        status = _agreed(statuses)
+        rules = tuple(_rule_facts(rule) for rule in status.rules)
+        self._ledger = Ledger(
+            self._engine,
+            rules,
+            status.mask_rules,
+            len(status.sets),
+            redacted=settings.redact_reasons,
+            external_id=external_request_id,
+        )
+        scheduler = core.scheduler
+        wrap(scheduler, "update_from_output", self._update_from_output)
+        wrap(scheduler, "_update_request_with_output", self._update_request_with_output)
+        wrap(scheduler, "_free_request", self._free_request)
+        wrap(core, "post_step", self._post_step)
+        if status.masking:
+            kv_isolation.install(status)
+        self._broadcast(_hello(self._engine, status, rules))
+
+    def _update_from_output(self, stock: Any, scheduler_output: Any, output: Any) -> Any:
+        report = getattr(output, REPORT_ATTRIBUTE, None)
+        self._blocked = {}
+        if report is not None:
+            with self._failures.caught(Stage.LEDGER):
+                self._blocked = self._ledger.begin_step(report, self._is_counted)
+                self._isolate_kv(report.req_ids)  # before this step's tokens fill a block
+        outputs = stock(scheduler_output, output)
+        self._ledger.end_step()
+        return outputs
+
+    def _is_counted(self, req_id: str) -> bool:
+        """Whether the scheduler takes this step's result for a request, as it will decide itself."""
+        request = self._core.scheduler.requests.get(req_id)
+        return request is not None and not request.is_finished()
+
+    def _update_request_with_output(
+        self, stock: Any, request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> Any:
+        reason = self._blocked.get(request.request_id)
+        if reason is None:
+            return stock(request, new_token_ids, *args, **kwargs)
+        # The sampled tokens are dropped before anything sees them: grammar, logprobs, usage.
+        new_token_ids.clear()
+        request.status = RequestStatus.FINISHED_STOPPED
+        request.stop_reason = reason
+        request.resumable = False
+        return new_token_ids, True
+
+    def _free_request(self, stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._failures.caught(Stage.LEDGER):
+            self._ledger.finish(request.request_id)
+        return stock(request, *args, **kwargs)
+
+    def _isolate_kv(self, req_ids: tuple[str, ...]) -> None:
+        for req_id in req_ids:
+            start = self._ledger.mask_start(req_id)
+            request = self._core.scheduler.requests.get(req_id)
+            if start is not None and request is not None:
+                kv_isolation.isolate_from(request, start)
+
+    def _post_step(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(*args, **kwargs)
+        with self._failures.caught(Stage.DELIVER):
+            delta = self._ledger.take(idle=not self._core.scheduler.has_unfinished_requests())
+            if delta is not None:
+                self._send(delta, client_index=0)
+        return result
+
+    def _broadcast(self, hello: Hello) -> None:
+        addresses = getattr(self._core, "addresses", None)
+        for client_index in range(1 if addresses is None else len(addresses.outputs)):
+            self._send(hello, client_index)
+
+    def _send(self, message: Hello | Delta, client_index: int) -> None:
+        data = encode(message)
+        output_queue = getattr(self._core, "output_queue", None)
+        if output_queue is None:
+            deliver(data)  # an engine core in the caller's own process
+            return
+        outputs = EngineCoreOutputs(
+            engine_index=self._engine,
+            utility_output=UtilityOutput(call_id=MESSAGE_CALL_ID, result=UtilityResult(data)),
+        )
+        output_queue.put_nowait((client_index, outputs))
+
+
+def _agreed(statuses: list[WorkerStatus]) -> WorkerStatus:
+    first = statuses[0]
+    for rank, status in enumerate(statuses):
+        if (status.revision, status.rules) != (first.revision, first.rules):
+            raise NotLiveError(
+                f"worker {rank} has policy revision {status.revision}, but worker 0 has "
+                f"{first.revision}; give every worker the same policy files, then start again"
+            )
+    return first
+
+
+def _rule_facts(rule: ProgramRule) -> RuleFacts:
+    return RuleFacts(
+        policy=rule.policy,
+        rule=rule.rule,
+        mode=str(rule.mode),
+        severity=str(rule.severity),
+        action=rule.action.name.lower(),
+        phase=str(rule.phase),
+        reason=rule.reason,
+        message=rule.message,
+        on_error=str(rule.on_error),
+        conditions=rule.condition_labels,
+        thresholds=rule.thresholds,
+    )
+
+
+def _hello(engine: int, status: WorkerStatus, rules: tuple[RuleFacts, ...]) -> Hello:
+    masked: dict[str, int] = {}
+    for rule, experts in zip(status.mask_rules, status.masked_experts, strict=True):
+        policy = rules[rule].policy
+        masked[policy] = masked.get(policy, 0) + experts
+    return Hello(
+        engine=engine,
+        revision=status.revision,
+        policies=status.policies,
+        rules=rules,
+        sets=tuple(SetFacts(named.policy, named.name) for named in status.sets),
+        masked_experts=masked,
+        blind_layers=len(status.proof.blind_layers),
+        live=status.proof.holds,
+    )
+
+

@@ -1,0 +1,80 @@
+"""What cannot be served under the guard, and is refused: beam search, gRPC, the Rust front end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from guard.errors import GuardError, UnsupportedHostError
+from guard_vllm.compat import seam
+from guard_vllm.frontend.blocked import Sources
+from guard_vllm.frontend.patching import Function, wrap
+
+_GRPC_MODULES = frozenset(
+    {"vllm.entrypoints.launchers.grpc_server", "vllm.entrypoints.grpc_server"}
+)
+_RUST = "VLLM_USE_RUST_FRONTEND"
+
+
+class BeamSearchError(GuardError):
+    """Beam search was asked for while a rule can act. Over HTTP it is a 400."""
+
+
+def install_refusals(sources: Sources) -> None:
+    online = seam("vllm.entrypoints.generate.beam_search.online", "BeamSearchOnlineMixin")
+    offline = seam("vllm.entrypoints.generate.beam_search.offline", "BeamSearchOfflineMixin")
+    wrap(online, "beam_search", lambda f: _no_beam_search(f, sources))
+    wrap(offline, "beam_search", lambda f: _no_beam_search(f, sources))
+    wrap(seam("vllm.v1.engine.async_llm", "AsyncLLM"), "__init__", _no_grpc)
+
+
+def refuse_unguarded_frontends(
+    argv: Sequence[str], env: Mapping[str, str], modules: Collection[str] | None = None
+) -> None:
+    """Refuse the front ends that have no Python in which a block could be reported.
+
+    To be called in the process that the operator starts. vLLM loads plugins before it reads its
+    arguments, so a config file that asks for gRPC is noticed later, as the server makes its engine:
+    by then it has imported the gRPC server. `modules` are the modules imported, by default those of
+    this process. Raises UnsupportedHostError.
+    """
+    if env.get(_RUST, "").strip() not in ("", "0"):
+        raise UnsupportedHostError(
+            f"{_RUST}={env[_RUST]}: vLLM's Rust front end cannot be guarded, because it does not "
+            f"tell a blocked request from a finished one; unset {_RUST}, or turn MoE Guard off"
+        )
+    imported = _imported() if modules is None else modules
+    if ("serve" in argv and "--grpc" in argv) or not _GRPC_MODULES.isdisjoint(imported):
+        raise UnsupportedHostError(
+            "--grpc: vLLM's gRPC server cannot be guarded, because it does not tell a blocked "
+            "request from a finished one; serve over HTTP, or turn MoE Guard off"
+        )
+
+
+def _imported() -> set[str]:
+    """Names of the imported modules; the one run by `python -m` is known as `__main__` only."""
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return {*sys.modules, *([main.name] if main is not None else [])}
+
+
+def _no_grpc(original: Function) -> Function:
+    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N807
+        refuse_unguarded_frontends(sys.argv, os.environ)
+        original(*args, **kwargs)
+
+    return __init__
+
+
+def _no_beam_search(original: Function, sources: Sources) -> Function:
+    def beam_search(*args: Any, **kwargs: Any) -> Any:
+        if sources.can_act():
+            raise BeamSearchError(
+                "beam search is not served while a policy of MoE Guard can act: each of its steps "
+                "is a new request, so no rule would see more than one token of output; "
+                "sample without beam search"
+            )
+        return original(*args, **kwargs)
+
+    return beam_search

@@ -1,0 +1,97 @@
+"""What a caller may ask of the guard: `vllm_xargs: {"moe_guard_enforce": [policy, ...]}`, no more.
+
+Over HTTP and offline alike it arrives in the engine core as a list of str, in the request's
+`sampling_params.extra_args`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from guard.errors import GuardError
+from guard_vllm.compat import seam
+from guard_vllm.frontend.blocked import MARK, Sources, is_blocked
+from guard_vllm.frontend.patching import Argument, Function, wrap
+
+ENFORCE = "moe_guard_enforce"
+
+
+class RequestArgumentError(GuardError):
+    """A request asks for what it may not. Over HTTP it is a 400."""
+
+
+def install_request_args(sources: Sources) -> None:
+    """Every request is checked as it is given to the engine, before a stream to it is opened."""
+    engine = seam("vllm.v1.engine.async_llm", "AsyncLLM")
+    wrap(engine, "generate", lambda f: _checked(f, "sampling_params", sources))
+    processor = seam("vllm.v1.engine.input_processor", "InputProcessor")
+    wrap(processor, "process_inputs", lambda f: _checked(f, "params", sources))
+
+
+def check_params(params: Any, sources: Sources) -> None:
+    """`params`: vLLM's sampling parameters. Raises RequestArgumentError."""
+    if extra_args := getattr(params, "extra_args", None):
+        check_request_args(extra_args, sources.policies, redact=sources.redact)
+    if stop := getattr(params, "stop", None):
+        check_stop_strings(stop)
+
+
+def check_request_args(
+    extra_args: Mapping[Any, object] | None, policies: Collection[str], *, redact: bool = False
+) -> None:
+    """Check the keys that are the guard's; others are left alone.
+
+    redact: tell the caller no policy's name. Raises RequestArgumentError.
+    """
+    for key in extra_args or ():
+        if not (isinstance(key, str) and key.startswith(MARK)):
+            continue
+        if key != ENFORCE:
+            raise RequestArgumentError(_unknown_key(key))
+        assert extra_args is not None, "an empty mapping has no keys"
+        _check_enforce(extra_args[key], policies, redact)
+
+
+def check_stop_strings(stop: str | Collection[str]) -> None:
+    """Refuse stop strings that would read like a block. Raises RequestArgumentError."""
+    for string in (stop,) if isinstance(stop, str) else stop:
+        if is_blocked(string):
+            raise RequestArgumentError(
+                f"stop: {string!r} cannot be a stop string here, because as a stop_reason it says "
+                f"that MoE Guard blocked the request; choose one that does not begin with {MARK!r}"
+            )
+
+
+def _checked(original: Function, name: str, sources: Sources) -> Function:
+    """`original`, which may be an async generator, with the check done as soon as it is called."""
+    params = Argument(original, name)
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check_params(params.of(args, kwargs), sources)
+        return original(*args, **kwargs)
+
+    return checked
+
+
+def _check_enforce(value: object, policies: Collection[str], redact: bool) -> None:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise RequestArgumentError(
+            f"{ENFORCE}: expected a list of policy names, found {value!r}; "
+            f'write for example "{ENFORCE}": ["restricted-chemistry"]'
+        )
+    for name in value:
+        if name not in policies:
+            near = [] if redact else get_close_matches(name, policies, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "ask the operator which there are"
+            raise RequestArgumentError(f"{ENFORCE}: there is no policy {name!r}; {hint}")
+
+
+def _unknown_key(key: str) -> str:
+    if "label" in key:
+        return (
+            f"{key}: labels come from configured headers or API keys, never from the body; "
+            "leave it out"
+        )
+    return f"{key}: a request can set only {ENFORCE!r}; leave {key!r} out"

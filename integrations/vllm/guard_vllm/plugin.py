@@ -1,0 +1,99 @@
+"""The entry point `vllm.general_plugins`: called in every process of vLLM, before anything is built.
+
+Off means off: without a policies setting nothing below happens but four checks at start. With one,
+the guard hangs on instances (an engine core, a worker, a model runner, its routers), and vLLM's
+classes stay as they are, but for the front end's few.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from guard_vllm.compat import seam
+from guard_vllm.settings import CONFIG_KEY, Settings
+
+_REGISTERED = "_moe_guard_registered"
+
+
+def register() -> None:
+    """Hook the places where vLLM builds a config, an engine core, a worker and a front end.
+
+    Raises UnsupportedHostError where this vLLM is not one that the guard knows; that stops the
+    process, as it should: an unguarded server must not come up in silence.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    if getattr(EngineCore, _REGISTERED, False):
+        return
+    _around(EngineArgs, "create_engine_config", _create_engine_config)
+    _around(WorkerBase, "__init__", _init_worker)
+    _around(EngineCore, "__init__", _init_engine_core)
+    _around(LLMEngine, "__init__", _init_llm_engine)
+    _around(AsyncLLM, "__init__", _init_async_llm)
+    setattr(EngineCore, _REGISTERED, True)
+
+
+def _around(owner: type, name: str, around: Callable[..., Any]) -> None:
+    stock = seam(owner, name)
+
+    @functools.wraps(stock)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(stock, self, *args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+def _create_engine_config(stock: Any, engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    config = stock(engine_args, *args, **kwargs)
+    settings = Settings.of(config.additional_config)
+    if settings is not None:
+        from guard_vllm.start import resolve
+
+        resolved = resolve(config, settings)
+        # In the config so that every process and vLLM's compile key see the same.
+        config.additional_config = {**config.additional_config, CONFIG_KEY: resolved.as_section()}
+    return config
+
+
+def _init_worker(stock: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
+    stock(worker, *args, **kwargs)
+    settings = Settings.of(worker.vllm_config.additional_config)
+    if settings is not None:
+        from guard_vllm.worker import WorkerGuard
+
+        WorkerGuard(worker, settings)
+
+
+def _init_engine_core(stock: Any, core: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    stock(core, vllm_config, *args, **kwargs)
+    settings = Settings.of(vllm_config.additional_config)
+    if settings is not None:
+        from guard_vllm.engine_core import EngineCoreGuard
+
+        EngineCoreGuard(core, settings)
+
+
+def _init_llm_engine(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    _init_front_end(stock, engine, vllm_config, *args, **kwargs)
+
+
+def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    _init_front_end(stock, engine, vllm_config, *args, **kwargs)
+
+
+def _init_front_end(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    settings = Settings.of(vllm_config.additional_config)
+    if settings is None:
+        stock(engine, vllm_config, *args, **kwargs)
+        return
+    from guard_vllm.start import open_front_end
+
+    greet = open_front_end(vllm_config, settings)
+    stock(engine, vllm_config, *args, **kwargs)
+    greet(engine)

@@ -1,0 +1,95 @@
+"""The plugin's settings: read once, before the engine starts, and the same in every process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from guard.errors import GuardError
+
+CONFIG_KEY = "moe_guard"
+POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
+FORMAT = 1
+"""Part of vLLM's compile key by way of `additional_config`: raise it whenever the traced code changes."""
+
+
+class SettingsError(GuardError):
+    """The `moe_guard` section of --additional-config is not what it should be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What `--additional-config '{"moe_guard": {…}}'` may say. Off where there is no `policies`.
+
+    policies: file or folder, readable at the same path by every worker
+    observe_only: provision no masking, so that models whose routers cannot be masked are served too
+    strict: refuse to start where the guard is not live; else serve, and report the guard as blind
+    redact_reasons: tell clients "moe_guard" instead of which policy and rule stopped a request
+    decision_log: file that gets one JSON line a decision
+    mask_words, format: filled in by the plugin; they decide the shape of the compiled graph
+    """
+
+    policies: str
+    observe_only: bool = False
+    strict: bool = True
+    redact_reasons: bool = False
+    decision_log: str | None = None
+    mask_words: int = 0
+    format: int = FORMAT
+
+    @staticmethod
+    def of(additional_config: object) -> Settings | None:
+        """The settings of an engine, or None where the guard is off.
+
+        Raises SettingsError for an unknown key or a value of the wrong type.
+        """
+        section = (
+            additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
+        )
+        if section is None:
+            section = {}
+        if not isinstance(section, Mapping):
+            raise SettingsError(
+                f"additional_config.{CONFIG_KEY} must be a mapping, not {section!r}"
+            )
+        known = {field.name: field for field in fields(Settings)}
+        for key in section:
+            if key not in known:
+                near = get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                raise SettingsError(f"additional_config.{CONFIG_KEY} has no setting {key!r}{hint}")
+        values: dict[str, Any] = dict(section)
+        values.setdefault("policies", os.environ.get(POLICIES_VARIABLE) or None)
+        if values["policies"] is None:
+            return None
+        settings = Settings(**values)
+        settings._check_types()
+        return settings
+
+    def _check_types(self) -> None:
+        expected: dict[str, type | tuple[type, ...]] = {
+            "policies": str,
+            "observe_only": bool,
+            "strict": bool,
+            "redact_reasons": bool,
+            "decision_log": (str, type(None)),
+            "mask_words": int,
+            "format": int,
+        }
+        for name, kind in expected.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise SettingsError(
+                    f"additional_config.{CONFIG_KEY}.{name} is {value!r}, which is not of the "
+                    f"type {kind}"
+                )
+
+    def resolved(self, mask_words: int) -> Settings:
+        """With what every process must agree on."""
+        return replace(self, mask_words=0 if self.observe_only else mask_words)
+
+    def as_section(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,99 @@
+"""What both model runners share: requests in and out, dummy runs, and the report with the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from guard.device.readback import Readback
+from guard.program.step_report import StepReport
+from guard.runtime import Guard
+from guard_vllm.compat import seam
+
+REPORT_ATTRIBUTE = "moe_guard_report"
+ENFORCE_ARGUMENT = "moe_guard_enforce"
+
+
+class StepHooks:
+    """Hooks on one model runner. Until `armed`, every forward is a dummy one and counts nothing."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        self.armed = False
+        self.pending: Readback | StepReport | None = None
+
+    def install(self, runner: Any) -> None:
+        """Wrap the parts that the runners have in common."""
+        execute_model = seam(runner, "execute_model")
+        sample_tokens = seam(runner, "sample_tokens")
+        dummy_run = seam(runner, "_dummy_run")
+
+        def guarded_execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.armed or kwargs.get("dummy_run"):
+                return execute_model(scheduler_output, *args, **kwargs)
+            self.admit(scheduler_output)
+            self.guard.idle()  # until this step's rows are known
+            return execute_model(scheduler_output, *args, **kwargs)
+
+        def guarded_sample_tokens(*args: Any, **kwargs: Any) -> Any:
+            self.pending = None
+            output = sample_tokens(*args, **kwargs)
+            return with_report(output, self.pending)
+
+        def guarded_dummy_run(*args: Any, **kwargs: Any) -> Any:
+            if self.armed:
+                self.guard.idle()
+            return dummy_run(*args, **kwargs)
+
+        runner.execute_model = guarded_execute_model
+        runner.sample_tokens = guarded_sample_tokens
+        runner._dummy_run = guarded_dummy_run
+
+    def admit(self, scheduler_output: Any) -> None:
+        self.guard.finish_requests(scheduler_output.finished_req_ids)
+        for request in scheduler_output.scheduled_new_reqs:
+            params = request.sampling_params
+            extra_args = (params.extra_args if params is not None else None) or {}
+            self.guard.add_request(
+                request.req_id,
+                len(request.prompt_token_ids or ()),
+                tightened=extra_args.get(ENFORCE_ARGUMENT, ()),
+            )
+
+
+def with_report(output: Any, pending: Readback | StepReport | None) -> Any:
+    """The runner's output, which carries what the guard decided in the same step."""
+    if pending is None or output is None:
+        return output
+    if isinstance(output, AsyncModelRunnerOutput):
+        return _ReportingOutput(output, pending)
+    assert isinstance(output, ModelRunnerOutput)
+    report = pending.result() if isinstance(pending, Readback) else pending
+    setattr(output, REPORT_ATTRIBUTE, report)
+    return output
+
+
+class _ReportingOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
+    """An output that is still on its way; the guard's report is waited for together with it."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, pending: Readback | StepReport) -> None:
+        self._output = output
+        self._pending = pending
+
+    def get_output(self) -> ModelRunnerOutput:
+        return with_report(self._output.get_output(), self._pending)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)
+
+
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace a method of one instance by `around(stock, *args, **kwargs)`."""
+    stock = seam(owner, name)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(stock, *args, **kwargs)
+
+    setattr(owner, name, wrapper)

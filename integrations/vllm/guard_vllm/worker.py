@@ -1,0 +1,120 @@
+"""The guard in a worker: attached when the model is loaded, armed when it has proved itself."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from guard.device.layout import Capacity
+from guard.policy.load import load_policies
+from guard.program.compile import compile_policies
+from guard.program.program import NamedSet, ProgramRule
+from guard.runtime import Guard
+from guard_vllm.proof import Proof, prove, require
+from guard_vllm.routers import attach, routed_layers, topology_of
+from guard_vllm.runners import hook_runner
+from guard_vllm.settings import Settings
+from guard_vllm.steps import StepHooks, wrap
+
+logger = logging.getLogger(__name__)
+
+STATUS_METHOD = "moe_guard_status"
+SLOTS_PER_SEQUENCE = 2
+"""Running requests and preempted ones: the scheduler resumes these before it admits others."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """What a worker tells the engine core at start. All workers must tell the same."""
+
+    revision: str
+    policies: tuple[str, ...]
+    rules: tuple[ProgramRule, ...]
+    sets: tuple[NamedSet, ...]
+    mask_rules: tuple[int, ...]
+    static_mask_rules: tuple[int, ...]
+    masked_experts: tuple[int, ...]
+    masking: bool
+    proof: Proof
+
+
+class WorkerGuard:
+    """Hangs on one worker instance; vLLM's classes stay as they are."""
+
+    def __init__(self, worker: Any, settings: Settings) -> None:
+        self._worker = worker
+        self._settings = settings
+        self._hooks: StepHooks | None = None
+        self._proof: Proof | None = None
+        wrap(worker, "load_model", self._load_model)
+        wrap(worker, "compile_or_warm_up_model", self._compile_or_warm_up_model)
+        setattr(worker, STATUS_METHOD, self.status)
+
+    def _load_model(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = stock(*args, **kwargs)
+        # Behind vLLM's memory pool for weights, which sleep mode discards, and before it measures
+        # how much memory is left for the KV cache.
+        runner = self._worker.model_runner
+        layers = routed_layers(runner.get_model())
+        architecture = self._worker.model_config.hf_config.architectures[0]
+        topology = topology_of(architecture, layers)
+        program = compile_policies(load_policies(self._settings.policies), topology)
+        guard = Guard(
+            program,
+            self._capacity(),
+            self._worker.device,
+            masking=not self._settings.observe_only,
+        )
+        attach(guard, layers)
+        is_v2 = bool(self._worker.use_v2_model_runner)
+        self._hooks = hook_runner(runner, guard, is_v2=is_v2)
+        return loaded
+
+    def _capacity(self) -> Capacity:
+        config = self._worker.vllm_config
+        scheduler, compilation = config.scheduler_config, config.compilation_config
+        captured = max(compilation.cudagraph_capture_sizes or [0])
+        tensor_parallel = config.parallel_config.tensor_parallel_size
+        rows = max(scheduler.max_num_batched_tokens, captured, scheduler.max_num_seqs)
+        return Capacity(
+            max_rows=rows + tensor_parallel,  # sequence parallelism pads to a multiple of it
+            max_slots=SLOTS_PER_SEQUENCE * scheduler.max_num_seqs,
+            mask_words=max(1, self._settings.mask_words),
+        )
+
+    def _compile_or_warm_up_model(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(*args, **kwargs)
+        assert self._hooks is not None, "the model is loaded before it is warmed up"
+        runner = self._worker.model_runner
+        self._proof = prove(self._hooks.guard, lambda rows: runner._dummy_run(rows))
+        if self._settings.strict:
+            require(self._proof)
+        self._hooks.armed = True
+        logger.info(
+            "MoE Guard is %s: %d MoE layers, %d rules, revision %s",
+            "live" if self._proof.holds else "blind",
+            self._proof.num_layers,
+            len(self._hooks.guard.program.rules),
+            self._hooks.guard.program.revision,
+        )
+        return result
+
+    def status(self) -> WorkerStatus:
+        assert self._hooks is not None and self._proof is not None, "asked before the proof"
+        guard = self._hooks.guard
+        masks = guard.program.masks
+        return WorkerStatus(
+            revision=guard.program.revision,
+            policies=guard.program.policies,
+            rules=guard.program.rules,
+            sets=guard.program.sets,
+            mask_rules=tuple(int(rule) for rule in masks.rule),
+            static_mask_rules=tuple(int(rule) for rule in masks.rule[masks.static]),
+            masked_experts=tuple(
+                int(((masks.expert_bits[..., a // 64] >> (a % 64)) & 1).sum())
+                for a in range(masks.num_actions)
+            ),
+            masking=guard.mask is not None,
+            proof=self._proof,
+        )
