@@ -31,13 +31,12 @@ class ConditionEvaluator:
         self._tokens = put(table.tokens)
         self._has_mass = bool((table.mass_denominator >= 0).any())
         self._mass = put(table.mass_denominator)
-        self._scale = put(scale_M[table.numerator])
-        self._mass_scale = put(scale_M[table.mass_denominator.clip(min=0)])
-        self._per_token = put(table.per_token)
-        self._constant = put(table.constant)
+        scale_C = scale_M[table.numerator]
+        self._per_token = put(table.per_token * scale_C)
+        self._constant = put(table.constant * scale_C)
         self._bias = put(table.bias)
         self._min_tokens = put(table.min_tokens.clip(min=1))
-        self._limit = put(table.threshold * table.sign)
+        self._limit = put(table.limit * table.sign)
         self._sign = put(table.sign)
         self._strict = put(table.strict)
         self._always = put(table.always)
@@ -46,15 +45,14 @@ class ConditionEvaluator:
         tokens_TC = reading_TM[:, self._tokens]
         denominator_TC = tokens_TC * self._per_token + self._constant
         if self._has_mass:
-            mass_TC = reading_TM[:, self._mass.clamp(min=0)] / self._mass_scale
+            mass_TC = reading_TM[:, self._mass.clamp(min=0)].to(torch.float64)
             denominator_TC = mass_TC.where(self._mass >= 0, denominator_TC)
         known_TC = (tokens_TC >= self._min_tokens) & (denominator_TC > 0)
-        numerator_TC = reading_TM[:, self._numerator] / self._scale
-        value_TC = numerator_TC / denominator_TC.where(known_TC, 1.0) + self._bias
-        signed_TC = value_TC * self._sign
+        quotient_TC = reading_TM[:, self._numerator] / denominator_TC.where(known_TC, 1.0)
+        signed_TC = quotient_TC * self._sign
         holds_TC = (signed_TC > self._limit) | ((signed_TC == self._limit) & ~self._strict)
         truth_TC = (holds_TC.to(torch.int8) * TRUE).where(known_TC, UNKNOWN)
-        value_TC = value_TC.where(known_TC, float("nan"))
+        value_TC = (quotient_TC + self._bias).where(known_TC, float("nan"))
         return ConditionValues(
             torch.where(self._always, 1.0, value_TC),
             truth_TC.where(~self._always, TRUE),

@@ -110,7 +110,7 @@ class _Composer:
             raise _UnreadableError(place, message) from error
         while True:
             try:
-                event: Event = loader.get_event()  # type: ignore[no-untyped-call]
+                event: Event = loader.get_event()
             except yaml.MarkedYAMLError as error:
                 mark = error.problem_mark or error.context_mark
                 why = ", ".join(part for part in (error.context, error.problem) if part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from fractions import Fraction
 
 import numpy as np
 
@@ -142,7 +143,10 @@ class _Conditions:
             constant=np.array(constants, dtype=np.float64),
             bias=np.array([c.bias for c in conditions], dtype=np.float64),
             min_tokens=np.array([c.min_tokens for c in conditions], dtype=np.int64),
-            threshold=np.array([c.threshold for c in conditions], dtype=np.float64),
+            limit=np.array(
+                [float(Fraction(str(c.threshold)) - Fraction(str(c.bias))) for c in conditions],
+                dtype=np.float64,
+            ),
             sign=np.array(
                 [1.0 if c.comparison.upward else -1.0 for c in conditions], dtype=np.float64
             ),

@@ -79,8 +79,12 @@ class ReadingTable:
 class ConditionTable:
     """value = numerator / denominator + bias, unknown below `min_tokens` or where that is 0/0.
 
+    Both are whole numbers below 2^53, so the quotient is rounded once; it is compared with `limit`,
+    which is threshold - bias in decimals: a value that meets its threshold on paper meets it here.
+
     numerator, tokens: [C] readings; tokens is |W| of the same window
-    mass_denominator: [C] reading, or -1: then the denominator is `per_token`·|W| + `constant`
+    mass_denominator: [C] reading, or -1: then the denominator is `per_token`·|W| + `constant`, times
+        the numerator's scale
     sign: [C] +1 where the condition is true upwards (above, atLeast), else -1
     strict: [C] above, below
     always: [C] true whatever the readings
@@ -93,14 +97,14 @@ class ConditionTable:
     constant: Floats
     bias: Floats
     min_tokens: Ints
-    threshold: Floats
+    limit: Floats
     sign: Floats
     strict: Bools
     always: Bools
 
     @property
     def num_conditions(self) -> int:
-        return len(self.threshold)
+        return len(self.limit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,13 +136,8 @@ class _RuleState:
         evidence = []
         for condition in self.rule.conditions():
             value = _value(condition, self.rule.phase, position, topology, routing)
-            always = condition.kind is ConditionKind.ALWAYS
             evidence.append(
-                Evidence(
-                    condition.label,
-                    math.nan if value is None else value,
-                    0.0 if always else condition.threshold,
-                )
+                Evidence(condition.label, math.nan if value is None else value, condition.threshold)
             )
         return Firing(position, self.policy.name, self.rule.name, tuple(evidence))
 

@@ -34,7 +34,8 @@ def external_request_id(internal_id: str) -> str:
 
 
 class EngineCoreGuard:
-    """Hangs on one engine core and its scheduler; made when all workers are up.
+    """Hangs on one engine core and its scheduler; made when all workers are up and have proved
+    themselves, which is before the scheduler exists.
 
     Raises NotLiveError where the workers do not agree on the program.
     """
@@ -55,14 +56,20 @@ class EngineCoreGuard:
             redacted=settings.redact_reasons,
             external_id=external_request_id,
         )
-        scheduler = core.scheduler
-        wrap(scheduler, "update_from_output", self._update_from_output)
-        wrap(scheduler, "_update_request_with_output", self._update_request_with_output)
-        wrap(scheduler, "_free_request", self._free_request)
+        wrap(core, "add_request", self._first_request)
         wrap(core, "post_step", self._post_step)
         if status.masking:
             kv_isolation.install(status)
         self._broadcast(_hello(self._engine, status, rules))
+
+    def _first_request(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        """Before anything is scheduled, and once: now there is a scheduler."""
+        del self._core.add_request
+        scheduler = self._core.scheduler
+        wrap(scheduler, "update_from_output", self._update_from_output)
+        wrap(scheduler, "_update_request_with_output", self._update_request_with_output)
+        wrap(scheduler, "_free_request", self._free_request)
+        return stock(*args, **kwargs)
 
     def _update_from_output(self, stock: Any, scheduler_output: Any, output: Any) -> Any:
         report = getattr(output, REPORT_ATTRIBUTE, None)

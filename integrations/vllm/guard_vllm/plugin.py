@@ -33,7 +33,8 @@ def register() -> None:
         return
     _around(EngineArgs, "create_engine_config", _create_engine_config)
     _around(WorkerBase, "__init__", _init_worker)
-    _around(EngineCore, "__init__", _init_engine_core)
+    # Not __init__: vLLM loads plugins in it, so in a spawned engine core it is already running.
+    _around(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
     _around(LLMEngine, "__init__", _init_llm_engine)
     _around(AsyncLLM, "__init__", _init_async_llm)
     setattr(EngineCore, _REGISTERED, True)
@@ -70,13 +71,14 @@ def _init_worker(stock: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
         WorkerGuard(worker, settings)
 
 
-def _init_engine_core(stock: Any, core: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    stock(core, vllm_config, *args, **kwargs)
-    settings = Settings.of(vllm_config.additional_config)
+def _initialize_kv_caches(stock: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
+    kv_cache_config = stock(core, *args, **kwargs)
+    settings = Settings.of(core.vllm_config.additional_config)
     if settings is not None:
         from guard_vllm.engine_core import EngineCoreGuard
 
         EngineCoreGuard(core, settings)
+    return kv_cache_config
 
 
 def _init_llm_engine(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,8 +1,9 @@
 """The start-up proof: every MoE layer reports, and a masked expert is really not used.
 
 Dummy rows run through the very code that will serve: compiled where the server compiles, captured
-where it captures. Every second row is masked; its neighbours show that the masked experts would
-have been chosen.
+where it captures. Rows take turns: one is left with just k experts of each layer, the next with k
+others, the third is free. What the dummy rows hold does not matter: a mask that is not obeyed, or
+that reaches another row, shows.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from guard.device.mask import ExpertMask
 from guard.device.tap import RoutingTap
 from guard.errors import NotLiveError
 from guard.program.program import MaskRelease, MaskTable
-from guard.program.topology import Topology
+from guard.program.topology import MoELayer, Topology
 from guard.runtime import Guard
 
-PROBE_ROWS = 16
+PROBE_ROWS = 18
+TURNS = 3
+"""Two groups of rows under different masks, and a free one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +49,16 @@ def prove(guard: Guard, run_rows: Callable[[int], None]) -> Proof:
     guard.tap.clear()
     guard.idle()
     run_rows(PROBE_ROWS)
-    free_ids_TLK = _ids(guard.tap)
+    ids_TLK = _ids(guard.tap)
     blind = tuple(
         layer.number
         for index, layer in enumerate(topology.layers)
-        if not _reports(free_ids_TLK[:, index, : layer.top_k], layer.num_experts)
+        if not _reports(ids_TLK[:, index, : layer.top_k], layer.num_experts)
     )
     if blind or guard.mask is None:
         guard.tap.clear()
         return Proof(len(topology.layers), blind, 0, ())
-    faults = _prove_masks(guard, run_rows, free_ids_TLK)
+    faults = _prove_masks(guard, guard.mask, run_rows)
     guard.tap.clear()
     return Proof(len(topology.layers), (), len(topology.layers), tuple(faults))
 
@@ -82,52 +86,57 @@ def _reports(ids_TK: np.ndarray, num_experts: int) -> bool:
     return bool(((ids_TK >= 0) & (ids_TK < num_experts)).all())
 
 
-def _prove_masks(
-    guard: Guard, run_rows: Callable[[int], None], free_ids_TLK: np.ndarray
-) -> list[str]:
-    """Mask, in every second row, the experts that the rows chose most."""
+def _prove_masks(guard: Guard, mask: ExpertMask, run_rows: Callable[[int], None]) -> list[str]:
     topology = guard.program.topology
-    targets = [
-        _most_chosen(free_ids_TLK[:, index], layer.num_experts, layer.num_experts - layer.top_k)
-        for index, layer in enumerate(topology.layers)
-    ]
-    assert guard.mask is not None
-    guard.mask.install(_probe_masks(topology, targets))
+    guard.tap.clear()
+    mask.install(_probe_masks(topology))
     try:
-        masked_T1 = (torch.arange(PROBE_ROWS, device=guard.device) % 2 == 0)[:, None]
-        guard.mask.set_rows(masked_T1)
+        turn_T1 = torch.arange(PROBE_ROWS, device=guard.device)[:, None] % TURNS
+        mask.set_rows(turn_T1 == torch.arange(TURNS - 1, device=guard.device))
         run_rows(PROBE_ROWS)
         ids_TLK = _ids(guard.tap)
     finally:
-        guard.mask.clear_rows()
-        guard.mask.install(guard.program.masks)
+        mask.clear_rows()
+        mask.install(guard.program.masks)
     faults = []
     for index, layer in enumerate(topology.layers):
-        if not targets[index]:
-            continue  # as many experts chosen as there are: nothing can be masked here
-        used = np.isin(ids_TLK[::2, index, : layer.top_k], targets[index])
-        unmasked = np.isin(ids_TLK[1::2, index, : layer.top_k], targets[index])
-        if used.any():
-            faults.append(f"layer {layer.number} still uses masked experts")
-        elif not unmasked.any():
-            faults.append(f"layer {layer.number} leaves experts unused in rows that are not masked")
+        ids_TK = ids_TLK[:, index, : layer.top_k]
+        for turn in range(TURNS - 1):
+            live = _live_experts(index, layer, turn)
+            if not all(sorted(row) == live for row in ids_TK[turn::TURNS].tolist()):
+                faults.append(f"layer {layer.number} uses masked experts")
+                break
+        if layer.num_experts > layer.top_k and _all_obey_one_turn(ids_TK, index, layer):
+            faults.append(f"layer {layer.number} masks rows that no mask is for")
     return faults
 
 
-def _most_chosen(ids_TK: np.ndarray, num_experts: int, at_most: int) -> list[int]:
-    counts = np.bincount(ids_TK[ids_TK >= 0], minlength=num_experts)
-    order = np.argsort(-counts, kind="stable")[: min(at_most, 2)]
-    return [int(expert) for expert in order if counts[expert]]
+def _live_experts(index: int, layer: MoELayer, turn: int) -> list[int]:
+    """The k experts that a turn's rows are left with: others in each layer, others in each turn."""
+    first = index + turn * layer.top_k
+    return sorted((first + i) % layer.num_experts for i in range(layer.top_k))
 
 
-def _probe_masks(topology: Topology, targets: list[list[int]]) -> MaskTable:
+def _all_obey_one_turn(ids_TK: np.ndarray, index: int, layer: MoELayer) -> bool:
+    """Every row, the free ones too, was left with the same experts."""
+    rows = {tuple(sorted(row)) for row in ids_TK.tolist()}
+    return len(rows) == 1 and _live_experts(index, layer, 0) != _live_experts(index, layer, 1)
+
+
+def _probe_masks(topology: Topology) -> MaskTable:
+    """One action a turn, which masks all but the turn's live experts."""
     bits = np.zeros((len(topology.layers), topology.max_experts, 1), dtype=np.int64)
-    for index, experts in enumerate(targets):
-        bits[index, experts] = 1
+    for index, layer in enumerate(topology.layers):
+        for turn in range(TURNS - 1):
+            masked = np.setdiff1d(
+                np.arange(layer.num_experts), _live_experts(index, layer, turn)
+            )
+            bits[index, masked] |= 1 << turn
+    actions = TURNS - 1
     return MaskTable(
-        rule=np.zeros(1, dtype=np.int64),
-        release=np.array([MaskRelease.REQUEST_END], dtype=np.int64),
-        tokens=np.zeros(1, dtype=np.int64),
-        static=np.ones(1, dtype=np.bool_),
+        rule=np.zeros(actions, dtype=np.int64),
+        release=np.full(actions, MaskRelease.REQUEST_END, dtype=np.int64),
+        tokens=np.zeros(actions, dtype=np.int64),
+        static=np.ones(actions, dtype=np.bool_),
         expert_bits=bits,
     )

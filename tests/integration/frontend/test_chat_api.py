@@ -111,7 +111,8 @@ def test_streamed_call_never_ends_as_tool_calls(client: openai.OpenAI, passed: i
 def test_forced_call_is_not_returned_once_blocked(
     client: openai.OpenAI, choice: Any, stream: bool
 ) -> None:
-    answer = chat(client, block(40), tools=CHAT_TOOLS, tool_choice=choice, stream=stream)
+    fields = {"tools": CHAT_TOOLS, "tool_choice": choice, "temperature": 0}
+    answer = chat(client, block(40), stream=stream, **fields)
     if stream:
         last = list(answer)[-1].choices[0]
         assert (last.finish_reason, last.delta.tool_calls) == ("content_filter", None)

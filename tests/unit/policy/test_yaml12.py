@@ -96,7 +96,7 @@ def test_alias_is_its_anchors_node_and_anchors_end_with_their_document() -> None
         ("a: &x {<<: {}}\n", 1, 8, "no merge key"),
         ("a: &x [*x]\n", 1, 8, "stands inside its own anchor"),
         ("? [1]\n: 2\n", 1, 3, "a key must be a word"),
-        ("{: 2}", 1, 2, "a key is missing"),
+        ("~: 2", 1, 1, "a key is missing"),
         ("a: \x07\n", 1, 4, "'\\x07' is not allowed"),
         ('a: "\\UFFFFFFFF"\n', 1, 7, "out of range"),
         ('a: "\\ud800"\n', 1, 4, "half of a surrogate pair"),

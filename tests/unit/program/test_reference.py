@@ -231,6 +231,10 @@ def test_unseen_tokens_do_not_count_towards_min_tokens() -> None:
     assert math.isnan(value_at(3, condition(over=4, min_tokens=3), routed))
 
 
+def test_a_window_without_tokens_is_unknown_whatever_its_floor() -> None:
+    assert math.isnan(value_at(0, condition(over=OUTPUT, min_tokens=0), routing("F|")))
+
+
 # Values
 
 # Two tokens on two layers of 4 and 3 experts that choose 2 and 1.
@@ -330,6 +334,11 @@ def test_above_and_below_are_strict(comparison: str, at_0: bool, at_1: bool, at_
         floor = len(text)
         measured = condition(over=REQUEST, comparison=comparison, min_tokens=floor)
         assert bool(positions(run(f"{text}|", rule(measured)))) is holds
+
+
+def test_a_bias_adds_as_the_decimal_that_was_written() -> None:
+    nothing_left = condition("score", REQUEST, of=weighted({0: 0.2}), bias=-0.1)
+    assert value_at(1, nothing_left, routing("F.|")) == 0
 
 
 def test_an_expert_that_the_model_lacks_is_a_bug() -> None:

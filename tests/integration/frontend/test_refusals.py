@@ -1,0 +1,57 @@
+"""Beam search is a 400 while a rule can act; gRPC and the Rust front end do not start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from guard_vllm.frontend.refusals import refuse_unguarded_frontends
+
+from guard.errors import UnsupportedHostError
+
+SERVE = ["vllm", "serve", "MODEL"]
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_the_http_server_starts(value: str | None) -> None:
+    env = {} if value is None else {"VLLM_USE_RUST_FRONTEND": value}
+    refuse_unguarded_frontends(SERVE, env, modules=("vllm", "vllm.entrypoints.openai.api_server"))
+
+
+def test_the_rust_front_end_is_refused() -> None:
+    with pytest.raises(UnsupportedHostError, match="unset VLLM_USE_RUST_FRONTEND"):
+        refuse_unguarded_frontends(SERVE, {"VLLM_USE_RUST_FRONTEND": "1"}, modules=())
+
+
+@pytest.mark.parametrize(
+    ("argv", "modules"),
+    [
+        ([*SERVE, "--grpc"], ()),
+        (SERVE, ("vllm.entrypoints.launchers.grpc_server",)),
+        (["grpc_server.py"], ("vllm.entrypoints.grpc_server",)),
+    ],
+    ids=["argument", "config file", "run as a module"],
+)
+def test_grpc_is_refused(argv: list[str], modules: tuple[str, ...]) -> None:
+    with pytest.raises(UnsupportedHostError, match="serve over HTTP"):
+        refuse_unguarded_frontends(argv, {}, modules=modules)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "hi"}], "stream": True},
+        ),
+    ],
+    ids=["completion", "chat", "streamed chat"],
+)
+def test_beam_search_is_a_400(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    answer = http.post(path, json={"model": "tiny", "use_beam_search": True, "n": 2, **body})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("beam search is not served")
