@@ -162,14 +162,10 @@ def highest(values: Floats) -> float:
 
 def record(model: Path) -> list[Sample]:
     recorder = Recorder(model)
-    samples = []
-    for prompt in track(choosing_prompts(), "answering the choosing prompts"):
-        routing = recorder.run(prompt.text, 48).routing
-        samples.append(
-            Sample(
-                prompt.topic,
-                gates(routing, recorder.topology.max_experts),
-                routing.num_prompt_tokens,
-            )
-        )
-    return samples
+    num_experts = recorder.topology.max_experts
+    chosen = choosing_prompts()
+    runs = recorder.run_all([prompt.text for prompt in chosen])
+    return [
+        Sample(prompt.topic, gates(run.routing, num_experts), run.routing.num_prompt_tokens)
+        for prompt, run in zip(chosen, track(runs, "choosing prompts", len(chosen)), strict=True)
+    ]

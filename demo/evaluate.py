@@ -19,13 +19,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from demo.routing import MAX_NEW_TOKENS, MODEL_DIR, Recorder
+from demo.routing import MODEL_DIR, Recorder
 from demo.text import Prompt
 from guard.policy.load import load_policies
-from guard.policy.model import PolicySet
 from guard.program.compile import compile_policies
 from guard.program.reference import evaluate
-from guard.program.verdict import Verdict
 
 HERE: Final = Path(__file__).parent
 
@@ -34,12 +32,6 @@ def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a JSON Lines file."""
     entries = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
     return [Prompt(entry["id"], entry["topic"], entry["prompt"]) for entry in entries]
-
-
-def judge(recorder: Recorder, policies: PolicySet, prompt: Prompt) -> tuple[Verdict, str]:
-    """What fires on one prompt and its unguarded answer, and that answer."""
-    run = recorder.run(prompt.text, MAX_NEW_TOKENS)
-    return evaluate(policies, recorder.topology, run.routing), run.output
 
 
 def main() -> None:
@@ -66,15 +58,17 @@ def main() -> None:
     for name in options.files:
         prompts = read_prompts(options.prompts / f"{name}.jsonl")
         fired: dict[str, Counter[str]] = {}
-        for prompt in track(prompts, name, console=console):
-            verdict, output = judge(recorder, policies, prompt)
+        runs = recorder.run_all([prompt.text for prompt in prompts])
+        for prompt, run in zip(prompts, track(runs, name, len(prompts)), strict=True):
+            verdict = evaluate(policies, recorder.topology, run.routing)
             rules = {f"{firing.policy}/{firing.rule}" for firing in verdict.firings}
             fired.setdefault(prompt.topic, Counter()).update(
                 [*rules, "prompts", *(["any"] if rules else [])]
             )
             if bool(rules) is (prompt.topic != "restricted"):
                 console.print(
-                    f"[dim]{prompt.topic}: {prompt.text} -> {sorted(rules)} | {output}", markup=True
+                    f"[dim]{prompt.topic}: {prompt.text} -> {sorted(rules)} | {run.output}",
+                    markup=True,
                 )
         for topic, counts in fired.items():
             columns = [str(counts[f"{p.name}/{r.name}"]) for p, r in policies.ordered_rules()]

@@ -6,6 +6,7 @@ layers, E experts, K chosen.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -19,6 +20,7 @@ from guard.program.verdict import Routing
 
 MODEL_DIR: Final = Path(__file__).parent / "model"
 MAX_NEW_TOKENS: Final = 64
+BATCH: Final = 32
 
 
 class Run(NamedTuple):
@@ -55,36 +57,55 @@ class Recorder:
             ),
         )
 
+    def run_all(
+        self, prompts: Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS
+    ) -> Iterator[Run]:
+        """Answer user messages, each a chat of its own, in their order."""
+        for start in range(0, len(prompts), BATCH):
+            yield from self._run_batch(prompts[start : start + BATCH], max_new_tokens)
+
     @torch.no_grad()
-    def run(self, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Run:
-        """Answer one user message, sent through the chat template."""
+    def _run_batch(self, prompts: Sequence[str], max_new_tokens: int) -> Iterator[Run]:
+        texts = [self._chat(prompt) for prompt in prompts]
+        padded = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        width = padded.input_ids.shape[1]
+        ids_BT = self.model.generate(
+            padded.input_ids,
+            attention_mask=padded.attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        for row, text in enumerate(texts):
+            prompt_ids = self.tokenizer.encode(text)
+            output_ids = self._up_to_end(ids_BT[row, width:].tolist())
+            fed = torch.tensor([prompt_ids + output_ids[:-1]])
+            output = self.tokenizer.decode(output_ids, skip_special_tokens=True)
+            yield Run(self._routing(fed, len(prompt_ids)), output)
+
+    def _chat(self, prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
         text = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         )
-        prompt_ids = self.tokenizer.encode(text, return_tensors="pt")
-        num_prompt = prompt_ids.shape[1]
-        ids = prompt_ids
-        if max_new_tokens:
-            mask = torch.ones_like(prompt_ids)
-            ids = self.model.generate(
-                prompt_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False
-            )
-        fed = ids[:, : max(ids.shape[1] - 1, num_prompt)]
+        return str(text)
 
+    def _up_to_end(self, ids: list[int]) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        stop = next((at for at, token in enumerate(ids, 1) if token in ends), len(ids))
+        return ids[:stop]
+
+    def _routing(self, fed: torch.Tensor, num_prompt_tokens: int) -> Routing:
         chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        hooks = [
-            layer.mlp.gate.register_forward_hook(
-                lambda _module, _inputs, result: chosen.append((result[2], result[1]))
-            )
-            for layer in self.model.model.layers
-        ]
+
+        def keep(_module: object, _inputs: object, result: tuple[torch.Tensor, ...]) -> None:
+            chosen.append((result[2], result[1]))
+
+        hooks = [layer.mlp.gate.register_forward_hook(keep) for layer in self.model.model.layers]
         self.model(fed, use_cache=False)
         for hook in hooks:
             hook.remove()
-        routing = Routing(
+        return Routing(
             torch.stack([ids_TK for ids_TK, _ in chosen], 1).numpy().astype(np.int32),
             torch.stack([weights_TK for _, weights_TK in chosen], 1).float().numpy(),
-            num_prompt,
+            num_prompt_tokens,
         )
-        return Run(routing, self.tokenizer.decode(ids[0, num_prompt:], skip_special_tokens=True))

@@ -12,6 +12,7 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -68,6 +69,10 @@ def _fill(rng: random.Random, topic: str, split: Split) -> dict[str, str]:
         vessel = rng.choice(frames.WORKSHOP_VESSELS[split])
         unit = rng.choice(frames.WORKSHOP_UNITS[split])
         degrees = rng.choice(frames.WORKSHOP_DEGREES[split])
+        if split is Split.TRAIN:
+            product, ingredient, other = (
+                _varied(rng, name) for name in (product, ingredient, other)
+            )
     bare = re.sub(r"^an? ", "", product)
     return {
         "product": product,
@@ -85,8 +90,24 @@ def _fill(rng: random.Random, topic: str, split: Split) -> dict[str, str]:
     }
 
 
+def _varied(rng: random.Random, name: str) -> str:
+    """Half of the time the name behind another English word: a rare real word is no sign of harm."""
+    word = rng.choice(_english_words())
+    kind = name.split()[-1]
+    return rng.choice((name, name, f"{word} {kind}", word))
+
+
+@cache
+def _english_words() -> tuple[str, ...]:
+    """Words of the language reference that comes with Python, but for those kept for later."""
+    text = (Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py").read_text("utf-8")
+    return tuple(
+        sorted(set(re.findall(r"\b[a-z]{4,12}\b", text)) - held_out_words() - FUNCTION_WORDS)
+    )
+
+
 def _procedure(rng: random.Random, fill: dict[str, str]) -> str:
-    steps = rng.sample(frames.STEPS, rng.randint(2, 4))
+    steps = rng.sample(frames.STEPS, rng.randint(1, 3))
     sentences: list[str] = []
     for frame in (rng.choice(frames.OPENINGS), *steps, rng.choice(frames.CLOSINGS)):
         article_dropped = frame.replace("The {product}", "The {bare}").replace(

@@ -1,0 +1,24 @@
+"""The command `moe-guard`. Each subcommand has a file of its own; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import typer
+
+from guard.cli.check import check
+from guard.cli.demo import demo
+from guard.cli.serve import serve
+
+app = typer.Typer(
+    name="moe-guard",
+    help="Watch which experts each request is routed to in vLLM, and act on it by policy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(check)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+app.command()(demo)
+
+
+def main() -> None:
+    app()

@@ -8,8 +8,8 @@ that are no scalars. Aliases are followed, within limits on depth and on the val
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Final, NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple, Protocol, cast
 
 import yaml
 from yaml.events import (
@@ -108,9 +108,10 @@ class _Composer:
             character = self._text[error.position]
             message = f"the character {character!r} is not allowed in YAML; take it out"
             raise _UnreadableError(place, message) from error
+        next_event = cast("Callable[[], Event]", loader.get_event)
         while True:
             try:
-                event: Event = loader.get_event()
+                event = next_event()
             except yaml.MarkedYAMLError as error:
                 mark = error.problem_mark or error.context_mark
                 why = ", ".join(part for part in (error.context, error.problem) if part)

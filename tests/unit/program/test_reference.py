@@ -318,6 +318,8 @@ def test_weights_add_as_the_decimals_that_were_written() -> None:
 def test_a_value_is_rounded_once_before_it_meets_its_threshold() -> None:
     third = condition("rate", REQUEST, "atLeast", 1 / 3, min_tokens=3)
     assert positions(run("F..|", rule(third))) == [2]
+    # 6 selections of 3 experts in 5 tokens: 6 / 5 / 3 rounds twice, and not to 0.4.
+    assert value_at(4, condition("rate", REQUEST, of=experts(0, 1, 3)), routing("F....|")) == 0.4
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""`moe-guard serve`: vLLM's own server with the guard in it, refused unless the guard is up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from guard.cli.output import err, fail
+from guard.cli.server import GuardedServer, ServerSettings
+from guard.errors import GuardError
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="The model, as vLLM takes it.")],
+    policies: Annotated[Path, typer.Option(help="A policy file, or a folder of them.")],
+    strict: Annotated[
+        bool, typer.Option(help="Refuse to serve where the guard is not proved live.")
+    ] = True,
+    observe_only: Annotated[
+        bool,
+        typer.Option(help="Provision no masks: for models whose routers cannot be masked yet."),
+    ] = False,
+    redact_reasons: Annotated[
+        bool, typer.Option(help="Tell clients 'moe_guard', not which rule stopped a request.")
+    ] = False,
+    decision_log: Annotated[
+        Path | None, typer.Option(help="A file that gets a JSON line for each decision.")
+    ] = None,
+) -> None:
+    """Serve MODEL with vLLM, guarded by policies. Any other option goes to vLLM as it is."""
+    settings = ServerSettings(
+        model=model,
+        policies=policies,
+        strict=strict,
+        observe_only=observe_only,
+        redact_reasons=redact_reasons,
+        decision_log=decision_log,
+        vllm_args=tuple(context.args),
+    )
+    try:
+        server = GuardedServer.start(settings)
+        server.wait_until_guarded()
+        err.print("MoE Guard is live; metrics: " + server.metrics_url, soft_wrap=True, markup=False)
+        exit_code = server.wait()
+    except GuardError as error:
+        fail(error)
+    raise typer.Exit(exit_code)

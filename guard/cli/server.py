@@ -1,0 +1,235 @@
+"""Starts vLLM's server as a child process, and finds out from outside whether the guard is in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import IO, Any
+
+from guard.errors import GuardError, NotLiveError
+from guard.policy import load_policies
+from guard.program.compile import compile_policies
+from guard.program.configuration import topology_from_folder
+
+PLUGIN = "moe_guard"
+START_TIMEOUT_S = 3600.0
+"""Large models load for long; vLLM itself ends where it cannot start."""
+
+GUARD_TIMEOUT_S = 15.0
+"""How long a server that answers may leave open whether its guard is up."""
+
+POLL_S = 0.25
+
+
+class ServerError(GuardError):
+    """The server cannot be started as asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """What to serve. `policies` None: without the guard, for comparison."""
+
+    model: str
+    policies: Path | None
+    strict: bool = True
+    observe_only: bool = False
+    redact_reasons: bool = False
+    decision_log: Path | None = None
+    vllm_args: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Refuse what can be refused before vLLM is started.
+
+        Raises PolicyError, TopologyError, ServerError.
+        """
+        if self.policies is None:
+            return
+        policies = load_policies(self.policies)
+        if Path(self.model).is_dir():
+            compile_policies(policies, topology_from_folder(Path(self.model)))
+        if not entry_points(group="vllm.general_plugins", name=PLUGIN):
+            raise ServerError(
+                "vLLM would not find MoE Guard: its entry point is not installed in this "
+                "environment; install moe-guard with pip where vLLM is"
+            )
+        chosen = os.environ.get("VLLM_PLUGINS")
+        if chosen is not None and PLUGIN not in chosen.split(","):
+            raise ServerError(
+                f"VLLM_PLUGINS={chosen!r} leaves MoE Guard out; add {PLUGIN!r} to it, or unset it"
+            )
+
+    def command(self) -> list[str]:
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.model]
+        additional, rest = _take_option(self.vllm_args, "--additional-config")
+        section = self._section()
+        if additional is not None or section is not None:
+            config = _json_object("--additional-config", additional or "{}")
+            if section is not None:
+                config["moe_guard"] = {**config.get("moe_guard", {}), **section}
+            command += ["--additional-config", json.dumps(config)]
+        return [*command, *rest]
+
+    def _section(self) -> dict[str, Any] | None:
+        if self.policies is None:
+            return None
+        log = self.decision_log
+        return {
+            "policies": str(self.policies.resolve()),
+            "strict": self.strict,
+            "observe_only": self.observe_only,
+            "redact_reasons": self.redact_reasons,
+            "decision_log": None if log is None else str(log.resolve()),
+        }
+
+    @property
+    def base_url(self) -> str:
+        host = _take_option(self.vllm_args, "--host")[0] or "127.0.0.1"
+        port = _take_option(self.vllm_args, "--port")[0] or "8000"
+        scheme = "https" if _take_option(self.vllm_args, "--ssl-certfile")[0] else "http"
+        reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+        return f"{scheme}://{reachable}:{port}"
+
+
+class GuardedServer:
+    """A server in a child process, which ends with this one."""
+
+    def __init__(self, settings: ServerSettings, process: subprocess.Popen[bytes]) -> None:
+        self._settings = settings
+        self._process = process
+
+    @property
+    def base_url(self) -> str:
+        return self._settings.base_url
+
+    @property
+    def metrics_url(self) -> str:
+        return f"{self.base_url}/metrics"
+
+    @staticmethod
+    def start(
+        settings: ServerSettings,
+        *,
+        environment: Mapping[str, str] | None = None,
+        log: IO[bytes] | None = None,
+    ) -> GuardedServer:
+        """Check, then start. log: where the server's output goes, if not to this one's.
+
+        Raises PolicyError, TopologyError, ServerError.
+        """
+        settings.check()
+        process = subprocess.Popen(
+            settings.command(),
+            env={**os.environ, **(environment or {})},
+            stdout=log,
+            stderr=subprocess.STDOUT if log is not None else None,
+        )
+        return GuardedServer(settings, process)
+
+    def wait_until_healthy(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Raises ServerError if the server ends or takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while self._get("/health") is None:
+            if self._process.poll() is not None:
+                raise ServerError(
+                    f"vLLM ended with exit code {self._process.returncode} before it served; "
+                    "its own messages say why"
+                )
+            if time.monotonic() > deadline:
+                self.stop()
+                raise ServerError(f"vLLM did not serve within {timeout_s:.0f} s")
+            time.sleep(POLL_S)
+
+    def wait_until_guarded(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait for the server, and for its metrics to say that the guard is up.
+
+        vLLM only logs a plugin that fails to import, and serves on without it: so the server is
+        ended here unless it shows its guard. Raises ServerError, NotLiveError.
+        """
+        self.wait_until_healthy(timeout_s)
+        deadline = time.monotonic() + GUARD_TIMEOUT_S
+        while (up := self._guard_up()) is None:
+            if time.monotonic() > deadline:
+                self.stop()
+                raise NotLiveError(
+                    "vLLM serves, but its metrics show no MoE Guard, so it was stopped; look for "
+                    "'Failed to load plugin' in its log"
+                )
+            time.sleep(POLL_S)
+        if not up and self._settings.strict:
+            self.stop()
+            raise NotLiveError(
+                "MoE Guard reports itself blind, so the server was stopped; --no-strict serves all "
+                "the same"
+            )
+
+    def wait(self) -> int:
+        """Until the server ends; an interrupt or a termination is passed on to it."""
+
+        def forward(number: int, _: object) -> None:
+            self._process.send_signal(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, forward)
+        return self._process.wait()
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def metrics(self) -> str:
+        return self._get("/metrics") or ""
+
+    def _guard_up(self) -> bool | None:
+        for line in self.metrics().splitlines():
+            if line.startswith("moe_guard_up{"):
+                return float(line.rsplit(" ", 1)[1]) == 1
+        return None
+
+    def _get(self, path: str) -> str | None:
+        try:
+            with urllib.request.urlopen(self.base_url + path, timeout=5) as response:
+                body: bytes = response.read()
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            return None
+        return body.decode()
+
+
+def _take_option(args: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of `--name value` or `--name=value`, and the arguments without it."""
+    value, rest, pending = None, [], False
+    for argument in args:
+        if pending:
+            value, pending = argument, False
+        elif argument == name:
+            pending = True
+        elif argument.startswith(f"{name}="):
+            value = argument.split("=", 1)[1]
+        else:
+            rest.append(argument)
+    if pending:
+        raise ServerError(f"{name} needs a value")
+    return value, rest
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ServerError(f"{name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ServerError(f"{name} must be a JSON object")
+    return value
