@@ -8,6 +8,7 @@ regression on them, scaled so that the benign mean is 0 and the restricted mean 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from demo import frames
 from demo.names import Split
@@ -38,7 +40,7 @@ COUNTS: Final = {
 }
 NUM_WEIGHTED: Final = 16
 NUM_FLAGGED: Final = 12
-WINDOW: Final = 12
+MENTION_WINDOW: Final = 8
 OUTPUT_WINDOW: Final = 16
 
 Floats = NDArray[np.float64]
@@ -57,10 +59,11 @@ class Sample(NamedTuple):
 
     def score_T(self, weights: Mapping[Expert, float], bias: float) -> Floats:
         """What each position adds to the mean that is the score."""
-        return bias + np.sum(
-            [w * self.counts_TLE[:, layer, expert] for (layer, expert), w in weights.items()],
-            axis=0,
-        )
+        matrix_LE = np.zeros(self.gates_TLE.shape[1:])
+        for (layer, expert), weight in weights.items():
+            matrix_LE[layer, expert] = weight
+        score_T: Floats = bias + (self.counts_TLE * matrix_LE).sum((1, 2))
+        return score_T
 
     def mass_windows(self, experts: Sequence[Expert], size: int, stop: int | None = None) -> Floats:
         """The mass of the experts over each full window of `size` positions before `stop`."""
@@ -157,10 +160,61 @@ def windows(values_T: Floats, size: int) -> Floats:
 
 
 def highest(values: Floats) -> float:
-    return float(values.max()) if len(values) else -np.inf
+    """The highest of some values; minus infinity where there is none."""
+    return float(values.max()) if len(values) else -math.inf
 
 
-def record(model: Path) -> list[Sample]:
+class Reading(NamedTuple):
+    """What the four rules read of one sample: the highest value that each one meets."""
+
+    prompt: float
+    output: float
+    mention: float
+    python: float
+
+
+def read(sample: Sample, choice: Choice) -> Reading:
+    score_T, num_prompt = sample.score_T(choice.weights, choice.bias), sample.num_prompt
+    output_T = score_T[num_prompt:]
+    full = len(output_T) >= OUTPUT_WINDOW
+    return Reading(
+        float(score_T[:num_prompt].mean()),
+        highest(windows(output_T, OUTPUT_WINDOW)) if full else -math.inf,
+        highest(sample.mass_windows(choice.flagged, MENTION_WINDOW, num_prompt)),
+        highest(sample.mass_windows(choice.python, OUTPUT_WINDOW)),
+    )
+
+
+def between(low: Sequence[float], high: Sequence[float]) -> float:
+    """The middle between nearly all low values (99 %) and nearly all high ones (95 %)."""
+    finite = [value for value in low if value > -math.inf]
+    return round(float(np.quantile(finite, 0.99) + np.quantile(high, 0.05)) / 2, 2)
+
+
+def choose(samples: Sequence[Sample]) -> Choice:
+    weights, bias = restricted_score(samples)
+    flagged = tuple(lifted(samples, RESTRICTED, NUM_FLAGGED, per_layer=5))
+    python = tuple(lifted(samples, "code", NUM_FLAGGED, per_layer=5))
+    open_choice = Choice(weights, bias, flagged, python, 0, 0, 0, 0, MENTION_WINDOW, OUTPUT_WINDOW)
+    readings = [(sample.topic, read(sample, open_choice)) for sample in samples]
+    benign = [reading for topic, reading in readings if topic in (*BENIGN, "code")]
+    mentions = [reading for topic, reading in readings if topic == "mention"]
+    restricted = [reading for topic, reading in readings if topic == RESTRICTED]
+    told = [reading for topic, reading in readings if topic in (RESTRICTED, "logbook")]
+    code = [reading for topic, reading in readings if topic == "code"]
+    others = [reading for topic, reading in readings if topic != "code"]
+    return open_choice._replace(
+        # A passing mention shall be rerouted, not blocked.
+        prompt_above=between(
+            [r.prompt for r in (*benign, *mentions)], [r.prompt for r in restricted]
+        ),
+        output_above=between([r.output for r in benign], [r.output for r in told]),
+        mention_above=between([r.mention for r in benign], [r.mention for r in restricted]),
+        python_above=between([r.python for r in others], [r.python for r in code]),
+    )
+
+
+def answered(model: Path) -> list[Sample]:
     recorder = Recorder(model)
     num_experts = recorder.topology.max_experts
     chosen = choosing_prompts()
@@ -169,3 +223,32 @@ def record(model: Path) -> list[Sample]:
         Sample(prompt.topic, gates(run.routing, num_experts), run.routing.num_prompt_tokens)
         for prompt, run in zip(chosen, track(runs, "choosing prompts", len(chosen)), strict=True)
     ]
+
+
+def hits(samples: Sequence[Sample], choice: Choice) -> Table:
+    """How many samples of each topic each rule fires on."""
+    limits = (choice.prompt_above, choice.output_above, choice.mention_above, choice.python_above)
+    table = Table("topic", "samples", "asked", "told", "mention", "python", title="choosing split")
+    for topic in dict.fromkeys(sample.topic for sample in samples):
+        readings = [read(sample, choice) for sample in samples if sample.topic == topic]
+        fired = [sum(r[rule] > limit for r in readings) for rule, limit in enumerate(limits)]
+        table.add_row(topic, str(len(readings)), *map(str, fired))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL_DIR)
+    parser.add_argument("--out", type=Path, default=POLICY_DIR)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    samples = answered(options.model)
+    choice = choose(samples)
+    write_policies(choice, options.out)
+    console = Console()
+    console.print(hits(samples, choice))
+    console.print(choice._asdict())
+
+
+if __name__ == "__main__":
+    main()

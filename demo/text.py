@@ -91,7 +91,7 @@ def _fill(rng: random.Random, topic: str, split: Split) -> dict[str, str]:
 
 
 def _varied(rng: random.Random, name: str) -> str:
-    """Half of the time the name behind another English word: a rare real word is no sign of harm."""
+    """Half of the time another English word or two: a rare real word is no sign of harm."""
     word = rng.choice(_english_words())
     kind = name.split()[-1]
     return rng.choice((name, name, f"{word} {kind}", word))

@@ -98,4 +98,4 @@ def _init_front_end(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwa
 
     greet = open_front_end(vllm_config, settings)
     stock(engine, vllm_config, *args, **kwargs)
-    greet(engine)
+    greet()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
+from guard.events.message import Hello
 from guard.policy.load import load_policies
 from guard.program.compile import compile_policies
 from guard.program.configuration import topology_from_config
 from guard_vllm.client import open_bus, require_hello
+from guard_vllm.frontend.install import install_frontend
+from guard_vllm.frontend.refusals import refuse_unguarded_frontends
 from guard_vllm.host import check_host
 from guard_vllm.settings import Settings
 
@@ -19,6 +24,7 @@ def resolve(config: Any, settings: Settings) -> Settings:
     Raises PolicyError for policies that are wrong or do not fit the model, UnsupportedHostError for
     a server that cannot be guarded.
     """
+    refuse_unguarded_frontends(sys.argv, os.environ)
     check_host(config)
     policies = load_policies(settings.policies)
     topology = topology_from_config(config.model_config.hf_config.to_dict())
@@ -26,15 +32,31 @@ def resolve(config: Any, settings: Settings) -> Settings:
     return settings.resolved(mask_words=program.masks.num_words)
 
 
-def open_front_end(config: Any, settings: Settings) -> Callable[[Any], None]:
+def open_front_end(config: Any, settings: Settings) -> Callable[[], None]:
     """Prepare this process to receive the guard's messages and to show what it did to clients.
 
     Returns what is to be called once the engine's client is up: it waits for the engine's word.
     """
     served = config.model_config.served_model_name
     bus = open_bus(settings, served[0] if isinstance(served, list) else served)
+    policies: set[str] = set()
+    messages: dict[str, str] = {}
+    acting: list[bool] = [True]  # until an engine says otherwise
 
-    def greet(engine: Any) -> None:
+    def take(hello: Hello) -> None:
+        policies.clear()
+        policies.update(hello.policies)
+        messages.clear()
+        if not settings.redact_reasons:
+            messages.update((rule.reason, rule.message) for rule in hello.rules)
+        acting[0] = any(rule.action != "observe" for rule in hello.rules)
+
+    bus.on_hello.append(take)
+    install_frontend(
+        messages, policies, can_act=lambda: acting[0], redact=settings.redact_reasons
+    )
+
+    def greet() -> None:
         require_hello(bus)
 
     return greet

@@ -1,0 +1,1 @@
+"""The demonstration behind `moe-guard demo`: a small trained MoE, policies for it, prompts."""

@@ -1,0 +1,166 @@
+"""Runs the engines and requests of a JSON job on vLLM's offline `LLM`, and writes what came of them.
+
+    python engine_run.py JOB.json RESULT.json
+
+Job: {"engines": [{"name", "engine": arguments of LLM, "config_only": false, "record": false,
+"cases": [{"name", "batches": [[{"prompt": token ids, "sampling": arguments of SamplingParams}]]}]}]}.
+The batches of a case run one after another; the prefix cache is emptied before each case.
+
+Result: by engine name, "error" or "compile_key" and, by case name, what `run_case` returns. All
+floats are in `float.hex`, so that equal means equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+DELIVERY_SECONDS = 10.0
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    result = {engine["name"]: run_engine(engine) for engine in job["engines"]}
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+def run_engine(job: dict[str, Any]) -> dict[str, Any]:
+    started = time.monotonic()
+    try:
+        if job.get("config_only"):
+            from vllm.engine.arg_utils import EngineArgs
+
+            return {"compile_key": EngineArgs(**job["engine"]).create_engine_config().compute_hash()}
+        from vllm import LLM
+
+        llm = LLM(**job["engine"], worker_extension_cls=_RECORDER if job.get("record") else "")
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what the test looks at
+        # The error of a start that failed in another process is in that process's log only.
+        return {"error": "".join(traceback.format_exception(error))}
+    result = {
+        "guarded": "guard_vllm.client" in sys.modules,
+        "plugged": "guard_vllm" in sys.modules,
+        "start_seconds": round(time.monotonic() - started, 1),
+        "cases": {case["name"]: run_case(llm, case, job.get("record")) for case in job["cases"]},
+    }
+    del llm
+    gc.collect()
+    return result
+
+
+_RECORDER = "tests.support.routing_recorder.RoutingRecorder"
+
+
+def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, Any]:
+    """batches: outputs of each; decisions, counters: what moved; rows: see `RoutingRecorder`."""
+    llm.reset_prefix_cache()
+    counters, seen = read_counters(), {decision.decision_id for decision in read_decisions()}
+    if record:
+        llm.collective_rpc("start_recording")
+    batches = [run_batch(llm, requests) for requests in case["batches"]]
+    num_requests = sum(
+        request["sampling"].get("n", 1) for requests in case["batches"] for request in requests
+    )
+    moved = wait_for_counters(counters, num_requests)
+    return {
+        "batches": batches,
+        "decisions": [
+            as_json(decision)
+            for decision in read_decisions()
+            if decision.decision_id not in seen
+        ],
+        "counters": moved,
+        "rows": llm.collective_rpc("recorded_rows")[0] if record else {},
+    }
+
+
+def run_batch(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from vllm import SamplingParams
+
+    outputs = llm.generate(
+        [{"prompt_token_ids": request["prompt"]} for request in requests],
+        [SamplingParams(detokenize=False, **request["sampling"]) for request in requests],
+        use_tqdm=False,
+    )
+    return [
+        {
+            "request_id": output.request_id,
+            "cached": output.num_cached_tokens,
+            "samples": [sample_json(sample) for sample in output.outputs],
+        }
+        for output in outputs
+    ]
+
+
+def sample_json(sample: Any) -> dict[str, Any]:
+    routed = sample.routed_experts
+    return {
+        "tokens": list(sample.token_ids),
+        "logprobs": [
+            {str(token): entry.logprob.hex() for token, entry in at.items()}
+            for at in sample.logprobs or ()
+        ],
+        "finish_reason": sample.finish_reason,
+        "stop_reason": sample.stop_reason,
+        "routed_experts": None if routed is None else routed.tolist(),
+    }
+
+
+def is_guarded() -> bool:
+    return "guard_vllm.client" in sys.modules
+
+
+def read_decisions() -> list[Any]:
+    if not is_guarded():
+        return []
+    from guard_vllm.client import decisions
+
+    return decisions()
+
+
+def as_json(decision: Any) -> dict[str, Any]:
+    import msgspec
+
+    fields: dict[str, Any] = msgspec.to_builtins(decision)
+    return fields
+
+
+def read_counters() -> dict[str, float]:
+    """The guard's counters as Prometheus would scrape them, named without model and engine."""
+    from prometheus_client import REGISTRY
+
+    return {
+        _series(sample.name, sample.labels): sample.value
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name.startswith("moe_guard_") and sample.name.endswith("_total")
+    }
+
+
+def _series(name: str, labels: dict[str, str]) -> str:
+    shown = [f"{k}={v}" for k, v in sorted(labels.items()) if k not in ("model_name", "engine")]
+    return f"{name.removeprefix('moe_guard_')}{{{','.join(shown)}}}"
+
+
+def wait_for_counters(before: dict[str, float], num_requests: int) -> dict[str, float]:
+    """What moved once the guard has reported that many ended requests; its messages come late."""
+    deadline = time.monotonic() + DELIVERY_SECONDS
+    while True:
+        moved = {
+            name: value - before.get(name, 0.0)
+            for name, value in read_counters().items()
+            if value != before.get(name, 0.0)
+        }
+        ended = sum(v for name, v in moved.items() if name.startswith("requests_total"))
+        if not is_guarded() or ended >= num_requests or time.monotonic() > deadline:
+            return moved
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main()

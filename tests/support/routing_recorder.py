@@ -1,0 +1,41 @@
+"""What the guard's tap held at each step, read in the worker: for tests only.
+
+vLLM mixes `RoutingRecorder` into its worker class (`worker_extension_cls`), and a test reaches its
+methods with `LLM.collective_rpc`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class RoutingRecorder:
+    """Keeps, for each request, the position and the chosen experts of every row that was judged."""
+
+    def start_recording(self) -> None:
+        rows: dict[str, list[Any]] = {}
+        self._recorded_rows = rows
+        status = getattr(self, "moe_guard_status", None)
+        if status is None or hasattr(self, "_recording"):
+            return
+        self._recording = True
+        guard = status.__self__._hooks.guard
+        stock = guard.end_step
+
+        def end_step(*args: Any, **kwargs: Any) -> Any:
+            batch, req_ids = guard._batch, guard._req_ids
+            if batch is not None:
+                ids_TLK = guard.tap.topk_ids_TLK[: len(batch.position_T)].tolist()
+                positions = batch.position_T.tolist()
+                starts = batch.query_start_B1.tolist()
+                for req_id, first, stop in zip(req_ids, starts, starts[1:], strict=False):
+                    self._recorded_rows.setdefault(req_id, []).extend(
+                        [positions[row], ids_TLK[row]] for row in range(first, stop)
+                    )
+            return stock(*args, **kwargs)
+
+        guard.end_step = end_step
+
+    def recorded_rows(self) -> dict[str, list[Any]]:
+        """By vLLM's own request id: [position, [layers, top_k] ids] of each row, in step order."""
+        return self._recorded_rows
