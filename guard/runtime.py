@@ -27,7 +27,8 @@ class Guard:
     `idle` before a forward of dummy rows. Nothing here waits for the device.
 
     tap: routing of the step, written by the model's routers
-    mask: what the routers must exclude; None where the server was started to observe only
+    mask: what the routers must exclude; None where the server was started to observe only, and then
+        the rules that mask are in audit for every request
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Guard:
         if self._evaluator is None or req_id in self._slot_of:
             return
         with self.failures.caught(Stage.ADMIT):
-            slot = self._take_slot(req_id)
             enforced_R = self.program.enforced_for(frozenset(tightened))
+            if self.mask is None:
+                enforced_R = enforced_R & ~self.program.is_mask_rule
+            slot = self._take_slot(req_id)
             self._state.add_request(Admission(slot, prompt_tokens, enforced_R))
 
     def _take_slot(self, req_id: str) -> int:

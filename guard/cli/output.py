@@ -9,8 +9,9 @@ from rich.console import Console
 
 from guard.errors import GuardError
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# No emoji: rich reads `policy.yaml:100:5` as one.
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def fail(error: GuardError | str) -> NoReturn:

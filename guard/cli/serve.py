@@ -31,6 +31,8 @@ def serve(
     ] = None,
 ) -> None:
     """Serve MODEL with vLLM, guarded by policies. Any other option goes to vLLM as it is."""
+    if model.startswith("-"):
+        fail("name the model first: moe-guard serve MODEL --policies PATH, then what is for vLLM")
     settings = ServerSettings(
         model=model,
         policies=policies,
@@ -42,6 +44,7 @@ def serve(
     )
     try:
         server = GuardedServer.start(settings)
+        server.forward_signals()
         server.wait_until_guarded()
         err.print("MoE Guard is live; metrics: " + server.metrics_url, soft_wrap=True, markup=False)
         exit_code = server.wait()

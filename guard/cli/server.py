@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from guard.program.compile import compile_policies
 from guard.program.configuration import topology_from_folder
 
 PLUGIN = "moe_guard"
+POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
 START_TIMEOUT_S = 3600.0
 """Large models load for long; vLLM itself ends where it cannot start."""
 
@@ -75,7 +77,10 @@ class ServerSettings:
         if additional is not None or section is not None:
             config = _json_object("--additional-config", additional or "{}")
             if section is not None:
-                config["moe_guard"] = {**config.get("moe_guard", {}), **section}
+                own = config.get(PLUGIN, {})
+                if not isinstance(own, dict):
+                    raise ServerError(f"{PLUGIN} in --additional-config must be a JSON object")
+                config[PLUGIN] = {**own, **section}
             command += ["--additional-config", json.dumps(config)]
         return [*command, *rest]
 
@@ -96,8 +101,8 @@ class ServerSettings:
         host = _take_option(self.vllm_args, "--host")[0] or "127.0.0.1"
         port = _take_option(self.vllm_args, "--port")[0] or "8000"
         scheme = "https" if _take_option(self.vllm_args, "--ssl-certfile")[0] else "http"
-        reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-        return f"{scheme}://{reachable}:{port}"
+        reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"{scheme}://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
 
 
 class GuardedServer:
@@ -127,9 +132,16 @@ class GuardedServer:
         Raises PolicyError, TopologyError, ServerError.
         """
         settings.check()
+        if _get(f"{settings.base_url}/health") is not None:
+            raise ServerError(
+                f"a server already answers at {settings.base_url}; stop it, or choose another --port"
+            )
+        variables = {**os.environ, **(environment or {})}
+        if settings.policies is None:
+            variables.pop(POLICIES_VARIABLE, None)
         process = subprocess.Popen(
             settings.command(),
-            env={**os.environ, **(environment or {})},
+            env=variables,
             stdout=log,
             stderr=subprocess.STDOUT if log is not None else None,
         )
@@ -172,14 +184,17 @@ class GuardedServer:
                 "the same"
             )
 
-    def wait(self) -> int:
-        """Until the server ends; an interrupt or a termination is passed on to it."""
+    def forward_signals(self) -> None:
+        """From now on an interrupt or a termination of this process is passed on to the server's."""
 
         def forward(number: int, _: object) -> None:
             self._process.send_signal(number)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, forward)
+
+    def wait(self) -> int:
+        """Until the server ends."""
         return self._process.wait()
 
     def stop(self, timeout_s: float = 30.0) -> None:
@@ -200,26 +215,34 @@ class GuardedServer:
         return None
 
     def _get(self, path: str) -> str | None:
-        try:
-            with urllib.request.urlopen(self.base_url + path, timeout=5) as response:
-                body: bytes = response.read()
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            return None
-        return body.decode()
+        return _get(self.base_url + path)
+
+
+def _get(url: str) -> str | None:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            body: bytes = response.read()
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException):
+        return None
+    return body.decode()
 
 
 def _take_option(args: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of `--name value` or `--name=value`, and the arguments without it."""
+    """The value of `--name value` or `--name=value`, and the arguments without it.
+
+    As vLLM reads it: '_' in a name is '-', and the last of several values counts.
+    """
     value, rest, pending = None, [], False
     for argument in args:
+        option, equals, given = argument.partition("=")
         if pending:
             value, pending = argument, False
-        elif argument == name:
-            pending = True
-        elif argument.startswith(f"{name}="):
-            value = argument.split("=", 1)[1]
-        else:
+        elif option.replace("_", "-") != name:
             rest.append(argument)
+        elif equals:
+            value = given
+        else:
+            pending = True
     if pending:
         raise ServerError(f"{name} needs a value")
     return value, rest

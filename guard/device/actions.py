@@ -90,15 +90,16 @@ class StepActions:
         moved_B = fresh.after_B > fresh.next_B
         state.unseen_S[slots_B] += (fresh.begin_B - fresh.next_B).where(moved_B, 0)
         state.next_position_S[slots_B] = fresh.after_B
+        judged_B = (slots_B != NULL_SLOT).to(torch.int64)
         prompt_tokens_B = (fresh.after_B.minimum(fresh.prompt_B) - fresh.begin_B).clamp(min=0)
         output_tokens_B = (fresh.after_B - fresh.begin_B.maximum(fresh.prompt_B)).clamp(min=0)
         columns: list[torch.Tensor] = [torch.empty(0)] * RequestColumn.NUM
         columns[RequestColumn.BLOCK_KEY] = state.block_key_S[slots_B]
         columns[RequestColumn.MASK_FROM] = self._first_masked(slots_B, state)
-        columns[RequestColumn.PROMPT_TOKENS] = prompt_tokens_B
-        columns[RequestColumn.OUTPUT_TOKENS] = output_tokens_B
-        columns[RequestColumn.UNSEEN] = state.unseen_S[slots_B]
-        columns[RequestColumn.JUDGED] = (slots_B != NULL_SLOT).to(torch.int64)
+        columns[RequestColumn.PROMPT_TOKENS] = prompt_tokens_B * judged_B
+        columns[RequestColumn.OUTPUT_TOKENS] = output_tokens_B * judged_B
+        columns[RequestColumn.UNSEEN] = state.unseen_S[slots_B] * judged_B
+        columns[RequestColumn.JUDGED] = judged_B
         requests_B = torch.cat(
             [torch.stack(columns, dim=1), seen_BX[:, self._set_signal_N]], dim=1
         )

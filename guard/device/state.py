@@ -74,17 +74,17 @@ class SlotState:
         self.extreme_SC = full(
             float("nan"), program.conditions.num_conditions, dtype=torch.float64
         )
-        self._staged: list[Admission] = []
+        self._staged: dict[int, Admission] = {}  # by slot, which may change hands between steps
 
     def add_request(self, admission: Admission) -> None:
         """Give a slot to a request from the next `apply_staged_writes` on, rewriting all of it."""
         assert admission.slot != NULL_SLOT, "the null slot belongs to no request"
-        self._staged.append(admission)
+        self._staged[admission.slot] = admission
 
     def apply_staged_writes(self) -> None:
         if not self._staged:
             return
-        staged, self._staged = self._staged, []
+        staged = list(self._staged.values())
         slots = self._to_device(np.array([a.slot for a in staged], dtype=np.int64))
         prompt_tokens_np = np.array([a.prompt_tokens for a in staged], dtype=np.int64)
         enforced_np = np.stack([a.enforced_R for a in staged])
@@ -106,6 +106,7 @@ class SlotState:
         self.enforced_SR[slots] = self._to_device(enforced_np)
         self.mask_from_SA[slots] = self._to_device(mask_from_np)
         self.mask_to_SA[slots] = self._to_device(mask_to_np)
+        self._staged.clear()  # last: what failed half-way is written again before the slots are used
 
     def _static_masks(
         self, prompt_tokens_np: np.ndarray, enforced_np: np.ndarray

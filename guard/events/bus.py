@@ -40,7 +40,8 @@ class EventBus:
         with self._lock, self._failures.caught(Stage.DELIVER):
             match decode(data):
                 case Hello() as hello:
-                    self._metrics.greet(hello)
+                    with self._failures.caught(Stage.METRICS):
+                        self._metrics.greet(hello)
                     self.hellos[hello.engine] = hello
                     for listener in self.on_hello:
                         listener(hello)
@@ -65,9 +66,9 @@ class EventBus:
         return self._greeted.wait(timeout_s)
 
     def _dropped(self, count: int) -> None:
-        for engine in self.hellos:
-            self._metrics.drop(engine, Stage.DECISION_LOG, count)
-            break
+        """Called by the log's thread too: a fault here must not end that."""
+        with self._failures.caught(Stage.METRICS):
+            self._metrics.drop(min(list(self.hellos), default=0), Stage.DECISION_LOG, count)
 
     def close(self) -> None:
         if self._log is not None:

@@ -17,6 +17,8 @@ from guard.events.message import Decision
 MAX_QUEUED_LINES = 10_000
 """Lines that may wait for the disk; more are dropped, and `on_drop` is told."""
 
+CLOSE_SECONDS = 5.0
+
 
 class DecisionLogError(GuardError):
     """The decision log cannot be written."""
@@ -51,20 +53,31 @@ class DecisionLog:
     def write(self, decision: Decision) -> None:
         """Queue a line; never waits."""
         try:
+            if not self._thread.is_alive():
+                raise queue.Full  # closed: nobody empties it any more
             self._lines.put_nowait(self._encoder.encode(decision) + b"\n")
         except queue.Full:
             self._on_drop(1)
 
     def close(self) -> None:
-        """Write what is queued, then stop."""
+        """Write what is queued, then stop; a disk that hangs is not waited for longer than this."""
         if self._thread.is_alive():
-            self._lines.put(None)
-            self._thread.join(timeout=5)
+            try:
+                self._lines.put(None, timeout=CLOSE_SECONDS)
+            except queue.Full:
+                self._on_drop(self._lines.qsize())
+                return
+            self._thread.join(timeout=CLOSE_SECONDS)
 
     def _write_lines(self) -> None:
+        torn = b""
         while (line := self._lines.get()) is not None:
             try:
-                os.write(self._fd, line)
+                whole = os.write(self._fd, torn + line) == len(torn + line)
             except OSError:
+                self._on_drop(1)
+                continue
+            torn = b"" if whole else b"\n"  # so that a line cut short spoils no other
+            if not whole:
                 self._on_drop(1)
         os.close(self._fd)

@@ -68,6 +68,7 @@ class Ledger:
         self._report: StepReport | None = None
         self._row_of: dict[str, int] = {}
         self._outcome: dict[str, str] = {}
+        self._owed: dict[str, str] = {}  # blocks for a fault, until the request ends
         self._masked_by: dict[str, frozenset[int]] = {}
         self._decision_counts: Counter[tuple[int, str, str]] = Counter()
         self._values: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
@@ -90,16 +91,15 @@ class Ledger:
         self._count(self._delta.failures, report.failures)
         self._moved = self._moved or bool(report.failures)
         if report.failed:
-            return {
-                req_id: reason
-                for req_id in self._row_of
-                if (reason := self._block_unjudged(req_id)) is not None
-            }
+            for req_id in self._row_of:
+                self._note_unjudged(req_id)
+            return self._owed_blocks()
         rows = list(self._row_of.values())
         counted_B = report.requests_B[rows]
         self._count_tokens(counted_B)
         self._note_masks(report)
-        blocked = self._blocks(report)
+        self._note_unseen(report)
+        blocked = self._owed_blocks() | self._blocks(report)
         self._note_events(report)
         if report.num_events > len(report.events_V):
             self._drop(Stage.EVALUATE, report.num_events - len(report.events_V))
@@ -118,10 +118,9 @@ class Ledger:
         row = self._row_of.get(req_id)
         if row is not None and self._report is not None and not self._report.failed:
             self._observe_values(self._report.extremes_BC[row])
-            if self._report.requests_B[row, RequestColumn.UNSEEN]:
-                self._raise_outcome(req_id, "unjudged")
         outcome = self._outcome.pop(req_id, "passed")
         self._masked_by.pop(req_id, None)
+        self._owed.pop(req_id, None)
         self._count(self._delta.outcomes, {outcome: 1})
         self._moved = True
 
@@ -184,19 +183,30 @@ class Ledger:
                 rule = self._rules[int(facts[RequestColumn.BLOCK_KEY]) % len(self._rules)]
                 blocked[req_id] = self._reason(rule)
                 self._raise_outcome(req_id, "blocked")
-            elif not facts[RequestColumn.JUDGED]:
-                reason = self._block_unjudged(req_id)
-                if reason is not None:
-                    blocked[req_id] = reason
         return blocked
 
-    def _block_unjudged(self, req_id: str) -> str | None:
-        """A request that could not be judged follows the fail mode of the enforced rules."""
+    def _note_unseen(self, report: StepReport) -> None:
+        for req_id, row in self._row_of.items():
+            facts = report.requests_B[row]
+            if not facts[RequestColumn.JUDGED]:
+                self._note_unjudged(req_id)
+            elif facts[RequestColumn.UNSEEN]:
+                self._raise_outcome(req_id, "unjudged")
+
+    def _note_unjudged(self, req_id: str) -> None:
+        """A request that could not be judged follows the fail mode of the enforced rules.
+
+        In the middle of a prompt there is no token to withhold, so the block is owed until there is.
+        """
         self._raise_outcome(req_id, "unjudged")
-        if self._closed_rule is None:
-            return None
-        self._raise_outcome(req_id, "blocked")
-        return self._reason(self._rules[self._closed_rule])
+        if self._closed_rule is not None:
+            self._raise_outcome(req_id, "blocked")
+            self._owed[req_id] = self._reason(self._rules[self._closed_rule])
+
+    def _owed_blocks(self) -> dict[str, str]:
+        if not self._owed:
+            return {}
+        return {req_id: self._owed[req_id] for req_id in self._row_of if req_id in self._owed}
 
     def _reason(self, rule: RuleFacts) -> str:
         return "moe_guard" if self._redacted else rule.reason

@@ -119,5 +119,5 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes) -> Message:
-    """Raises msgspec.ValidationError for anything but a message of this version."""
+    """Raises msgspec.DecodeError for anything but a message of this version."""
     return _decoder.decode(data)

@@ -15,6 +15,7 @@ from guard.program.topology import MoELayer, Topology
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+_NUM_DENSE = ("first_k_dense_replace", "num_dense_layers")
 
 
 class TopologyError(GuardError):
@@ -53,6 +54,11 @@ def topology_from_config(config: Mapping[str, Any]) -> Topology:
         for number in range(int(num_layers))
         if _is_moe(text, number)
     )
+    if not layers:
+        raise TopologyError(
+            f"{architectures[0]} has experts, but its configuration makes every layer dense; mend "
+            "its config.json, or start without policies"
+        )
     return Topology(str(architectures[0]), layers)
 
 
@@ -68,8 +74,15 @@ def _is_moe(config: Mapping[str, Any], number: int) -> bool:
     """The keys by which families say which of their layers are dense."""
     if number in (config.get("mlp_only_layers") or ()):
         return False
-    if number < (config.get("first_k_dense_replace") or 0):
+    if number < max(config.get(key) or 0 for key in _NUM_DENSE):
         return False
+    first, last = config.get("moe_layer_start_index"), config.get("moe_layer_end_index", -1)
+    if isinstance(first, int) and isinstance(last, int):
+        within = first <= number and (last < 0 or number <= last)
+        return within and (number + 1) % (config.get("moe_layer_interval") or 1) == 0
+    period = config.get("expert_layer_period")
+    if period:
+        return bool(number % period == (config.get("expert_layer_offset") or 0))
     frequency = config.get("moe_layer_freq")
     if isinstance(frequency, list):
         return bool(frequency[number])

@@ -259,6 +259,11 @@ class Program:
         return np.array([rule.mode is Mode.ENFORCE for rule in self.rules], dtype=np.bool_)
 
     @cached_property
+    def is_mask_rule(self) -> Bools:
+        """[R] rules whose action is a mask."""
+        return np.array([rule.action is ActionKind.MASK for rule in self.rules], dtype=np.bool_)
+
+    @cached_property
     def rule_reasons(self) -> tuple[str, ...]:
         return tuple(rule.reason for rule in self.rules)
 

@@ -47,14 +47,14 @@ def decisions() -> list[Decision]:
     return [decision for bus in _buses for decision in bus.decisions]
 
 
-def require_hello(bus: EventBus) -> None:
+def require_hello(bus: EventBus, timeout_s: float = HELLO_TIMEOUT_S) -> None:
     """Raises NotLiveError where the engine does not say that its guard is up.
 
     vLLM only logs a plugin that fails to import, so an engine process can come up without one.
     """
-    if not bus.wait_for_hello(HELLO_TIMEOUT_S):
+    if not bus.wait_for_hello(timeout_s):
         raise NotLiveError(
-            f"the engine did not say within {HELLO_TIMEOUT_S:.0f} s that MoE Guard is live in it; "
+            "the engine did not say that MoE Guard is live in it; "
             "look for 'Failed to load plugin' in its log, and mend the installation"
         )
 

@@ -63,4 +63,7 @@ def _static_key(
     ]
     if not in_force:
         return None
-    return (_KEY, f"{status.revision}:{','.join(map(str, in_force))}")
+    key = f"{status.revision}:{','.join(map(str, in_force))}"
+    if any(status.rules[rule].phase == "output" for rule in in_force):
+        key += f":from {request.num_prompt_tokens}"  # equal tokens, but masked from elsewhere
+    return (_KEY, key)

@@ -82,20 +82,37 @@ def _initialize_kv_caches(stock: Any, core: Any, *args: Any, **kwargs: Any) -> A
 
 
 def _init_llm_engine(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    _init_front_end(stock, engine, vllm_config, *args, **kwargs)
+    bus = _front_end_bus(vllm_config)
+    stock(engine, vllm_config, *args, **kwargs)
+    if bus is not None:
+        from guard_vllm.client import require_hello
+
+        require_hello(bus)
 
 
 def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    _init_front_end(stock, engine, vllm_config, *args, **kwargs)
+    bus = _front_end_bus(vllm_config)
+    stock(engine, vllm_config, *args, **kwargs)
+    if bus is None:
+        return
+    get_supported_tasks = seam(engine, "get_supported_tasks")
+
+    async def guarded_get_supported_tasks() -> Any:
+        """What an API server asks the engine before it serves. The engine's hello is ahead of its
+        answer, on the same socket."""
+        from guard_vllm.client import require_hello
+
+        tasks = await get_supported_tasks()
+        require_hello(bus, timeout_s=0)
+        return tasks
+
+    engine.get_supported_tasks = guarded_get_supported_tasks
 
 
-def _init_front_end(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+def _front_end_bus(vllm_config: Any) -> Any:
     settings = Settings.of(vllm_config.additional_config)
     if settings is None:
-        stock(engine, vllm_config, *args, **kwargs)
-        return
+        return None
     from guard_vllm.start import open_front_end
 
-    greet = open_front_end(vllm_config, settings)
-    stock(engine, vllm_config, *args, **kwargs)
-    greet()
+    return open_front_end(vllm_config, settings)

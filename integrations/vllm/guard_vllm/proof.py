@@ -58,7 +58,7 @@ def prove(guard: Guard, run_rows: Callable[[int], None]) -> Proof:
     if blind or guard.mask is None:
         guard.tap.clear()
         return Proof(len(topology.layers), blind, 0, ())
-    faults = _prove_masks(guard, guard.mask, run_rows)
+    faults = _prove_masks(guard, guard.mask, run_rows, ids_TLK)
     guard.tap.clear()
     return Proof(len(topology.layers), (), len(topology.layers), tuple(faults))
 
@@ -86,7 +86,9 @@ def _reports(ids_TK: np.ndarray, num_experts: int) -> bool:
     return bool(((ids_TK >= 0) & (ids_TK < num_experts)).all())
 
 
-def _prove_masks(guard: Guard, mask: ExpertMask, run_rows: Callable[[int], None]) -> list[str]:
+def _prove_masks(
+    guard: Guard, mask: ExpertMask, run_rows: Callable[[int], None], unmasked_ids_TLK: np.ndarray
+) -> list[str]:
     topology = guard.program.topology
     guard.tap.clear()
     mask.install(_probe_masks(topology))
@@ -101,13 +103,15 @@ def _prove_masks(guard: Guard, mask: ExpertMask, run_rows: Callable[[int], None]
     faults = []
     for index, layer in enumerate(topology.layers):
         ids_TK = ids_TLK[:, index, : layer.top_k]
+        free_TK = unmasked_ids_TLK[TURNS - 1 :: TURNS, index, : layer.top_k]
         for turn in range(TURNS - 1):
             live = _live_experts(index, layer, turn)
-            if not all(sorted(row) == live for row in ids_TK[turn::TURNS].tolist()):
+            if not _all_choose(ids_TK[turn::TURNS], live):
                 faults.append(f"layer {layer.number} uses masked experts")
                 break
-        if layer.num_experts > layer.top_k and _all_obey_one_turn(ids_TK, index, layer):
-            faults.append(f"layer {layer.number} masks rows that no mask is for")
+            if _all_choose(ids_TK[TURNS - 1 :: TURNS], live) and not _all_choose(free_TK, live):
+                faults.append(f"layer {layer.number} masks rows that no mask is for")
+                break
     return faults
 
 
@@ -117,10 +121,8 @@ def _live_experts(index: int, layer: MoELayer, turn: int) -> list[int]:
     return sorted((first + i) % layer.num_experts for i in range(layer.top_k))
 
 
-def _all_obey_one_turn(ids_TK: np.ndarray, index: int, layer: MoELayer) -> bool:
-    """Every row, the free ones too, was left with the same experts."""
-    rows = {tuple(sorted(row)) for row in ids_TK.tolist()}
-    return len(rows) == 1 and _live_experts(index, layer, 0) != _live_experts(index, layer, 1)
+def _all_choose(ids_TK: np.ndarray, experts: list[int]) -> bool:
+    return all(sorted(row) == experts for row in ids_TK.tolist())
 
 
 def _probe_masks(topology: Topology) -> MaskTable:

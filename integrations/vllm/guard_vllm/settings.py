@@ -70,21 +70,22 @@ class Settings:
         return settings
 
     def _check_types(self) -> None:
-        expected: dict[str, type | tuple[type, ...]] = {
-            "policies": str,
-            "observe_only": bool,
-            "strict": bool,
-            "redact_reasons": bool,
-            "decision_log": (str, type(None)),
-            "mask_words": int,
-            "format": int,
+        flag, path, number = (bool, "true or false"), (str, "a path"), (int, "a whole number")
+        expected: dict[str, tuple[type, str]] = {
+            "policies": path,
+            "observe_only": flag,
+            "strict": flag,
+            "redact_reasons": flag,
+            "decision_log": path,
+            "mask_words": number,
+            "format": number,
         }
-        for name, kind in expected.items():
+        for name, (kind, words) in expected.items():
             value = getattr(self, name)
-            if not isinstance(value, kind):
+            absent = value is None and name == "decision_log"
+            if not absent and (not isinstance(value, kind) or value == ""):
                 raise SettingsError(
-                    f"additional_config.{CONFIG_KEY}.{name} is {value!r}, which is not of the "
-                    f"type {kind}"
+                    f"additional_config.{CONFIG_KEY}.{name} is {value!r}; it must be {words}"
                 )
 
     def resolved(self, mask_words: int) -> Settings:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
+from guard.events.bus import EventBus
 from guard.events.message import Hello
 from guard.policy.load import load_policies
 from guard.program.compile import compile_policies
 from guard.program.configuration import topology_from_config
-from guard_vllm.client import open_bus, require_hello
+from guard_vllm.client import open_bus
 from guard_vllm.frontend.install import install_frontend
 from guard_vllm.frontend.refusals import refuse_unguarded_frontends
 from guard_vllm.host import check_host
@@ -32,10 +32,10 @@ def resolve(config: Any, settings: Settings) -> Settings:
     return settings.resolved(mask_words=program.masks.num_words)
 
 
-def open_front_end(config: Any, settings: Settings) -> Callable[[], None]:
+def open_front_end(config: Any, settings: Settings) -> EventBus:
     """Prepare this process to receive the guard's messages and to show what it did to clients.
 
-    Returns what is to be called once the engine's client is up: it waits for the engine's word.
+    Returns the bus on which the engines say that their guard is live.
     """
     served = config.model_config.served_model_name
     bus = open_bus(settings, served[0] if isinstance(served, list) else served)
@@ -56,7 +56,4 @@ def open_front_end(config: Any, settings: Settings) -> Callable[[], None]:
         messages, policies, can_act=lambda: acting[0], redact=settings.redact_reasons
     )
 
-    def greet() -> None:
-        require_hello(bus)
-
-    return greet
+    return bus
