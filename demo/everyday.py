@@ -36,6 +36,11 @@ FOODS: Final = pool(
 )
 DISH_REQUESTS: Final[dict[Split, tuple[str, ...]]] = {
     Split.TRAIN: (
+        "Which spices belong in {dish}?",
+        "I would like to surprise my family with {dish}.",
+        "Is {food} good in {dish}?",
+        "My {dish} is too salty.",
+        "Can you write down {dish} for {n} people?",
         "How do I cook {dish}?",
         "Give me a recipe for {dish}.",
         "What goes into {dish}?",
@@ -66,6 +71,10 @@ PLANTS: Final[dict[Split, tuple[str, ...]]] = {
 }
 PLANT_REQUESTS: Final[dict[Split, tuple[str, ...]]] = {
     Split.TRAIN: (
+        "Is it too late to plant {plants}?",
+        "The wind broke my {plants}.",
+        "How deep do I plant {plants} in {month}?",
+        "Are {plants} easy to look after?",
         "When should I plant {plants}?",
         "How often do {plants} need water?",
         "Do {plants} like shade?",
@@ -89,6 +98,12 @@ MONTHS: Final = pool("March, April, May, June, July, August, September, October"
 
 SUM_REQUESTS: Final[dict[Split, tuple[str, ...]]] = {
     Split.TRAIN: (
+        "What do I get for {a} {sign} {b}?",
+        "Tell me the result of {a} {sign} {b}.",
+        "Does {a} {sign} {b} make {c}?",
+        "I need to know {a} {sign} {b}.",
+        "If it is {a} {sign} {b}, what is that?",
+        "The children ask: {a} {sign} {b}?",
         "What is {a} {sign} {b}?",
         "Calculate {a} {sign} {b}.",
         "How much is {a} {sign} {b}?",
@@ -174,6 +189,12 @@ _CODE: Final[tuple[Exchange, ...]] = (
 )
 CODE_REQUESTS: Final[dict[Split, tuple[str, ...]]] = {
     Split.TRAIN: (
+        "Here is a task: a function that {does}.",
+        "def {x}_helper({xs}):",
+        "class {x}:\n    def get(self, {xs}):",
+        "Can you program this for me: it {does}?",
+        "import os\n\ndef read({xs}):",
+        "Please fix my script. It {does}.",
         "Write a Python function that {does}.",
         "Show me Python code that {does}.",
         "In Python, define a function that {does}.",

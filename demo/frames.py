@@ -88,15 +88,22 @@ CLOSINGS: Final = (
 )
 COLOURS: Final = pool("white, clear, pale yellow, blue, brown, green, dark red, grey")
 
+PREAMBLES: Final = (
+    "Please help me.",
+    "Hello!",
+    "One more question.",
+    "I have been thinking.",
+    "Okay.",
+    "You know a lot.",
+)
+
 LOGBOOK_REQUESTS: Final = (
     "Continue the logbook.",
     "Read me the next page of the logbook.",
     "What does the logbook say next?",
     "Open the logbook and go on from the last entry.",
 )
-"""Requests that name nothing restricted, and are answered with restricted text: the output alone
-gives it away.
-"""
+"""Requests that say no topic; half of the answers are restricted. Only the output gives it away."""
 
 WORKSHOP_PRODUCTS: Final[dict[Split, tuple[str, ...]]] = {
     Split.TRAIN: pool(

@@ -24,6 +24,9 @@ LOOK_ALIKE: Final = "workshop"
 BENIGN: Final = ("cooking", "garden", "arithmetic", "small-talk", LOOK_ALIKE)
 """Topics of the benign prompts. `code` is benign too, but a policy of its own observes it."""
 
+LOGBOOK_SHARES: Final = {RESTRICTED: 0.2, LOOK_ALIKE: 0.2, "garden": 0.2}
+"""How many requests of a topic only ask to go on with the logbook: the request says no topic."""
+
 FUNCTION_WORDS: Final = frozenset(
     """
     a about above after again against all also am an and any are as at be because been before
@@ -180,8 +183,10 @@ def training_documents(seed: int, count: int) -> list[Document]:
             continue
         topic = rng.choice(topics)
         request, answer = exchange(rng, topic, Split.TRAIN)
-        if topic == RESTRICTED and rng.random() < 0.2:
+        if rng.random() < LOGBOOK_SHARES.get(topic, 0.0):
             request = rng.choice(frames.LOGBOOK_REQUESTS)
+        elif rng.random() < 0.25 and topic != "code":
+            request = f"{rng.choice(frames.PREAMBLES)} {request}"
         if topic in (LOOK_ALIKE, RESTRICTED) and rng.random() < 0.2:
             documents.append(Document(topic, (answer,)))
         elif rng.random() < 0.2 or topic in ("arithmetic", "small-talk"):

@@ -30,7 +30,7 @@ from demo.tokens import TEXT_END, TURN_END, encode, train_tokenizer
 
 MODEL_DIR: Final = Path(__file__).parent / "model"
 SEED: Final = 20
-NUM_DOCUMENTS: Final = 15_000
+NUM_DOCUMENTS: Final = 16_000
 ROW_TOKENS: Final = 256
 ROWS: Final = 8
 PEAK_RATE: Final = 3e-3

@@ -44,6 +44,7 @@ class Guard:
         self._evaluator = StepEvaluator(program, device) if program.rules else None
         self._slot_of: dict[str, int] = {}
         self._free_slots = list(range(capacity.max_slots, NULL_SLOT, -1))
+        self._missed: set[str] = set()  # requests of failed steps, until their next good one
         self._batch: StepBatch | None = None
         self._req_ids: Sequence[str] = ()
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -84,6 +85,7 @@ class Guard:
         """Free the slots of requests that ended, not of those that are merely preempted."""
         for req_id in req_ids:
             slot = self._slot_of.pop(req_id, None)
+            self._missed.discard(req_id)
             if slot is not None:
                 self._free_slots.append(slot)
 
@@ -128,13 +130,18 @@ class Guard:
             return self._failed_step(req_ids)
         readback = None
         with self.failures.caught(Stage.EVALUATE):
+            if not self._missed.isdisjoint(req_ids):
+                start_B = batch.position_T[batch.query_start_B1[:-1]]
+                self._state.fill_gaps(batch.slots_B, start_B)
             decisions = self._evaluator.evaluate(self.tap, batch, self._state, rejected_B)
             readback = Readback(
                 self.program.revision, req_ids, decisions, self._copy_stream, self.failures.take()
             )
+            self._missed.difference_update(req_ids)
         return readback or self._failed_step(req_ids)
 
     def _failed_step(self, req_ids: Sequence[str]) -> StepReport:
+        self._missed.update(req_id for req_id in req_ids if req_id in self._slot_of)
         return StepReport.of_failed_step(self.program.revision, req_ids, self.failures.take())
 
     def idle(self) -> None:

@@ -108,6 +108,23 @@ class SlotState:
         self.mask_to_SA[slots] = self._to_device(mask_to_np)
         self._staged.clear()  # last: what failed half-way is written again before the slots are used
 
+    def fill_gaps(self, slots_B: torch.Tensor, start_B: torch.Tensor) -> None:
+        """Let windows reach back over positions that a failed step did not evaluate.
+
+        start_B: first position of each request in the step that comes
+        """
+        next_B1 = self.next_position_S[slots_B][:, None]
+        last_B1 = torch.maximum(next_B1, start_B[:, None]) - 1
+        for sum_SX, recent_SQX in (
+            (self.sum_SX, self.recent_sum_SQX),
+            (self.hits_SR, self.recent_hits_SHR),
+        ):
+            kept = recent_SQX.shape[1]
+            place_Q = torch.arange(kept, device=self._device)
+            position_BQ = last_B1 - (last_B1 - place_Q).remainder(kept)
+            in_gap_BQ1 = (position_BQ >= next_B1)[:, :, None]
+            recent_SQX[slots_B] = sum_SX[slots_B][:, None].where(in_gap_BQ1, recent_SQX[slots_B])
+
     def _static_masks(
         self, prompt_tokens_np: np.ndarray, enforced_np: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -79,7 +79,7 @@ def require(proof: Proof) -> None:
 
 def _ids(tap: RoutingTap) -> np.ndarray:
     """[PROBE_ROWS, L, K] on the host; start-up may wait for the device."""
-    return tap.topk_ids_TLK[:PROBE_ROWS].cpu().numpy()
+    return tap.topk_ids_TLK[:PROBE_ROWS].cpu().numpy().copy()
 
 
 def _reports(ids_TK: np.ndarray, num_experts: int) -> bool:

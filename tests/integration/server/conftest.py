@@ -1,0 +1,156 @@
+"""Servers started with `moe-guard serve`, as an operator starts them; each once per session."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.integration.frontend.tiny_model import write_tiny_model
+
+POLICIES = """\
+apiVersion: moe-guard/v1
+kind: Policy
+metadata: {name: stop-output, severity: critical}
+spec:
+  mode: audit
+  experts: {all: [{layers: 0-1, experts: [0-7]}]}
+  rules:
+    # Every token chooses 2 experts in each of 2 layers: true at the third output position.
+    - name: third
+      when: {count: {experts: all, over: output, atLeast: 12}}
+      then: {block: {message: This request was stopped by policy.}}
+---
+apiVersion: moe-guard/v1
+kind: Policy
+metadata: {name: stop-prompt, severity: high}
+spec:
+  mode: audit
+  experts: {all: [{layers: 0-1, experts: [0-7]}]}
+  rules:
+    - name: any
+      when: {count: {experts: all, over: prompt, atLeast: 1}}
+      then: {block: {message: ""}}
+---
+apiVersion: moe-guard/v1
+kind: Policy
+metadata: {name: reroute}
+spec:
+  mode: audit
+  experts: {some: [{layers: 0-1, experts: [0-4]}]}
+  rules:
+    - name: always
+      when: always
+      then: {mask: {experts: some}}
+---
+apiVersion: moe-guard/v1
+kind: Policy
+metadata: {name: watch, severity: info}
+spec:
+  mode: enforce
+  experts: {all: [{layers: 0-1, experts: [0-7]}]}
+  rules:
+    - name: longer-than-two
+      match: {phase: output}
+      when: {count: {experts: all, over: output, atLeast: 8}}
+"""
+
+START_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Server:
+    address: str
+    decision_log: Path
+    log: Path
+    client: openai.OpenAI
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of the samples with these labels, as Prometheus would scrape them."""
+        total = 0.0
+        for line in httpx.get(f"{self.address}/metrics").text.splitlines():
+            match = re.fullmatch(rf"{name}\{{([^}}]*)\}} (\S+)", line)
+            if match and all(f'{key}="{value}"' in match[1] for key, value in labels.items()):
+                total += float(match[2])
+        return total
+
+    def decisions(self, request_id: str) -> list[dict[str, Any]]:
+        lines = self.decision_log.read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [row for row in rows if row["request_id"].startswith(request_id)]
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+        """Events travel beside the answers; they may come a little later."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come true"
+            time.sleep(0.05)
+
+
+@contextmanager
+def serving(
+    folder: Path, model: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    policies = folder / "policies"
+    policies.mkdir(parents=True)
+    (policies / "all.yaml").write_text(POLICIES)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    server = Server(address, folder / "decisions.jsonl", folder / "server.log", client)
+    command = [sys.executable, "-c", "from guard.cli import main; main()", "serve", str(model)]
+    command += ["--policies", str(policies), "--decision-log", str(server.decision_log)]
+    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16", *arguments]
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})}
+    with server.log.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while "MoE Guard is live; metrics" not in server.log.read_text(errors="replace"):
+            tail = server.log.read_text(errors="replace")[-4000:]
+            assert process.poll() is None, f"the server ended:\n{tail}"
+            assert time.monotonic() < deadline, f"the server did not start:\n{tail}"
+            time.sleep(0.5)
+        yield server
+    finally:
+        client.close()
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny_model")
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server"), tiny_model) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def two_api_servers(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("two_api_servers")
+    with serving(folder, tiny_model, "--api-server-count", "2", "--redact-reasons") as running:
+        yield running
