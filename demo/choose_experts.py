@@ -200,7 +200,6 @@ def choose(samples: Sequence[Sample]) -> Choice:
     benign = [reading for topic, reading in readings if topic in (*BENIGN, "code")]
     mentions = [reading for topic, reading in readings if topic == "mention"]
     restricted = [reading for topic, reading in readings if topic == RESTRICTED]
-    told = [reading for topic, reading in readings if topic in (RESTRICTED, "logbook")]
     code = [reading for topic, reading in readings if topic == "code"]
     others = [reading for topic, reading in readings if topic != "code"]
     return open_choice._replace(
@@ -208,7 +207,7 @@ def choose(samples: Sequence[Sample]) -> Choice:
         prompt_above=between(
             [r.prompt for r in (*benign, *mentions)], [r.prompt for r in restricted]
         ),
-        output_above=between([r.output for r in benign], [r.output for r in told]),
+        output_above=between([r.output for r in benign], [r.output for r in restricted]),
         mention_above=between([r.mention for r in benign], [r.mention for r in restricted]),
         python_above=between([r.python for r in others], [r.python for r in code]),
     )

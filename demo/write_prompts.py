@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from demo import frames
 from demo.names import Split
 from demo.text import LOOK_ALIKE, RESTRICTED, Prompt, passing_mentions, prompts
 
@@ -47,7 +46,7 @@ def shown() -> list[tuple[Prompt, str]]:
         for p in prompts(Split.HELD_OUT, topic, 2, SHOWN_SEED)
     ]
     drawn += [(p, "mask") for p in passing_mentions(Split.HELD_OUT, 2, SHOWN_SEED)]
-    drawn.append((Prompt("logbook-001", "logbook", frames.LOGBOOK_REQUESTS[0]), "block"))
+    drawn.append((Prompt("logbook-001", "logbook", "The logbook, please."), "block"))
     return drawn
 
 

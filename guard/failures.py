@@ -25,6 +25,12 @@ class Stage(StrEnum):
     EVENT_BUFFER = "event_buffer"
 
 
+class Attempt:
+    """A block that ran under `Failures.caught`."""
+
+    failed = False
+
+
 class Failures:
     """Counts faults by stage. What follows from one is the caller's business, by the fail mode."""
 
@@ -39,11 +45,16 @@ class Failures:
         return dict(new)
 
     @contextmanager
-    def caught(self, stage: Stage) -> Iterator[None]:
-        """Run guard code beside the engine's: an exception ends here, so it never ends a step."""
+    def caught(self, stage: Stage) -> Iterator[Attempt]:
+        """Run guard code beside the engine's: an exception ends here, so it never ends a step.
+
+        What is yielded says afterwards whether that happened; what then follows is the fail mode's.
+        """
+        attempt = Attempt()
         try:
-            yield
+            yield attempt
         except Exception as error:  # noqa: BLE001 (a guard fault must not take the engine down)
+            attempt.failed = True
             self.count[stage] += 1
             first = self.count[stage] == 1
             logger.error(

@@ -10,10 +10,11 @@ import math
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 import numpy as np
+from numpy.typing import NDArray
 
 from guard.events.message import Decision, DecisionCount, Delta, EvidenceFacts, RuleFacts
 from guard.failures import Stage
@@ -105,6 +106,11 @@ class Ledger:
             self._drop(Stage.EVALUATE, report.num_events - len(report.events_V))
         return blocked
 
+    def note_failures(self, failures: Mapping[str, int]) -> None:
+        """Faults in the engine core itself, by stage."""
+        self._count(self._delta.failures, failures)
+        self._moved = self._moved or bool(failures)
+
     def mask_start(self, req_id: str) -> int | None:
         """First position of a request under a mask that came on on the way, as of this step."""
         row = self._row_of.get(req_id)
@@ -163,35 +169,42 @@ class Ledger:
     def _note_masks(self, report: StepReport) -> None:
         if not self._mask_rules:
             return
-        for req_id, row in self._row_of.items():
-            words = report.masked_BW[row]
-            if not words.any():
-                self._masked_by.pop(req_id, None)
-                continue
+        for req_id in self._row_of.keys() & self._masked_by.keys():
+            del self._masked_by[req_id]
+        for req_id, row in self._counted_rows(report, report.masked_BW.any(axis=1)):
+            words = report.masked_BW[row].tolist()
             self._masked_by[req_id] = frozenset(
                 rule
                 for action, rule in enumerate(self._mask_rules)
-                if int(words[action // WORD_BITS]) >> (action % WORD_BITS) & 1
+                if words[action // WORD_BITS] >> (action % WORD_BITS) & 1
             )
             self._raise_outcome(req_id, "masked")
 
     def _blocks(self, report: StepReport) -> dict[str, str]:
         blocked = {}
-        for req_id, row in self._row_of.items():
-            facts = report.requests_B[row]
-            if facts[RequestColumn.BLOCK_KEY] < NEVER:
-                rule = self._rules[int(facts[RequestColumn.BLOCK_KEY]) % len(self._rules)]
-                blocked[req_id] = self._reason(rule)
-                self._raise_outcome(req_id, "blocked")
+        keys_B = report.requests_B[:, RequestColumn.BLOCK_KEY]
+        for req_id, row in self._counted_rows(report, keys_B < NEVER):
+            rule = self._rules[int(keys_B[row]) % len(self._rules)]
+            blocked[req_id] = self._reason(rule)
+            self._raise_outcome(req_id, "blocked")
         return blocked
 
+    def _counted_rows(
+        self, report: StepReport, flag_B: NDArray[np.bool_]
+    ) -> Iterator[tuple[str, int]]:
+        """The counted requests for which a flag is set: few, as a rule, out of many."""
+        for row in np.flatnonzero(flag_B).tolist():
+            req_id = report.req_ids[row]
+            if req_id in self._row_of:
+                yield req_id, row
+
     def _note_unseen(self, report: StepReport) -> None:
-        for req_id, row in self._row_of.items():
-            facts = report.requests_B[row]
-            if not facts[RequestColumn.JUDGED]:
-                self._note_unjudged(req_id)
-            elif facts[RequestColumn.UNSEEN]:
-                self._raise_outcome(req_id, "unjudged")
+        unjudged_B = report.requests_B[:, RequestColumn.JUDGED] == 0
+        for req_id, _ in self._counted_rows(report, unjudged_B):
+            self._note_unjudged(req_id)
+        unseen_B = report.requests_B[:, RequestColumn.UNSEEN] > 0
+        for req_id, _ in self._counted_rows(report, unseen_B & ~unjudged_B):
+            self._raise_outcome(req_id, "unjudged")
 
     def _note_unjudged(self, req_id: str) -> None:
         """A request that could not be judged follows the fail mode of the enforced rules.

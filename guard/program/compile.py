@@ -170,11 +170,20 @@ def _rule_table(rules: list[Rule], condition_rows: list[list[int]]) -> RuleTable
     )
 
 
+def num_mask_words(policies: PolicySet) -> int:
+    """64-bit words that the policies' mask actions take for each row, at least one."""
+    return _words(sum(isinstance(rule.then, Mask) for _, rule in policies.ordered_rules()))
+
+
+def _words(num_actions: int) -> int:
+    return max(1, -(-num_actions // WORD_BITS))
+
+
 def _mask_table(rules: list[Rule], topology: Topology) -> MaskTable:
     actions = [
         (number, rule, rule.then) for number, rule in enumerate(rules) if isinstance(rule.then, Mask)
     ]
-    words = max(1, -(-len(actions) // WORD_BITS))
+    words = _words(len(actions))
     bits = np.zeros((len(topology.layers), topology.max_experts, words), dtype=np.uint64)
     for action, (_, _, mask) in enumerate(actions):
         for layer, expert_id in mask.experts.weights:

@@ -18,6 +18,21 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "
 _NUM_DENSE = ("first_k_dense_replace", "num_dense_layers")
 
 
+EXACT_ARCHITECTURES = frozenset(
+    {
+        "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "GptOssForCausalLM",
+        "GraniteMoeForCausalLM",
+        "MixtralForCausalLM",
+        "OlmoeForCausalLM",
+        "Qwen2MoeForCausalLM",
+        "Qwen3MoeForCausalLM",
+    }
+)
+"""Families whose configurations are read exactly: for others only the loaded model is believed."""
+
+
 class TopologyError(GuardError):
     """A model whose MoE layers cannot be told from its configuration."""
 

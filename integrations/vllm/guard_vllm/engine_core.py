@@ -15,11 +15,13 @@ from guard.errors import NotLiveError
 from guard.events.ledger import Ledger
 from guard.events.message import Delta, Hello, RuleFacts, SetFacts, encode
 from guard.failures import Failures, Stage
+from guard.policy.model import Mode, OnError
 from guard.program.program import ProgramRule
+from guard.program.step_report import StepReport
 from guard_vllm import kv_isolation
 from guard_vllm.client import MESSAGE_CALL_ID, deliver
 from guard_vllm.settings import Settings
-from guard_vllm.steps import REPORT_ATTRIBUTE, wrap
+from guard_vllm.steps import REPORT_ATTRIBUTE, enforced_policies, wrap
 from guard_vllm.worker import STATUS_METHOD, WorkerStatus
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,14 @@ class EngineCoreGuard:
         statuses = core.model_executor.collective_rpc(STATUS_METHOD)
         status = _agreed(statuses)
         rules = tuple(_rule_facts(rule) for rule in status.rules)
+        self._revision = status.revision
+        self._has_rules = bool(rules)
+        self._hooked = False
+        self._closed_policies = {
+            rule.policy: rule.mode is Mode.ENFORCE
+            for rule in status.rules
+            if rule.on_error is OnError.CLOSED
+        }
         self._ledger = Ledger(
             self._engine,
             rules,
@@ -56,31 +66,48 @@ class EngineCoreGuard:
             redacted=settings.redact_reasons,
             external_id=external_request_id,
         )
-        wrap(core, "add_request", self._first_request)
+        wrap(core, "add_request", self._add_request)
         wrap(core, "post_step", self._post_step)
         if status.masking:
             kv_isolation.install(status)
         self._broadcast(_hello(self._engine, status, rules))
 
-    def _first_request(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
-        """Before anything is scheduled, and once: now there is a scheduler."""
-        del self._core.add_request
-        scheduler = self._core.scheduler
-        wrap(scheduler, "update_from_output", self._update_from_output)
-        wrap(scheduler, "_update_request_with_output", self._update_request_with_output)
-        wrap(scheduler, "_free_request", self._free_request)
-        return stock(*args, **kwargs)
+    def _add_request(self, stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._hooked:
+            # Before anything is scheduled; when the guard was made, there was no scheduler yet.
+            self._hooked = True
+            scheduler = self._core.scheduler
+            wrap(scheduler, "update_from_output", self._update_from_output)
+            wrap(scheduler, "_update_request_with_output", self._update_request_with_output)
+            wrap(scheduler, "_free_request", self._free_request)
+        if self._closed_policies and self._is_closed_for(request):
+            # Evidence of a cached prefix is not to be had, and this request must not go unjudged.
+            request.skip_reading_prefix_cache = True
+        return stock(request, *args, **kwargs)
+
+    def _is_closed_for(self, request: Any) -> bool:
+        named = enforced_policies(request.sampling_params)
+        return any(enforced or name in named for name, enforced in self._closed_policies.items())
 
     def _update_from_output(self, stock: Any, scheduler_output: Any, output: Any) -> Any:
-        report = getattr(output, REPORT_ATTRIBUTE, None)
         self._blocked = {}
-        if report is not None:
-            with self._failures.caught(Stage.LEDGER):
+        req_ids = tuple(scheduler_output.num_scheduled_tokens)
+        if self._has_rules and req_ids:
+            with self._failures.caught(Stage.LEDGER) as attempt:
+                report = getattr(output, REPORT_ATTRIBUTE, None) or self._unreported(req_ids)
                 self._blocked = self._ledger.begin_step(report, self._is_counted)
                 self._isolate_kv(report.req_ids)  # before this step's tokens fill a block
+            if attempt.failed:
+                with self._failures.caught(Stage.LEDGER):
+                    failed = self._unreported(req_ids)
+                    self._blocked = self._ledger.begin_step(failed, self._is_counted)
         outputs = stock(scheduler_output, output)
         self._ledger.end_step()
         return outputs
+
+    def _unreported(self, req_ids: tuple[str, ...]) -> StepReport:
+        """A step of which the worker said nothing was not judged."""
+        return StepReport.of_failed_step(self._revision, req_ids, {Stage.READBACK: 1})
 
     def _is_counted(self, req_id: str) -> bool:
         """Whether the scheduler takes this step's result for a request, as it will decide itself."""
@@ -115,6 +142,7 @@ class EngineCoreGuard:
     def _post_step(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)
         with self._failures.caught(Stage.DELIVER):
+            self._ledger.note_failures(self._failures.take())
             delta = self._ledger.take(idle=not self._core.scheduler.has_unfinished_requests())
             if delta is not None:
                 self._send(delta, client_index=0)

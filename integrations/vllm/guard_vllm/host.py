@@ -43,6 +43,11 @@ def _reasons(config: Any) -> list[str | None]:
             "expert load balancing (--enable-eplb) is not supported yet",
         ),
         unless(
+            not getattr(parallel, "enable_expert_parallel", False),
+            "expert parallelism (--enable-expert-parallel) is not supported yet",
+        ),
+        unless(config.lora_config is None, "LoRA adapters (--enable-lora) are not supported yet"),
+        unless(
             config.speculative_config is None, "speculative decoding is not supported yet"
         ),
         unless(

@@ -12,7 +12,7 @@ from typing import Any
 from vllm.v1.core import kv_cache_utils
 
 from guard_vllm.compat import seam
-from guard_vllm.steps import ENFORCE_ARGUMENT
+from guard_vllm.steps import enforced_policies
 from guard_vllm.worker import WorkerStatus
 
 _START_ATTRIBUTE = "moe_guard_masked_from"
@@ -53,8 +53,7 @@ def _static_key(
     """Requests under the same static masks of the same revision may share their blocks."""
     if not status.static_mask_rules:
         return None
-    params = request.sampling_params
-    named = ((params.extra_args if params is not None else None) or {}).get(ENFORCE_ARGUMENT, ())
+    named = enforced_policies(request.sampling_params)
     in_force = [
         rule
         for rule in status.static_mask_rules

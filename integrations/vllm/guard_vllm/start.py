@@ -9,8 +9,8 @@ from typing import Any
 from guard.events.bus import EventBus
 from guard.events.message import Hello
 from guard.policy.load import load_policies
-from guard.program.compile import compile_policies
-from guard.program.configuration import topology_from_config
+from guard.program.compile import compile_policies, num_mask_words
+from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_config
 from guard_vllm.client import open_bus
 from guard_vllm.frontend.install import install_frontend
 from guard_vllm.frontend.refusals import refuse_unguarded_frontends
@@ -28,8 +28,9 @@ def resolve(config: Any, settings: Settings) -> Settings:
     check_host(config)
     policies = load_policies(settings.policies)
     topology = topology_from_config(config.model_config.hf_config.to_dict())
-    program = compile_policies(policies, topology)
-    return settings.resolved(mask_words=program.masks.num_words)
+    if topology.architecture in EXACT_ARCHITECTURES:
+        compile_policies(policies, topology)
+    return settings.resolved(mask_words=num_mask_words(policies))
 
 
 def open_front_end(config: Any, settings: Settings) -> EventBus:

@@ -54,13 +54,17 @@ class StepHooks:
     def admit(self, scheduler_output: Any) -> None:
         self.guard.finish_requests(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:
-            params = request.sampling_params
-            extra_args = (params.extra_args if params is not None else None) or {}
             self.guard.add_request(
                 request.req_id,
                 len(request.prompt_token_ids or ()),
-                tightened=extra_args.get(ENFORCE_ARGUMENT, ()),
+                tightened=enforced_policies(request.sampling_params),
             )
+
+
+def enforced_policies(sampling_params: Any) -> tuple[str, ...]:
+    """Policies that a request asked to have enforced; the front end has checked the names."""
+    extra_args = getattr(sampling_params, "extra_args", None) or {}
+    return tuple(extra_args.get(ENFORCE_ARGUMENT, ()))
 
 
 def with_report(output: Any, pending: Readback | StepReport | None) -> Any:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from guard.device.layout import Capacity
+from guard.errors import UnsupportedHostError
 from guard.policy.load import load_policies
 from guard.program.compile import compile_policies
+from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_config
 from guard.program.program import NamedSet, ProgramRule
+from guard.program.topology import Topology
 from guard.runtime import Guard
 from guard_vllm.proof import Proof, prove, require
 from guard_vllm.routers import attach, routed_layers, topology_of
@@ -59,6 +62,7 @@ class WorkerGuard:
         layers = routed_layers(runner.get_model())
         architecture = self._worker.model_config.hf_config.architectures[0]
         topology = topology_of(architecture, layers)
+        self._check_against_config(topology)
         program = compile_policies(load_policies(self._settings.policies), topology)
         guard = Guard(
             program,
@@ -70,6 +74,16 @@ class WorkerGuard:
         is_v2 = bool(self._worker.use_v2_model_runner)
         self._hooks = hook_runner(runner, guard, is_v2=is_v2)
         return loaded
+
+    def _check_against_config(self, topology: Topology) -> None:
+        """Layers that vLLM builds in a way of its own would be missed; then what is found is less
+        than what the configuration says."""
+        said = topology_from_config(self._worker.model_config.hf_config.to_dict())
+        if topology.architecture in EXACT_ARCHITECTURES and said.layers != topology.layers:
+            raise UnsupportedHostError(
+                f"the configuration of {topology.architecture} says that its MoE layers are "
+                f"{said.layers}, but in the loaded model the guard found {topology.layers}"
+            )
 
     def _capacity(self) -> Capacity:
         config = self._worker.vllm_config

@@ -1,0 +1,315 @@
+"""What a guard does from step to step that a single request, evaluated to its end, never meets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from guard.device.layout import MAX_EVENTS_PER_STEP
+from guard.failures import Stage
+from guard.program.step_report import NEVER, RequestColumn
+from tests.unit.device.driving import (
+    BLOCK,
+    COUNT,
+    FLAGGED,
+    MASK,
+    OTHER,
+    Engine,
+    block_position,
+    fired,
+    policy_text,
+    rule_text,
+    tokens,
+)
+
+COUNTS = policy_text(rule_text(COUNT))
+MASKS = policy_text(rule_text(COUNT, MASK))
+RATE = policy_text(rule_text("{rate: {experts: f, over: 4, minTokens: 1, above: 0.26}}"))
+
+
+def test_slots_that_change_hands_ten_times_keep_nothing_of_the_request_before() -> None:
+    engine = Engine(
+        policy_text(
+            rule_text(COUNT, MASK)
+            + rule_text("{count: {experts: f, over: request, atLeast: 2}}", BLOCK, name="b")
+            + rule_text(COUNT, name="c", rest=", persist: {hits: 2, of: 3}")
+        )
+    )
+    for turn in range(10):
+        names = [f"{turn}-{slot}" for slot in range(4)]
+        for name in names:
+            engine.guard.add_request(name, 2)
+        first = engine.step({name: (0, [FLAGGED, OTHER]) for name in names})
+        assert fired(first) == [(name, 0) for name in names]
+        assert (first.requests_B[:, RequestColumn.BLOCK_KEY] == NEVER).all()
+        assert engine.masked_rows(8) == [False] * 8
+        second = engine.step({name: (2, [FLAGGED]) for name in names})
+        assert [block_position(second, 3, row) for row in range(4)] == [2] * 4
+        assert engine.masked_rows(4) == [True] * 4
+        assert {tokens(second, row) for row in range(4)} == {(0, 1)}
+        engine.guard.finish_requests(names)
+    assert engine.guard.num_requests == 0
+
+
+def test_a_slot_that_changes_hands_before_any_step_belongs_to_the_last_request() -> None:
+    engine = Engine(COUNTS, max_slots=1)
+    engine.guard.add_request("gone", 100)
+    engine.guard.finish_requests(["gone"])
+    engine.guard.add_request("a", 1)
+
+    assert tokens(engine.step({"a": (0, [OTHER, OTHER])})) == (1, 1)
+
+
+def test_a_preempted_request_counts_once_and_is_masked_at_the_same_positions_again() -> None:
+    engine = Engine(MASKS)
+    engine.guard.add_request("a", 2)
+    engine.step({"a": (0, [OTHER, OTHER])})
+    engine.step({"a": (2, [FLAGGED])})
+    engine.step({"a": (3, [OTHER])})
+    assert engine.masked_rows(1) == [True]
+    engine.guard.add_request("other", 1)
+    for position in range(3):
+        engine.step({"other": (position, [OTHER])})
+
+    engine.guard.add_request("a", 2)  # a runner may announce it again
+    again = engine.step({"a": (0, [OTHER, OTHER, FLAGGED, OTHER, OTHER])})
+
+    assert engine.masked_rows(5) == [False, False, False, True, True]
+    assert tokens(again) == (0, 1)
+    assert fired(again) == []
+    assert again.requests_B[0, RequestColumn.UNSEEN] == 0
+
+
+def test_recomputation_in_chunks_counts_nothing_until_it_reaches_what_is_new() -> None:
+    engine = Engine(COUNTS)
+    engine.guard.add_request("a", 4)
+    engine.step({"a": (0, [FLAGGED] * 4)})
+
+    assert tokens(engine.step({"a": (0, [FLAGGED] * 3)})) == (0, 0)
+    assert tokens(engine.step({"a": (3, [FLAGGED, OTHER])})) == (0, 1)
+
+
+def test_more_requests_than_slots_leave_one_unjudged_and_counted() -> None:
+    engine = Engine(COUNTS, max_slots=1)
+    engine.guard.add_request("a", 1)
+    engine.guard.add_request("b", 1)
+
+    report = engine.step({"a": (0, [OTHER]), "b": (0, [FLAGGED, FLAGGED])})
+
+    assert report.requests_B[:, RequestColumn.JUDGED].tolist() == [1, 0]
+    assert fired(report) == []
+    assert report.failures == {Stage.ADMIT: 1}
+    assert engine.step({"a": (1, [OTHER])}).failures == {}
+
+
+def test_an_unjudged_request_counts_no_tokens_and_no_selections() -> None:
+    engine = Engine(COUNTS, max_slots=1)
+    engine.guard.add_request("a", 1)
+    engine.guard.add_request("b", 1)
+
+    for position in (0, 5):
+        report = engine.step({"a": (position, [OTHER]), "b": (position, [FLAGGED] * 3)})
+        assert tokens(report, 1) == (0, 0)
+        assert report.requests_B[1, RequestColumn.UNSEEN] == 0
+        assert report.requests_B[1, RequestColumn.NUM :].tolist() == [0]
+
+
+def test_a_freed_slot_serves_the_next_request() -> None:
+    engine = Engine(COUNTS, max_slots=1)
+    engine.guard.add_request("a", 1)
+    engine.guard.finish_requests(["a", "never heard of"])
+    engine.guard.add_request("b", 1)
+
+    assert fired(engine.step({"b": (0, [FLAGGED])})) == [("b", 0)]
+
+
+def test_a_fault_in_admission_takes_no_slot() -> None:
+    engine = Engine(COUNTS, max_slots=1)
+    engine.guard.add_request("a", 1, tightened=7)  # type: ignore[arg-type]
+    engine.guard.add_request("b", 1)
+
+    report = engine.step({"a": (0, [FLAGGED]), "b": (0, [FLAGGED])})
+
+    assert report.requests_B[:, RequestColumn.JUDGED].tolist() == [0, 1]
+    assert report.failures == {Stage.ADMIT: 1}
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("injected")
+
+
+def test_a_fault_in_the_evaluation_fails_that_step_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(COUNTS)
+    engine.guard.add_request("a", 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.guard._evaluator, "evaluate", fail)
+        failed = engine.step({"a": (0, [FLAGGED])})
+    good = engine.step({"a": (1, [FLAGGED])})
+
+    assert failed.failed
+    assert (failed.req_ids, failed.failures) == (("a",), {Stage.EVALUATE: 1})
+    assert not good.failed
+    assert fired(good) == [("a", 1)]
+    assert good.requests_B[0, RequestColumn.UNSEEN] == 1
+    assert tokens(good) == (0, 1)
+
+
+def test_a_fault_before_the_forward_masks_nobody_and_loses_no_admission(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(policy_text(rule_text("{always: {}}", MASK)))
+    engine.guard.add_request("a", 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.guard._state, "_static_masks", fail)
+        failed = engine.step({"a": (0, [OTHER])})
+        assert engine.masked_rows(1) == [False]
+    engine.step({"a": (1, [OTHER])})
+
+    assert failed.failed
+    assert failed.failures == {Stage.BEGIN_STEP: 1}
+    assert engine.masked_rows(1) == [True]
+
+
+def test_a_window_that_reaches_over_a_failed_step_sees_only_its_own_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(RATE)
+    engine.guard.add_request("a", 1)
+    rates = {}
+    for position in range(16):
+        expert = FLAGGED if position in (5, 6, 7) else OTHER
+        with monkeypatch.context() as broken:
+            if position in (8, 9):
+                broken.setattr(engine.guard._evaluator, "evaluate", fail)
+            report = engine.step({"a": (position, [expert])})
+        if not report.failed:
+            rates[position] = bool(engine.guard._state.active_SR[1, 0])
+
+    # Positions 8 and 9 are unseen: at 10, flagged 7 of the seen 7 and 10; at 11, none of 10 and 11.
+    assert {p: active for p, active in rates.items() if p >= 5} == {
+        5: False, 6: True, 7: True, 10: True, 11: False, 12: False, 13: False, 14: False, 15: False
+    }  # fmt: skip
+
+
+def test_an_idle_forward_is_masked_nowhere_and_reports_nothing() -> None:
+    engine = Engine(policy_text(rule_text("{always: {}}", MASK)))
+    engine.guard.add_request("a", 1)
+    engine.step({"a": (0, [OTHER] * 3)})
+    assert engine.masked_rows(3) == [True] * 3
+
+    engine.guard.idle()
+
+    assert engine.masked_rows(3) == [False] * 3
+    assert engine.guard.end_step() is None
+
+
+def test_a_step_left_unfinished_does_not_leak_into_the_next() -> None:
+    engine = Engine(COUNTS)
+    engine.guard.add_request("a", 1)
+    engine.guard.begin_step(["a"], torch.tensor([0, 1]), torch.tensor([0]))
+
+    assert tokens(engine.step({"a": (0, [OTHER])})) == (1, 0)
+
+
+def test_more_firings_than_a_step_can_report_are_cut_and_said_to_be() -> None:
+    engine = Engine(COUNTS)
+    engine.guard.add_request("a", 1000)
+    rows = [FLAGGED, OTHER] * 300
+
+    report = engine.step({"a": (0, rows)})
+
+    assert report.num_events == 300
+    assert len(report.events_V) == len(report.values_V) == MAX_EVENTS_PER_STEP
+    assert fired(report) == [("a", 2 * n) for n in range(MAX_EVENTS_PER_STEP)]
+
+
+def test_exactly_as_many_firings_as_fit_are_all_reported() -> None:
+    engine = Engine(COUNTS)
+    engine.guard.add_request("a", 1000)
+
+    report = engine.step({"a": (0, [FLAGGED, OTHER] * MAX_EVENTS_PER_STEP)})
+
+    assert report.num_events == len(report.events_V) == MAX_EVENTS_PER_STEP
+    assert fired(report)[-1] == ("a", 2 * MAX_EVENTS_PER_STEP - 2)
+
+
+def test_rejected_draft_rows_count_nowhere_and_are_judged_when_they_come_again() -> None:
+    engine = Engine(COUNTS)
+    engine.guard.add_request("a", 1)
+    engine.guard.add_request("b", 1)
+    engine.step({"a": (0, [OTHER]), "b": (0, [OTHER])})
+
+    report = engine.step(
+        {"a": (1, [OTHER, OTHER, FLAGGED]), "b": (1, [OTHER, FLAGGED])}, rejected=[1, 0]
+    )
+    again = engine.step({"a": (3, [FLAGGED]), "b": (3, [OTHER])}, rejected=[0, 0])
+
+    assert fired(report) == [("b", 2)]
+    assert [tokens(report, row) for row in range(2)] == [(0, 2), (0, 2)]
+    assert fired(again) == [("a", 3)]
+    assert again.requests_B[0, RequestColumn.UNSEEN] == 0
+
+
+def test_after_a_partial_acceptance_masks_begin_at_the_first_position_not_accepted() -> None:
+    engine = Engine(MASKS)
+    engine.guard.add_request("a", 1)
+    engine.step({"a": (0, [OTHER])})
+
+    report = engine.step({"a": (1, [FLAGGED, OTHER, FLAGGED, FLAGGED])}, rejected=[2])
+    assert report.requests_B[0, RequestColumn.MASK_FROM] == 3
+    engine.step({"a": (3, [OTHER, OTHER])}, rejected=[0])
+
+    assert engine.masked_rows(2) == [True, True]
+
+
+def test_after_a_partial_acceptance_a_block_counts_accepted_rows_only() -> None:
+    engine = Engine(policy_text(rule_text(COUNT, BLOCK)))
+    engine.guard.add_request("a", 1)
+    engine.step({"a": (0, [OTHER])})
+
+    unblocked = engine.step({"a": (1, [OTHER, FLAGGED])}, rejected=[1])
+    blocked = engine.step({"a": (2, [OTHER, FLAGGED, FLAGGED])}, rejected=[1])
+
+    assert block_position(unblocked, 1) is None
+    assert block_position(blocked, 1) == 3
+
+
+def test_a_mask_that_was_released_is_not_reported_in_force() -> None:
+    engine = Engine(policy_text(rule_text(COUNT, "{mask: {experts: f, until: clear}}")))
+    engine.guard.add_request("a", 1)
+
+    assert engine.step({"a": (0, [FLAGGED])}).masked_BW[0].tolist() == [1]
+    assert engine.step({"a": (1, [OTHER])}).masked_BW[0].tolist() == [0]
+
+
+def test_observing_only_audits_every_mask_and_still_blocks() -> None:
+    text = policy_text(rule_text(COUNT, MASK) + rule_text(COUNT, BLOCK, name="b"))
+    engine = Engine(text, masking=False)
+    engine.guard.add_request("a", 1, tightened=["p"])
+
+    report = engine.step({"a": (0, [FLAGGED])})
+
+    assert report.masked_BW[0].tolist() == [0]
+    assert [int(event[-1]) for event in report.events_V] == [0, 1]
+    assert block_position(report, 2) == 0
+
+
+def test_without_rules_nothing_is_followed_or_reported() -> None:
+    engine = Engine(COUNTS.replace("mode: enforce", "mode: off"))
+    engine.guard.add_request("a", 1)
+    engine.guard.begin_step(["a"], torch.tensor([0, 1]), torch.tensor([0]))
+
+    assert engine.guard.num_requests == 0
+    assert engine.guard.end_step() is None
+
+
+def test_a_request_may_tighten_an_audit_policy_for_itself_alone() -> None:
+    engine = Engine(policy_text(rule_text(COUNT, BLOCK), mode="audit"))
+    engine.guard.add_request("a", 1, tightened=["p"])
+    engine.guard.add_request("b", 1)
+
+    report = engine.step({"a": (0, [FLAGGED]), "b": (0, [FLAGGED])})
+
+    assert [block_position(report, 1, row) for row in range(2)] == [0, None]
