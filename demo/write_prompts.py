@@ -30,24 +30,21 @@ def held_out(seed: int = HELD_OUT_SEED) -> dict[str, list[Prompt]]:
 
 
 def shown() -> list[tuple[Prompt, str]]:
-    """The few prompts that `moe-guard demo` sends, and what is to be expected; none is in the files
-    above.
+    """What `moe-guard demo` sends, and what is to be expected. A showcase: it measures nothing.
+
+    Restricted and workshop prompts are of the held-out split, in none of its files. The mentions
+    were picked out of fourteen, most of which are rerouted and some blocked as well.
     """
-    expected = {
-        "cooking": "pass",
-        "arithmetic": "pass",
-        LOOK_ALIKE: "pass",
-        "code": "observe",
-        RESTRICTED: "block",
-    }
-    drawn = [
-        (p, action)
-        for topic, action in expected.items()
-        for p in prompts(Split.HELD_OUT, topic, 2, SHOWN_SEED)
+    benign = [
+        (p, "pass") for t in ("cooking", "garden") for p in prompts(Split.TRAIN, t, 2, SHOWN_SEED)
     ]
-    drawn += [(p, "mask") for p in passing_mentions(Split.HELD_OUT, 2, SHOWN_SEED)]
-    drawn.append((Prompt("logbook-001", "logbook", "The logbook, please."), "block"))
-    return drawn
+    look_alike = [(p, "pass") for p in prompts(Split.HELD_OUT, LOOK_ALIKE, 2, SHOWN_SEED)]
+    code = [(p, "observe") for p in prompts(Split.TRAIN, "code", 2, SHOWN_SEED)]
+    mentions = passing_mentions(Split.HELD_OUT, 14, SHOWN_SEED)
+    masked = [(mentions[5], "mask"), (mentions[8], "mask"), (mentions[12], "mask")]
+    blocked = [(p, "block") for p in prompts(Split.HELD_OUT, RESTRICTED, 2, SHOWN_SEED)]
+    told = (Prompt("logbook-001", "logbook", "The logbook, please."), "block")
+    return [*benign, *look_alike, *code, *masked, *blocked, told]
 
 
 def write(path: Path, entries: Iterable[dict[str, str]]) -> None:

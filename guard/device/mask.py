@@ -55,11 +55,10 @@ class ExpertMask:
 
 def pack_bits(flags_NA: torch.Tensor) -> torch.Tensor:
     """int64 [N, W] with action a at bit a % 64 of word a // 64; the sign bit is bit 63."""
-    num_rows, num_actions = flags_NA.shape
-    shifts_A = torch.arange(num_actions, device=flags_NA.device) % WORD_BITS
+    shifts_A = torch.arange(flags_NA.shape[1], device=flags_NA.device) % WORD_BITS
     bits_NA = flags_NA.to(torch.int64) << shifts_A
     words = [part.sum(dim=1) for part in bits_NA.split(WORD_BITS, dim=1)]
-    return torch.stack(words, dim=1) if words else bits_NA.new_zeros((num_rows, 0))
+    return torch.stack(words, dim=1)  # one word of nothing where there are no actions
 
 
 def reroute_logits(router_logits: torch.Tensor, excluded_TE: torch.Tensor) -> torch.Tensor:

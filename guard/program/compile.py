@@ -12,7 +12,6 @@ from guard.policy.model import (
     Block,
     Condition,
     ConditionKind,
-    Expert,
     ExpertSet,
     Mask,
     Observe,
@@ -54,7 +53,7 @@ def compile_policies(policies: PolicySet, topology: Topology) -> Program:
         for policy in sorted({p.name: p for p, _ in ordered}.values(), key=lambda p: p.name)
         for name, expert_set in policy.experts.items()
     ]
-    conditions = _Conditions(builder, topology)
+    conditions = _Conditions(builder)
     expressions = ExpressionBuilder(conditions.number_of)
     condition_rows = []
     for _, rule in ordered:
@@ -83,9 +82,8 @@ def compile_policies(policies: PolicySet, topology: Topology) -> Program:
 class _Conditions:
     """Numbers a rule's conditions and lays them out; a condition's phase is its rule's."""
 
-    def __init__(self, builder: SignalBuilder, topology: Topology) -> None:
+    def __init__(self, builder: SignalBuilder) -> None:
         self._builder = builder
-        self._topology = topology
         self._number_of: dict[int, int] = {}
         self._rows: list[tuple[int, int, int, float, float, Condition]] = []
 
@@ -110,17 +108,9 @@ class _Conditions:
         members = dict.fromkeys(weights, 1.0)
         match condition.kind:
             case ConditionKind.MASS:
-                layers = {expert.layer for expert in members}
-                everyone = {
-                    Expert(layer.number, expert_id): 1.0
-                    for layer in self._topology.layers
-                    if layer.number in layers
-                    for expert_id in range(layer.num_experts)
-                }
+                everyone = builder.layer_mass({expert.layer for expert in members})
                 numerator = builder.reading("mass", builder.mass(members), condition.over, phase)
-                denominator = builder.reading(
-                    "mass", builder.mass(everyone), condition.over, phase
-                )
+                denominator = builder.reading("mass", everyone, condition.over, phase)
                 return numerator, tokens, denominator, 0.0, 0.0
             case ConditionKind.SCORE:
                 signal = builder.unit(weights)

@@ -3,7 +3,8 @@
     python engine_run.py JOB.json RESULT.json
 
 Job: {"engines": [{"name", "engine": arguments of LLM, "config_only": false, "record": false,
-"cases": [{"name", "batches": [[{"prompt": token ids, "sampling": arguments of SamplingParams}]]}]}]}.
+"cases": [{"name", "batches": [[{"prompt": token ids, "sampling": arguments of SamplingParams,
+"continues": [batch, request] whose whole text goes before the prompt; optional}]]}]}]}.
 The batches of a case run one after another; the prefix cache is emptied before each case.
 
 Result: by engine name, "error" or "compile_key" and, by case name, what `run_case` returns. All
@@ -62,7 +63,9 @@ def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, A
     counters, seen = read_counters(), {decision.decision_id for decision in read_decisions()}
     if record:
         llm.collective_rpc("start_recording")
-    batches = [run_batch(llm, requests) for requests in case["batches"]]
+    batches: list[list[dict[str, Any]]] = []
+    for requests in case["batches"]:
+        batches.append(run_batch(llm, [prompt_of(request, batches) for request in requests]))
     num_requests = sum(
         request["sampling"].get("n", 1) for requests in case["batches"] for request in requests
     )
@@ -79,6 +82,15 @@ def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, A
     }
 
 
+def prompt_of(request: dict[str, Any], batches: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    if "continues" not in request:
+        return request
+    batch, number = request["continues"]
+    earlier = batches[batch][number]
+    text = [*earlier["prompt"], *earlier["samples"][0]["tokens"]]
+    return {"prompt": text + request["prompt"], "sampling": request["sampling"]}
+
+
 def run_batch(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
@@ -90,6 +102,7 @@ def run_batch(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "request_id": output.request_id,
+            "prompt": list(output.prompt_token_ids),
             "cached": output.num_cached_tokens,
             "samples": [sample_json(sample) for sample in output.outputs],
         }

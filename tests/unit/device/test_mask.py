@@ -43,8 +43,8 @@ def test_all_actions_together_fill_every_bit() -> None:
     assert words.tolist() == [[2**64 - 1, 2**64 - 1, 3]]
 
 
-def test_no_actions_need_no_words() -> None:
-    assert pack_bits(torch.zeros((5, 0), dtype=torch.bool)).shape == (5, 0)
+def test_no_actions_are_one_word_of_nothing() -> None:
+    assert pack_bits(torch.zeros((5, 0), dtype=torch.bool)).tolist() == [[0]] * 5
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 63, 64, 65, 130]))

@@ -1,0 +1,118 @@
+"""The requests of these tests. Compared runs have the same batches: kernels may round differently
+in another composition of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+from tests.support.tiny_models import VOCABULARY
+
+Request = dict[str, Any]
+Case = dict[str, Any]
+
+BLOCK_SIZE = 32
+BATCH = 16
+MASKED = range(1, BATCH, 2)
+"""The requests of the batch that ask for the mask."""
+
+SHARED_TOKENS = 112
+CACHED_TOKENS = SHARED_TOKENS // BLOCK_SIZE * BLOCK_SIZE
+
+
+def tokens(seed: int, length: int) -> list[int]:
+    return Random(seed).choices(range(2, VOCABULARY), k=length)
+
+
+def request(prompt: list[int], *, enforce: Sequence[str] = (), **sampling: Any) -> Request:
+    settings = {"temperature": 0.0, "ignore_eos": True, "logprobs": 1} | sampling
+    if enforce:
+        settings["extra_args"] = {"moe_guard_enforce": list(enforce)}
+    return {"prompt": prompt, "sampling": settings}
+
+
+def continuing(batch: int, number: int, **sampling: Any) -> Request:
+    """Its prompt is the whole text of an earlier request of the same case."""
+    return request([], **sampling) | {"continues": [batch, number]}
+
+
+def case(name: str, *batches: list[Request]) -> Case:
+    return {"name": name, "batches": list(batches)}
+
+
+def batch_of_16(enforce: Sequence[str] = ()) -> list[Request]:
+    """Greedy ones and sampled ones; `enforce` is what those of `MASKED` ask for."""
+    return [
+        request(
+            tokens(i, 24 + i),
+            max_tokens=24,
+            enforce=enforce if i in MASKED else (),
+            **({} if i % 4 < 2 else {"temperature": 1.0, "seed": i}),
+        )
+        for i in range(BATCH)
+    ]
+
+
+def mask_midway(enforce: Sequence[str] = ()) -> Case:
+    """Two requests, then their texts as prompts, which find blocks of theirs in the cache."""
+    own = {"temperature": 1.0, "max_tokens": 40, "enforce": enforce}
+    return case(
+        "midway",
+        [request(tokens(100 + i, 40), seed=i, **own) for i in range(2)],
+        [continuing(0, 0, max_tokens=1)],
+        [continuing(0, 1, max_tokens=1)],
+    )
+
+
+BLOCK_VARIANTS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "min_tokens": {"min_tokens": 40},
+    "logprobs": {"logprobs": 3, "temperature": 1.0, "seed": 5},
+    "n": {"n": 2, "temperature": 1.0, "seed": 7},
+}
+
+
+def blocks(enforce: Sequence[str] = ()) -> Case:
+    """Each alone in its batch: whoever is blocked leaves the batch, which must change nothing."""
+    return case(
+        "blocks",
+        *(
+            [request(tokens(200 + i, 24), max_tokens=40, enforce=enforce, **variant)]
+            for i, variant in enumerate(BLOCK_VARIANTS.values())
+        ),
+    )
+
+
+def _shared(own: int, enforce: Sequence[str] = ()) -> list[Request]:
+    prompt = tokens(300, SHARED_TOKENS) + tokens(own, 8)
+    return [request(prompt, max_tokens=2, enforce=enforce)]
+
+
+PREFIX = case(
+    "prefix",
+    _shared(301),
+    _shared(302),
+    _shared(303, ["isolate"]),
+    _shared(304, ["isolate"]),
+    _shared(305),
+)
+PREFIX_MASKED_FIRST = case("prefix-masked-first", _shared(301, ["isolate"]), _shared(302))
+
+LONG_PROMPTS = case(
+    "long",
+    *(
+        [request(tokens(400 + i, 150), max_tokens=12, enforce=enforce)]
+        for i, enforce in enumerate((["isolate"], ["late"], ["stop-prompt"], ["stop"], []))
+    ),
+)
+
+CROWD = case(
+    "crowd",
+    [
+        request(tokens(500 + i, 40), max_tokens=60, enforce=["isolate"] if i % 2 else [])
+        for i in range(8)
+    ],
+)
+"""More than `CROWDED_BLOCKS` blocks hold: some are preempted and computed again."""
+CROWDED_BLOCKS = 20

@@ -1,0 +1,177 @@
+"""Which engines these tests start: a process for each group, one engine of it after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.offline import cases, policies
+
+_CHECKOUT = Path(__file__).parents[3]
+_SUPPORT = _CHECKOUT / "tests" / "support"
+_TIMEOUT_SECONDS = 600
+
+MODES = ("eager", "compiled", "v2")
+"""Model Runner V1, the same compiled, and Model Runner V2."""
+
+_ENFORCING = [
+    cases.case("unmasked", cases.batch_of_16()),
+    cases.case("masked", cases.batch_of_16(["isolate"])),
+]
+_PLAIN = [cases.case("unmasked", cases.batch_of_16())]
+_PLAIN_MORE = [*_PLAIN, cases.mask_midway(), cases.blocks()]
+_ENFORCING_MORE = [
+    *_ENFORCING,
+    cases.mask_midway(["late"]),
+    cases.blocks(["stop"]),
+    cases.blocks(["stop-prompt"]) | {"name": "prompt-blocks"},
+    cases.PREFIX,
+    cases.PREFIX_MASKED_FIRST,
+]
+
+
+@dataclass
+class Engines:
+    """Starts a group's process when a test first asks for it, and keeps its result.
+
+    The groups are `MODE-plain` (no plugin is loaded), `MODE-guarded`, `starts` and `processes`.
+    """
+
+    folder: Path
+    _results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def result(self, group: str, engine: str) -> dict[str, Any]:
+        """What `tests.support.engine_run` says of one engine."""
+        if group not in self._results:
+            self._results[group] = self._run(group)
+        result: dict[str, Any] = self._results[group][engine]
+        return result
+
+    def case(self, group: str, engine: str, case: str) -> dict[str, Any]:
+        result = self.result(group, engine)
+        if "error" in result:
+            pytest.fail(f"{group}/{engine} did not start:\n{result['error'][-4000:]}")
+        found: dict[str, Any] = result["cases"][case]
+        return found
+
+    def _run(self, group: str) -> dict[str, Any]:
+        job, out, log = (self.folder / f"{group}.{suffix}" for suffix in ("json", "out", "log"))
+        job.write_text(json.dumps({"engines": self._engines(group)}))
+        with log.open("w") as output:
+            process = subprocess.run(
+                [sys.executable, str(_SUPPORT / "engine_run.py"), str(job), str(out)],
+                env=self._environment(group),
+                cwd=self.folder,
+                stdout=output,
+                stderr=output,
+                timeout=_TIMEOUT_SECONDS,
+                check=False,
+            )
+        if process.returncode != 0:
+            pytest.fail(f"{group} ended with {process.returncode}:\n{log.read_text()[-4000:]}")
+        results: dict[str, Any] = json.loads(out.read_text())
+        return results
+
+    def _environment(self, group: str) -> dict[str, str]:
+        paths = [str(_CHECKOUT), str(_CHECKOUT / "integrations" / "vllm")]
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("MOE_GUARD_", "VLLM_"))}
+        env |= {
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CACHE_ROOT": str(self.folder / "cache"),
+            # Engines of one process start in seconds; `processes` shows the same across processes.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if group == "processes" else "0",
+        }
+        if group.startswith("v2"):
+            paths.insert(0, str(_SUPPORT / "v2_on_cpu"))
+            env |= {"MOE_GUARD_TEST_V2": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+        if group.endswith("-plain"):
+            env["VLLM_PLUGINS"] = ""
+        return env | {"PYTHONPATH": os.pathsep.join(paths)}
+
+    def _engines(self, group: str) -> list[dict[str, Any]]:
+        mode, _, kind = group.partition("-")
+        more = {"enforce_eager": mode != "compiled"}
+        if group == "starts":
+            return self._starts()
+        if group == "processes":
+            return [self._engine("main", "main", _ENFORCING)]
+        if kind == "plain":
+            return [self._engine("plain", None, _PLAIN if mode == "compiled" else _PLAIN_MORE, **more)]
+        engines = [
+            self._engine("off", None, _PLAIN, **more),
+            self._engine("empty", "empty", _PLAIN, **more),
+        ]
+        if mode != "compiled":
+            engines.append(self._engine("never", "never", _PLAIN, **more))
+        main = _ENFORCING if mode == "compiled" else _ENFORCING_MORE
+        if mode == "v2":
+            main, more["enable_return_routed_experts"] = [*main, cases.LONG_PROMPTS], True
+        if mode == "eager":
+            main = [*main, cases.LONG_PROMPTS]
+        engines.append(self._engine("main", "main", main, **more))
+        if mode != "compiled":
+            chunks = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True}
+            engines.append(self._engine("chunked", "main", [cases.LONG_PROMPTS], **chunks))
+            tight = {"num_gpu_blocks_override": cases.CROWDED_BLOCKS}
+            engines.append(self._engine("crowded", "main", [cases.CROWD], **tight))
+        return engines
+
+    def _starts(self) -> list[dict[str, Any]]:
+        def start(name: str, section: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+            engine = self._engine(name, "main", [], **more)
+            if section is not None:
+                engine["engine"]["additional_config"] = {"moe_guard": section}
+            return engine
+
+        folder = str(self.folder / "main")
+        same = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+        starts = [
+            start("dense", model=str(self.folder / "dense")),
+            start("out-of-range", {"policies": str(self.folder / "range")}),
+            start("missing", {"policies": str(self.folder / "nowhere")}),
+            start("unknown-key", {"policies": folder, "observe_onyl": True}),
+            start("speculative", speculative_config=same),
+            start("pipeline", pipeline_parallel_size=2),
+        ]
+        keys = [self._engine("key-off", None, []), self._engine("key-off-again", None, [])]
+        keys += [self._engine(f"key-{name}", name, []) for name in ("empty", "main")]
+        return starts + [key | {"config_only": True} for key in keys]
+
+    def _engine(
+        self, name: str, policy_folder: str | None, engine_cases: list[cases.Case], **more: Any
+    ) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "model": str(self.folder / "moe"),
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 512,
+            "max_num_seqs": cases.BATCH,
+            "block_size": cases.BLOCK_SIZE,
+            "enable_prefix_caching": True,
+        }
+        if policy_folder is not None:
+            section = {"policies": str(self.folder / policy_folder)}
+            arguments["additional_config"] = {"moe_guard": section}
+        return {
+            "name": name,
+            "engine": arguments | more,
+            "cases": engine_cases,
+            "record": policy_folder == "main",
+        }
+
+
+def write_inputs(folder: Path) -> None:
+    """The policy folders that the engines name."""
+    (folder / "empty").mkdir()
+    policies.write(folder / "main", policies.MAIN)
+    policies.write(folder / "never", policies.NEVER_FIRES)
+    policies.write(folder / "range", policies.OUT_OF_RANGE)

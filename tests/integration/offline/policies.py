@@ -1,0 +1,99 @@
+"""The policies of these tests. All are in audit: a request asks for the ones that shall act on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.support.tiny_models import NUM_EXPERTS, NUM_LAYERS
+
+FLAGGED = range(6)
+"""Of each layer, the experts that masks take out."""
+
+NEVER_REACHED = 10**9
+
+_FLAGGED_SET = {"flagged": [{"layers": f"0-{NUM_LAYERS - 1}", "experts": list(FLAGGED)}]}
+
+
+def count(over: str | int, at_least: int, name: str = "flagged") -> dict[str, Any]:
+    return {"count": {"experts": name, "over": over, "atLeast": at_least}}
+
+
+def policy(
+    name: str, rules: list[dict[str, Any]], experts: Mapping[str, Any] = _FLAGGED_SET
+) -> dict[str, Any]:
+    return {
+        "apiVersion": "moe-guard/v1",
+        "kind": "Policy",
+        "metadata": {"name": name},
+        "spec": {"mode": "audit", "experts": dict(experts), "rules": rules},
+    }
+
+
+def expert_set(layer: int, expert: int) -> str:
+    return f"l{layer}-e{expert}"
+
+
+_MASK = {"mask": {"experts": "flagged", "method": "reroute", "until": "request-end"}}
+_OUTPUT, _PROMPT = {"phase": "output"}, {"phase": "prompt"}
+
+MAIN = [
+    policy("isolate", [{"name": "mask", "when": {"always": {}}, "then": _MASK}]),
+    policy(
+        "late",
+        [{"name": "mask", "match": _OUTPUT, "when": count("output", 30), "then": _MASK}],
+    ),
+    policy(
+        "stop",
+        [{"name": "block", "match": _OUTPUT, "when": count("output", 40), "then": {"block": {}}}],
+    ),
+    policy(
+        "stop-prompt",
+        [{"name": "block", "match": _PROMPT, "when": count("request", 20), "then": {"block": {}}}],
+    ),
+    policy(
+        "watch",
+        [
+            {"name": "used", "when": count("request", 1)},
+            {"name": "used-now", "match": _OUTPUT, "when": count("token", 1)},
+            {"name": "many", "when": count("request", 300)},
+            {"name": "burst", "when": {"rate": {"experts": "flagged", "over": 8, "above": 0.3}}},
+        ],
+    ),
+    policy(
+        "every-expert",
+        [{"name": "never", "when": count("request", NEVER_REACHED, expert_set(0, 0))}],
+        {
+            expert_set(layer, expert): [{"layer": layer, "experts": [expert]}]
+            for layer in range(NUM_LAYERS)
+            for expert in range(NUM_EXPERTS)
+        },
+    ),
+]
+
+NEVER_FIRES = [
+    policy(
+        "never",
+        [
+            {"name": "mask", "when": count("request", NEVER_REACHED), "then": _MASK},
+            {"name": "block", "when": count("request", NEVER_REACHED), "then": {"block": {}}},
+        ],
+    )
+]
+for _never in NEVER_FIRES:
+    _never["spec"]["mode"] = "enforce"
+
+OUT_OF_RANGE = [policy("range", [{"name": "r", "when": count("request", 1)}], {
+    "flagged": [{"layer": 0, "experts": [NUM_EXPERTS]}]
+})]
+
+
+def write(folder: Path, policies: list[dict[str, Any]]) -> Path:
+    """JSON is YAML."""
+    folder.mkdir()
+    for one in policies:
+        path = folder / f"{one['metadata']['name']}.yaml"
+        path.write_text(json.dumps(one, indent=1), encoding="utf-8")
+    return folder

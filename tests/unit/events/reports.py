@@ -1,0 +1,116 @@
+"""Builds step reports by hand: rules as the engine core knows them, rows as the workers report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from guard.events.message import Decision, EvidenceFacts, Hello, RuleFacts, SetFacts
+from guard.program.step_report import NEVER, EventColumn, RequestColumn, StepReport
+
+
+def rule(
+    name: str,
+    action: str = "observe",
+    *,
+    policy: str = "p",
+    mode: str = "enforce",
+    phase: str = "any",
+    on_error: str = "open",
+) -> RuleFacts:
+    reason = f"moe_guard:{policy}/{name}"
+    return RuleFacts(
+        policy, name, mode, "high", action, phase, reason, "", on_error, ("rate",), (0.25,)
+    )
+
+
+@dataclass
+class Row:
+    """block: (position, rule); masks: numbers of mask actions; events: (rule, position, enforced)."""
+
+    req_id: str
+    prompt: int = 0
+    output: int = 1
+    block: tuple[int, int] | None = None
+    masked_from: int = NEVER
+    masks: Sequence[int] = ()
+    unseen: int = 0
+    judged: bool = True
+    selections: int = 0
+    extreme: float = float("nan")
+    events: Sequence[tuple[int, int, bool]] = field(default_factory=tuple)
+
+
+def report(
+    *rows: Row, num_rules: int = 3, lost_events: int = 0, failures: dict[str, int] | None = None
+) -> StepReport:
+    requests = np.zeros((len(rows), RequestColumn.NUM + 1), dtype=np.int64)
+    masked = np.zeros((len(rows), 2), dtype=np.uint64)
+    events = []
+    for number, row in enumerate(rows):
+        key = NEVER if row.block is None else row.block[0] * num_rules + row.block[1]
+        requests[number] = [
+            key, row.masked_from, row.prompt, row.output, row.unseen, row.judged, row.selections
+        ]  # fmt: skip
+        for action in row.masks:
+            masked[number, action // 64] |= np.uint64(1 << (action % 64))
+        for rule_number, position, enforced in row.events:
+            event = np.zeros(EventColumn.NUM, dtype=np.int64)
+            event[EventColumn.REQUEST] = number
+            event[EventColumn.RULE] = rule_number
+            event[EventColumn.POSITION] = position
+            event[EventColumn.IN_PROMPT] = position < 2
+            event[EventColumn.ENFORCED] = enforced
+            events.append(event)
+    return StepReport(
+        "rev-1",
+        tuple(row.req_id for row in rows),
+        requests,
+        masked.view(np.int64),
+        np.array([[row.extreme] * num_rules for row in rows], dtype=np.float32),
+        np.array(events, dtype=np.int64).reshape(len(events), EventColumn.NUM),
+        np.full((len(events), 1), 0.5),
+        len(events) + lost_events,
+        failures or {},
+    )
+
+
+def failed(*req_ids: str) -> StepReport:
+    return StepReport.of_failed_step("rev-1", req_ids, {"evaluate": 1})
+
+
+def decision(request_id: str = "cmpl-1", policy: str = "p") -> Decision:
+    return Decision(
+        decision_id="d-1",
+        time="2026-01-02T03:04:05.678+00:00",
+        revision="rev-1",
+        policy=policy,
+        rule="stop",
+        mode="enforce",
+        action="block",
+        severity="high",
+        request_id=request_id,
+        phase="output",
+        position=7,
+        evidence=(EvidenceFacts("rate", 0.5, 0.25), EvidenceFacts("mass", None, 0.1)),
+        unseen_tokens=0,
+        outcome="blocked",
+    )
+
+
+HELLO = Hello(
+    engine=0,
+    revision="rev-1",
+    policies=("p", "q"),
+    rules=(
+        rule("watch", policy="q", mode="audit", phase="prompt"),
+        rule("steer", "mask"),
+        rule("stop", "block", phase="output"),
+    ),
+    sets=(SetFacts("p", "flagged"), SetFacts("q", "odd")),
+    masked_experts={"p": 4},
+    blind_layers=0,
+    live=True,
+)

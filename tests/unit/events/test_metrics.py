@@ -1,0 +1,114 @@
+"""What Prometheus sees, to the letter. A change of the golden text is a change of the contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from guard.events.message import DecisionCount, Delta
+from guard.events.metrics import GuardMetrics
+from guard.failures import Stage
+from tests.unit.events.reports import HELLO, decision
+
+GOLDEN = Path(__file__).parent / "golden" / "metrics.txt"
+
+# As in the policy language's contract, `model_name` and `engine` left out.
+LABELS = {
+    "moe_guard_up": set(),
+    "moe_guard_blind_layers": set(),
+    "moe_guard_program_info": {"revision", "policies"},
+    "moe_guard_decisions": {"policy", "rule", "action", "mode", "severity", "phase"},
+    "moe_guard_requests": {"outcome"},
+    "moe_guard_tokens_evaluated": {"phase"},
+    "moe_guard_expert_selections": {"policy", "set"},
+    "moe_guard_signal_value": {"policy", "rule", "condition"},
+    "moe_guard_signal_threshold": {"policy", "rule", "condition"},
+    "moe_guard_masked_requests": {"policy"},
+    "moe_guard_masked_experts": {"policy"},
+    "moe_guard_mask_violations": {"policy"},
+    "moe_guard_events_dropped": {"stage"},
+    "moe_guard_failures": {"stage"},
+    "moe_guard_reloads": {"result"},
+}
+
+DELTA = Delta(
+    0,
+    decisions=[decision("cmpl-secret")],
+    decision_counts=[DecisionCount(2, "enforce", "output", 3), DecisionCount(0, "audit", "prompt", 1)],
+    outcomes={"passed": 4, "blocked": 1},
+    tokens={"prompt": 100, "output": 20},
+    selections=[17, 0],
+    values=[(2, 0, [0.02, 0.5]), (1, 0, [-3.0, 1e6])],
+    masked_requests={"p": 2},
+    dropped={"event_buffer": 5},
+    failures={"evaluate": 1},
+)
+
+
+def moved() -> tuple[GuardMetrics, CollectorRegistry]:
+    registry = CollectorRegistry()
+    metrics = GuardMetrics("m", registry)
+    metrics.greet(HELLO)
+    metrics.apply(DELTA)
+    return metrics, registry
+
+
+def exposition(registry: CollectorRegistry) -> str:
+    lines = generate_latest(registry).decode().splitlines()
+    return "\n".join(line for line in lines if "_created" not in line) + "\n"
+
+
+def test_the_exposition_is_the_golden_one() -> None:
+    assert exposition(moved()[1]) == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_the_labels_are_those_of_the_contract() -> None:
+    shown = {
+        family.name: {
+            frozenset(sample.labels) - {"le"}
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        }
+        for family in moved()[1].collect()
+    }
+
+    expected = {name: {frozenset({"model_name", "engine"} | own)} for name, own in LABELS.items()}
+    assert shown == expected
+
+
+def test_no_request_is_named() -> None:
+    assert "cmpl" not in exposition(moved()[1])
+
+
+def test_an_engine_that_greets_is_shown_at_zero_before_anything_happens() -> None:
+    registry = CollectorRegistry()
+    GuardMetrics("m", registry).greet(HELLO)
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, {"model_name": "m", "engine": "0", **labels})
+
+    assert value("moe_guard_up") == 1
+    assert value("moe_guard_requests_total", outcome="blocked") == 0
+    assert value("moe_guard_mask_violations_total", policy="p") == 0
+    for stage in Stage:
+        assert value("moe_guard_failures_total", stage=stage) == 0
+    stop = {"policy": "p", "rule": "stop", "action": "block", "mode": "enforce", "severity": "high"}
+    assert value("moe_guard_decisions_total", **stop, phase="output") == 0
+    assert value("moe_guard_decisions_total", **stop, phase="prompt") is None
+
+
+def test_another_revision_puts_the_old_one_to_zero() -> None:
+    metrics, registry = moved()
+    newer = type(HELLO)(
+        **{name: getattr(HELLO, name) for name in HELLO.__struct_fields__ if name != "revision"},
+        revision="rev-2",
+    )
+    metrics.greet(newer)
+    metrics.greet(newer)
+
+    def shown(revision: str) -> float | None:
+        labels = {"model_name": "m", "engine": "0", "revision": revision, "policies": "p,q"}
+        return registry.get_sample_value("moe_guard_program_info", labels)
+
+    assert (shown("rev-1"), shown("rev-2")) == (0, 1)
