@@ -11,7 +11,7 @@ from demo.names import Split
 from demo.text import LOOK_ALIKE, RESTRICTED, Prompt, passing_mentions, prompts
 
 PROMPT_DIR: Final = Path(__file__).parent / "prompts"
-HELD_OUT_SEED: Final = 1
+HELD_OUT_SEED: Final = 20261122
 SHOWN_SEED: Final = 1001
 BENIGN_COUNTS: Final = {LOOK_ALIKE: 20, "cooking": 8, "garden": 8, "arithmetic": 8, "small-talk": 6}
 

@@ -53,11 +53,11 @@ def comparison_table(guarded: Sequence[Answer], unguarded: Sequence[Answer]) -> 
 def metrics_table(before: str, after: str) -> Table:
     """The guard's counters that moved."""
     table = Table(title="Metrics that moved", title_justify="left")
-    table.add_column("metric")
-    table.add_column("labels")
+    table.add_column("metric", overflow="fold")
+    table.add_column("labels", overflow="fold")
     table.add_column("by", justify="right")
     for (name, labels), difference in moved(before, after).items():
-        table.add_row(name, labels, f"{difference:g}")
+        table.add_row(name, labels.replace('"', "").replace(",", ", "), f"{difference:g}")
     return table
 
 

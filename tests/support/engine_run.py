@@ -1,4 +1,4 @@
-"""Runs the engines and requests of a JSON job on vLLM's offline `LLM`, and writes what came of them.
+"""Runs engines and requests of a JSON job on vLLM's offline `LLM`, and writes what came of them.
 
     python engine_run.py JOB.json RESULT.json
 
@@ -36,7 +36,8 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
         if job.get("config_only"):
             from vllm.engine.arg_utils import EngineArgs
 
-            return {"compile_key": EngineArgs(**job["engine"]).create_engine_config().compute_hash()}
+            config = EngineArgs(**job["engine"]).create_engine_config()
+            return {"compile_key": config.compute_hash()}
         from vllm import LLM
 
         llm = LLM(**job["engine"], worker_extension_cls=_RECORDER if job.get("record") else "")
@@ -73,9 +74,7 @@ def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, A
     return {
         "batches": batches,
         "decisions": [
-            as_json(decision)
-            for decision in read_decisions()
-            if decision.decision_id not in seen
+            as_json(decision) for decision in read_decisions() if decision.decision_id not in seen
         ],
         "counters": moved,
         "rows": llm.collective_rpc("recorded_rows")[0] if record else {},

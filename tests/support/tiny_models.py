@@ -1,4 +1,4 @@
-"""Tiny models of random weights in Hugging Face's format, without a tokenizer: prompts are token ids."""
+"""Tiny models of random weights in Hugging Face's format; no tokenizer, so prompts are ids."""
 
 from __future__ import annotations
 

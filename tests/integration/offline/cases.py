@@ -48,7 +48,8 @@ def batch_of_16(enforce: Sequence[str] = ()) -> list[Request]:
             tokens(i, 24 + i),
             max_tokens=24,
             enforce=enforce if i in MASKED else (),
-            **({} if i % 4 < 2 else {"temperature": 1.0, "seed": i}),
+            temperature=0.0 if i % 4 < 2 else 1.0,
+            seed=i,
         )
         for i in range(BATCH)
     ]
@@ -56,7 +57,7 @@ def batch_of_16(enforce: Sequence[str] = ()) -> list[Request]:
 
 def mask_midway(enforce: Sequence[str] = ()) -> Case:
     """Two requests, then their texts as prompts, which find blocks of theirs in the cache."""
-    own = {"temperature": 1.0, "max_tokens": 40, "enforce": enforce}
+    own: dict[str, Any] = {"temperature": 1.0, "max_tokens": 40, "enforce": enforce}
     return case(
         "midway",
         [request(tokens(100 + i, 40), seed=i, **own) for i in range(2)],

@@ -104,7 +104,8 @@ class Engines:
         if group == "processes":
             return [self._engine("main", "main", _ENFORCING)]
         if kind == "plain":
-            return [self._engine("plain", None, _PLAIN if mode == "compiled" else _PLAIN_MORE, **more)]
+            cases_of_mode = _PLAIN if mode == "compiled" else _PLAIN_MORE
+            return [self._engine("plain", None, cases_of_mode, **more)]
         engines = [
             self._engine("off", None, _PLAIN, **more),
             self._engine("empty", "empty", _PLAIN, **more),

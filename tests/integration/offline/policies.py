@@ -1,4 +1,4 @@
-"""The policies of these tests. All are in audit: a request asks for the ones that shall act on it."""
+"""The policies of these tests, in audit: a request asks for the ones that shall act on it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from tests.support.tiny_models import NUM_EXPERTS, NUM_LAYERS
 
-FLAGGED = range(6)
-"""Of each layer, the experts that masks take out."""
+FLAGGED = (0, 2, 4, 6, 12, 15)
+"""Of each layer, the experts that masks take out; the tiny model chooses each of them often."""
 
+STOP_AT = 80
 NEVER_REACHED = 10**9
 
 _FLAGGED_SET = {"flagged": [{"layers": f"0-{NUM_LAYERS - 1}", "experts": list(FLAGGED)}]}
@@ -43,11 +44,18 @@ MAIN = [
     policy("isolate", [{"name": "mask", "when": {"always": {}}, "then": _MASK}]),
     policy(
         "late",
-        [{"name": "mask", "match": _OUTPUT, "when": count("output", 30), "then": _MASK}],
+        [{"name": "mask", "match": _OUTPUT, "when": count("output", 60), "then": _MASK}],
     ),
     policy(
         "stop",
-        [{"name": "block", "match": _OUTPUT, "when": count("output", 40), "then": {"block": {}}}],
+        [
+            {
+                "name": "block",
+                "match": _OUTPUT,
+                "when": count("output", STOP_AT),
+                "then": {"block": {}},
+            }
+        ],
     ),
     policy(
         "stop-prompt",
@@ -58,8 +66,8 @@ MAIN = [
         [
             {"name": "used", "when": count("request", 1)},
             {"name": "used-now", "match": _OUTPUT, "when": count("token", 1)},
-            {"name": "many", "when": count("request", 300)},
-            {"name": "burst", "when": {"rate": {"experts": "flagged", "over": 8, "above": 0.3}}},
+            {"name": "many", "when": count("request", 600)},
+            {"name": "burst", "when": {"rate": {"experts": "flagged", "over": 8, "above": 0.42}}},
         ],
     ),
     policy(
@@ -85,9 +93,13 @@ NEVER_FIRES = [
 for _never in NEVER_FIRES:
     _never["spec"]["mode"] = "enforce"
 
-OUT_OF_RANGE = [policy("range", [{"name": "r", "when": count("request", 1)}], {
-    "flagged": [{"layer": 0, "experts": [NUM_EXPERTS]}]
-})]
+OUT_OF_RANGE = [
+    policy(
+        "range",
+        [{"name": "r", "when": count("request", 1)}],
+        {"flagged": [{"layer": 0, "experts": [NUM_EXPERTS]}]},
+    )
+]
 
 
 def write(folder: Path, policies: list[dict[str, Any]]) -> Path:

@@ -11,6 +11,7 @@ if os.environ.get("MOE_GUARD_TEST_V2"):
     os.environ["TRITON_INTERPRET"] = "1"
 
     from types import SimpleNamespace
+    from typing import Any
 
     import triton.backends
     from triton.runtime.interpreter import InterpreterBuilder
@@ -25,7 +26,7 @@ if os.environ.get("MOE_GUARD_TEST_V2"):
     # The interpreter wants a boolean mask; vLLM's grammar kernel gives it an integer one.
     stock_masked_store = InterpreterBuilder.create_masked_store
 
-    def create_masked_store(self, pointers, value, mask, *rest):
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         mask.data = mask.data.astype(bool)
         return stock_masked_store(self, pointers, value, mask, *rest)
 

@@ -131,5 +131,5 @@ def test_several_writers_share_a_file_line_by_line(tmp_path: Path) -> None:
     for log in logs:
         log.close()
 
-    ids = [json.loads(line)["request_id"] for line in (tmp_path / "log").open(encoding="utf-8")]
+    ids = [json.loads(line)["request_id"] for line in (tmp_path / "log").read_text().splitlines()]
     assert sorted(ids) == sorted(str(n) * 500 for n in range(4) for _ in range(200))

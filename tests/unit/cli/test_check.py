@@ -1,0 +1,112 @@
+"""`moe-guard check`: what it prints, and with what it exits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from guard.cli import app
+
+GOOD = (
+    "apiVersion: moe-guard/v1\nkind: Policy\nmetadata: {name: NAME}\nspec:\n"
+    "  experts: {f: [{layer: 1, experts: [3]}]}\n"
+    "  rules:\n    - {name: r, when: {count: {experts: f, over: token, atLeast: 1}}}\n"
+)
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD.replace("NAME", "good"))
+    return path
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    path = tmp_path / "bad.yaml"
+    path.write_text(GOOD.replace("NAME", "bad").replace("atLeast", "atleast"))
+    return path
+
+
+def model(folder: Path, **config: int) -> Path:
+    folder.mkdir()
+    shape = {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, **config}
+    (folder / "config.json").write_text(json.dumps({"architectures": ["X"], **shape}))
+    return folder
+
+
+def run(*args: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["check", *map(str, args)])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_good_policies_are_summed_up(good: Path) -> None:
+    code, out, err = run(good)
+
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{good}: ok, 1 policies, 1 rules, revision ")
+
+
+def test_a_fault_is_a_line_with_its_place(bad: Path) -> None:
+    code, out, err = run(bad)
+
+    assert (code, err) == (1, "")
+    assert out.startswith(f"{bad}:7:") and out.count("\n") == 1
+    assert "atleast" in out
+
+
+def test_a_fault_in_line_100_is_no_emoji(tmp_path: Path) -> None:
+    path = tmp_path / "[b]long.yaml"
+    path.write_text(GOOD.replace("NAME", "p").replace("  rules", "\n" * 94 + "  rulez"))
+
+    assert run(path)[1].startswith(f"{path}:100:3: ")
+
+
+def test_faults_of_several_paths_come_together_in_order(good: Path, bad: Path) -> None:
+    code, out, _ = run(good, bad, good.parent / "missing.yaml")
+
+    assert code == 1
+    assert [line.split(":")[0] for line in out.splitlines()] == [
+        str(bad), str(good.parent / "missing.yaml")
+    ]  # fmt: skip
+
+
+def test_several_good_paths_have_a_line_each(good: Path) -> None:
+    code, out, _ = run(good, good.parent)
+
+    assert code == 0
+    assert [line.split(":")[0] for line in out.splitlines()] == [str(good), str(good.parent)]
+
+
+def test_json_is_a_list_of_faults(bad: Path, good: Path) -> None:
+    code, out, _ = run(bad, "--format", "json")
+    (fault,) = json.loads(out)
+
+    assert code == 1
+    assert set(fault) == {"file", "line", "column", "message"}
+    assert (fault["file"], fault["line"]) == (str(bad), 7)
+    assert run(good, "--format", "json")[:2] == (0, "[]\n")
+
+
+def test_a_model_tells_experts_that_it_does_not_have(good: Path, tmp_path: Path) -> None:
+    fits = model(tmp_path / "fits")
+    small = model(tmp_path / "small", num_experts=3)
+
+    assert run(good, "--model", fits)[0] == 0
+    code, out, _ = run(good, "--model", small)
+    assert code == 1
+    assert out.startswith(f"{good}:5:") and "experts 0-2" in out
+
+
+def test_a_model_that_is_none_is_told_on_standard_error(good: Path, tmp_path: Path) -> None:
+    for folder, message in [
+        (tmp_path / "nowhere", "cannot be read"),
+        (model(tmp_path / "dense", num_experts=0), "no routed experts"),
+    ]:
+        code, out, err = run(good, "--model", folder)
+        assert (code, out) == (1, "")
+        assert message in err

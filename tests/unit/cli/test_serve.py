@@ -1,0 +1,296 @@
+"""`moe-guard serve` up to the moment when vLLM would start, and how it watches it then."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from typer.testing import CliRunner
+
+from guard.cli import app, server
+from guard.cli.server import GuardedServer, ServerError, ServerSettings, _take_option
+from guard.errors import NotLiveError
+
+POLICY = (
+    "apiVersion: moe-guard/v1\nkind: Policy\nmetadata: {name: p}\nspec:\n"
+    "  rules:\n    - {name: r, when: {always: {}}}\n"
+)
+
+
+@pytest.fixture
+def policies(tmp_path: Path) -> Path:
+    path = tmp_path / "p.yaml"
+    path.write_text(POLICY)
+    return path
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("moe_guard", "guard_vllm.plugin:register", "vllm.general_plugins")
+    monkeypatch.setattr(server, "entry_points", lambda **_: (point,))
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+
+
+@pytest.fixture
+def no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+
+
+def settings(policies: Path | None, *vllm_args: str, **rest: Any) -> ServerSettings:
+    return ServerSettings(model="some/model", policies=policies, vllm_args=vllm_args, **rest)
+
+
+@pytest.mark.parametrize(
+    ("args", "value", "rest"),
+    [
+        (["--port", "1"], "1", []),
+        (["--port=1", "x"], "1", ["x"]),
+        (["--port="], "", []),
+        (["a", "--port", "--b", "c"], "--b", ["a", "c"]),
+        (["--port", "1", "--port=2"], "2", []),
+        (["--po_rt", "--portal", "3"], None, ["--po_rt", "--portal", "3"]),
+        ([], None, []),
+    ],
+)
+def test_an_option_is_taken_out_of_the_arguments(
+    args: list[str], value: str | None, rest: list[str]
+) -> None:
+    assert _take_option(args, "--port") == (value, rest)
+
+
+def test_an_option_is_known_in_either_of_vllms_spellings() -> None:
+    assert _take_option(["--ssl_certfile=a_b"], "--ssl-certfile") == ("a_b", [])
+
+
+def test_an_option_without_its_value_is_refused() -> None:
+    with pytest.raises(ServerError, match="--port needs a value"):
+        _take_option(["--port"], "--port")
+
+
+@pytest.mark.parametrize(
+    ("args", "url"),
+    [
+        ([], "http://127.0.0.1:8000"),
+        (["--port", "9"], "http://127.0.0.1:9"),
+        (["--host=0.0.0.0"], "http://127.0.0.1:8000"),
+        (["--host", "::"], "http://[::1]:8000"),
+        (["--host", "fe80::1"], "http://[fe80::1]:8000"),
+        (["--host", "gpu-1", "--ssl-certfile", "c.pem"], "https://gpu-1:8000"),
+    ],
+)
+def test_the_server_is_watched_where_it_listens(args: list[str], url: str) -> None:
+    assert settings(None, *args).base_url == url
+
+
+def config_of(command: list[str]) -> Any:
+    return json.loads(_take_option(command, "--additional-config")[0] or "null")
+
+
+def test_the_command_is_vllms_own_with_the_guards_section(policies: Path) -> None:
+    command = settings(policies, "--max-model-len", "9", decision_log=Path("log")).command()
+
+    assert command[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "some/model"]
+    assert command[-2:] == ["--max-model-len", "9"]
+    assert config_of(command) == {
+        "moe_guard": {
+            "policies": str(policies),
+            "strict": True,
+            "observe_only": False,
+            "redact_reasons": False,
+            "decision_log": str(Path("log").resolve()),
+        }
+    }
+
+
+@pytest.mark.parametrize("option", ["--additional-config", "--additional_config"])
+def test_an_additional_config_of_the_users_is_kept(policies: Path, option: str) -> None:
+    own = '{"x": 1, "moe_guard": {"strict": false, "mask_words": 3}}'
+
+    command = settings(policies, option, own).command()
+
+    merged = config_of(command)
+    assert (merged["x"], merged["moe_guard"]["mask_words"]) == (1, 3)
+    assert merged["moe_guard"]["strict"] is True, "the command's own options win"
+    assert option not in command[7:]
+
+
+def test_without_policies_nothing_is_added() -> None:
+    assert settings(None, "--port", "1").command()[5:] == ["--port", "1"]
+    assert config_of(settings(None, "--additional-config", '{"x": 1}').command()) == {"x": 1}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"moe_guard": "x"}'])
+def test_an_additional_config_that_is_no_object_is_refused(policies: Path, text: str) -> None:
+    with pytest.raises(ServerError, match="additional-config"):
+        settings(policies, "--additional-config", text).command()
+
+
+def serve(*args: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["serve", *map(str, args)])
+    assert isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stderr
+
+
+@pytest.mark.usefixtures("installed", "no_start")
+def test_bad_policies_are_refused_with_their_place_before_anything_starts(policies: Path) -> None:
+    policies.write_text(POLICY.replace("rules", "rulez"))
+
+    code, err = serve("some/model", "--policies", policies, "--port", "1")
+
+    assert code == 1
+    assert err.startswith(f"{policies}:5:3: ")
+
+
+@pytest.mark.usefixtures("installed", "no_start")
+def test_policies_that_do_not_fit_a_local_model_are_refused(policies: Path, tmp_path: Path) -> None:
+    policies.write_text(POLICY.replace("spec:\n", "spec:\n  model: {experts: 4}\n"))
+    shape = {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+
+    code, err = serve(tmp_path, "--policies", policies)
+
+    assert code == 1
+    assert err.startswith(f"{policies}:5:3: ") and "experts: 8" in err
+
+
+@pytest.mark.usefixtures("no_start")
+def test_a_plugin_that_vllm_would_not_find_is_refused(
+    policies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "entry_points", lambda **_: ())
+
+    assert "not installed" in serve("some/model", "--policies", policies)[1]
+
+
+@pytest.mark.usefixtures("installed", "no_start")
+@pytest.mark.parametrize("plugins", ["", "other", "moe_guards,other"])
+def test_plugins_that_leave_the_guard_out_are_refused(
+    policies: Path, monkeypatch: pytest.MonkeyPatch, plugins: str
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+
+    code, err = serve("some/model", "--policies", policies)
+
+    assert code == 1
+    assert "VLLM_PLUGINS" in err
+
+
+@pytest.mark.usefixtures("installed", "no_start")
+def test_an_option_before_the_model_is_told_so(policies: Path) -> None:
+    code, err = serve("--port", "1", "some/model", "--policies", policies)
+
+    assert code == 1
+    assert "name the model first" in err
+
+
+@pytest.mark.usefixtures("installed", "no_start")
+def test_a_port_at_which_another_server_answers_is_refused(
+    policies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_get", lambda url: "")
+
+    with pytest.raises(ServerError, match="already answers"):
+        GuardedServer.start(settings(policies))
+
+
+class FakeProcess:
+    def __init__(self, returncode: int | None = None) -> None:
+        self.returncode = returncode
+        self.signals: list[int] = []
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        return 0
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+
+
+def watched(
+    monkeypatch: pytest.MonkeyPatch, process: FakeProcess, get: Callable[[str], str | None],
+    *, strict: bool = True,
+) -> GuardedServer:  # fmt: skip
+    monkeypatch.setattr(server, "_get", lambda url: get(url.removeprefix("http://127.0.0.1:8000")))
+    monkeypatch.setattr(server, "POLL_S", 0.0)
+    monkeypatch.setattr(server, "GUARD_TIMEOUT_S", 0.0)
+    return GuardedServer(settings(None, strict=strict), process)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "strict", "refusal"),
+    [
+        ('moe_guard_up{engine="0",model_name="m"} 1.0', True, None),
+        ('moe_guard_up{engine="0",model_name="m"} 0.0', False, None),
+        ('moe_guard_up{engine="0",model_name="m"} 0.0', True, "blind"),
+        ("# HELP moe_guard_up x\nvllm_up 1.0", True, "show no MoE Guard"),
+        ("", False, "show no MoE Guard"),
+    ],
+)
+def test_a_server_that_does_not_show_its_guard_is_ended(
+    monkeypatch: pytest.MonkeyPatch, metrics: str, strict: bool, refusal: str | None
+) -> None:
+    process = FakeProcess()
+    pages = {"/health": "", "/metrics": metrics}
+    guarded = watched(monkeypatch, process, pages.get, strict=strict)
+    if refusal is None:
+        guarded.wait_until_guarded()
+        assert process.signals == []
+        return
+    with pytest.raises(NotLiveError, match=refusal):
+        guarded.wait_until_guarded()
+    assert process.signals == [signal.SIGTERM]
+
+
+def test_a_server_that_ends_before_it_serves_is_told_with_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guarded = watched(monkeypatch, FakeProcess(returncode=3), lambda _: None)
+
+    with pytest.raises(ServerError, match="exit code 3"):
+        guarded.wait_until_guarded()
+
+
+def test_a_termination_is_passed_on_while_the_server_still_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = FakeProcess()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        watched(monkeypatch, process, lambda _: None).forward_signals()
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    assert process.signals == [signal.SIGTERM]
+
+
+def test_a_server_without_policies_inherits_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, str] = {}
+
+    def popen(command: list[str], *, env: dict[str, str], **_: object) -> FakeProcess:
+        started.update(env)
+        return FakeProcess()
+
+    monkeypatch.setattr(server, "_get", lambda url: None)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setenv("MOE_GUARD_POLICIES", "p.yaml")
+    GuardedServer.start(settings(None), environment={"X": "1"})
+
+    assert started["X"] == "1"
+    assert "MOE_GUARD_POLICIES" not in started
