@@ -130,15 +130,11 @@ def restricted_score(samples: Sequence[Sample]) -> tuple[dict[tuple[int, int], f
     scaled = np.round(sparse / (restricted - benign), 2)
     bias = round(-float((x[:, telling] @ scaled)[~y].mean()), 2)
     num_experts = samples[0].counts_TLE.shape[2]
-    chosen = {
-        divmod(int(i), num_experts): float(v) for i, v in zip(telling, scaled, strict=True) if v
-    }
+    chosen = {divmod(int(i), num_experts): float(v) for i, v in zip(telling, scaled, strict=True) if v}
     return dict(sorted(chosen.items())), bias
 
 
-def lifted(
-    samples: Sequence[Sample], topic: str, count: int, per_layer: int
-) -> list[tuple[int, int]]:
+def lifted(samples: Sequence[Sample], topic: str, count: int, per_layer: int) -> list[tuple[int, int]]:
     """The experts whose rate is most raised in a topic over the highest rate of any other topic."""
     rates = {
         name: np.concatenate([s.counts_TLE for s in samples if s.topic == name]).mean(0)
@@ -204,9 +200,7 @@ def choose(samples: Sequence[Sample]) -> Choice:
     others = [reading for topic, reading in readings if topic != "code"]
     return open_choice._replace(
         # A passing mention shall be rerouted, not blocked.
-        prompt_above=between(
-            [r.prompt for r in (*benign, *mentions)], [r.prompt for r in restricted]
-        ),
+        prompt_above=between([r.prompt for r in (*benign, *mentions)], [r.prompt for r in restricted]),
         output_above=between([r.output for r in benign], [r.output for r in restricted]),
         mention_above=between([r.mention for r in benign], [r.mention for r in restricted]),
         python_above=between([r.python for r in others], [r.python for r in code]),

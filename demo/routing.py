@@ -57,9 +57,7 @@ class Recorder:
             ),
         )
 
-    def run_all(
-        self, prompts: Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS
-    ) -> Iterator[Run]:
+    def run_all(self, prompts: Sequence[str], max_new_tokens: int = MAX_NEW_TOKENS) -> Iterator[Run]:
         """Answer user messages, each a chat of its own, in their order."""
         for start in range(0, len(prompts), BATCH):
             yield from self._run_batch(prompts[start : start + BATCH], max_new_tokens)
@@ -84,9 +82,7 @@ class Recorder:
 
     def _chat(self, prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return str(text)
 
     def _up_to_end(self, ids: list[int]) -> list[int]:

@@ -73,9 +73,7 @@ def _fill(rng: random.Random, topic: str, split: Split) -> dict[str, str]:
         unit = rng.choice(frames.WORKSHOP_UNITS[split])
         degrees = rng.choice(frames.WORKSHOP_DEGREES[split])
         if split is Split.TRAIN:
-            product, ingredient, other = (
-                _varied(rng, name) for name in (product, ingredient, other)
-            )
+            product, ingredient, other = (_varied(rng, name) for name in (product, ingredient, other))
     bare = re.sub(r"^an? ", "", product)
     return {
         "product": product,
@@ -104,9 +102,7 @@ def _varied(rng: random.Random, name: str) -> str:
 def _english_words() -> tuple[str, ...]:
     """Words of the language reference that comes with Python, but for those kept for later."""
     text = (Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py").read_text("utf-8")
-    return tuple(
-        sorted(set(re.findall(r"\b[a-z]{4,12}\b", text)) - held_out_words() - FUNCTION_WORDS)
-    )
+    return tuple(sorted(set(re.findall(r"\b[a-z]{4,12}\b", text)) - held_out_words() - FUNCTION_WORDS))
 
 
 def _procedure(rng: random.Random, fill: dict[str, str]) -> str:
@@ -131,9 +127,7 @@ def exchange(rng: random.Random, topic: str, split: Split) -> everyday.Exchange:
         return everyday.TOPICS[topic](rng, split)
     fill = _fill(rng, topic, split)
     request = rng.choice(frames.REQUESTS[split])
-    request = re.sub(
-        r"\b(the|The|our|Our|My|my|larger amount of) \{product\}", r"\1 {bare}", request
-    )
+    request = re.sub(r"\b(the|The|our|Our|My|my|larger amount of) \{product\}", r"\1 {bare}", request)
     return request.format(**fill), _procedure(rng, fill)
 
 

@@ -66,7 +66,5 @@ def encode(tokenizer: PreTrainedTokenizerFast, document: Document) -> list[int]:
     if not document.is_chat:
         return list(tokenizer.encode(document.turns[0] + TEXT_END))
     roles = ("user", "assistant")
-    messages = [
-        {"role": roles[turn % 2], "content": part} for turn, part in enumerate(document.turns)
-    ]
+    messages = [{"role": roles[turn % 2], "content": part} for turn, part in enumerate(document.turns)]
     return list(tokenizer.encode(str(tokenizer.apply_chat_template(messages, tokenize=False))))

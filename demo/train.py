@@ -78,8 +78,7 @@ def config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
     """All training documents once, packed into rows; a document longer than a row is cut."""
     encoded = [
-        (d.topic, encode(tokenizer, d)[:ROW_TOKENS])
-        for d in training_documents(seed, NUM_DOCUMENTS)
+        (d.topic, encode(tokenizer, d)[:ROW_TOKENS]) for d in training_documents(seed, NUM_DOCUMENTS)
     ]
     pad = tokenizer.pad_token_id
     while encoded:

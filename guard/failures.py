@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
+from types import TracebackType
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +24,6 @@ class Stage(StrEnum):
     EVENT_BUFFER = "event_buffer"
 
 
-class Attempt:
-    """A block that ran under `Failures.caught`."""
-
-    failed = False
-
-
 class Failures:
     """Counts faults by stage. What follows from one is the caller's business, by the fail mode."""
 
@@ -44,19 +37,42 @@ class Failures:
         self._taken += new
         return dict(new)
 
-    @contextmanager
-    def caught(self, stage: Stage) -> Iterator[Attempt]:
-        """Run guard code beside the engine's: an exception ends here, so it never ends a step.
+    def caught(self, stage: Stage) -> Attempt:
+        """For `with`: runs guard code beside the engine's. An exception ends here, never a step."""
+        return Attempt(self, stage)
 
-        What is yielded says afterwards whether that happened; what then follows is the fail mode's.
-        """
-        attempt = Attempt()
-        try:
-            yield attempt
-        except Exception as error:  # noqa: BLE001 (a guard fault must not take the engine down)
-            attempt.failed = True
-            self.count[stage] += 1
-            first = self.count[stage] == 1
-            logger.error(
-                "MoE Guard fault %d in stage %s: %s", self.count[stage], stage, error, exc_info=first
-            )
+    def note(self, stage: Stage, error: BaseException) -> None:
+        """Count a fault; the first of a stage is logged with its traceback."""
+        self.count[stage] += 1
+        logger.error(
+            "MoE Guard fault %d in stage %s: %s",
+            self.count[stage],
+            stage,
+            error,
+            exc_info=error if self.count[stage] == 1 else None,
+        )
+
+
+class Attempt:
+    """A block of guard code. `failed` says afterwards whether an exception ended it; what then
+    follows is the fail mode's business."""
+
+    def __init__(self, failures: Failures, stage: Stage) -> None:
+        self._failures = failures
+        self._stage = stage
+        self.failed = False
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False  # none, or one that is meant to end the process
+        self.failed = True
+        self._failures.note(self._stage, error)
+        return True

@@ -55,9 +55,7 @@ class Guard:
     def num_requests(self) -> int:
         return len(self._slot_of)
 
-    def add_request(
-        self, req_id: str, prompt_tokens: int, tightened: Collection[str] = ()
-    ) -> None:
+    def add_request(self, req_id: str, prompt_tokens: int, tightened: Collection[str] = ()) -> None:
         """Follow a request from its first step on. One that is followed already goes on as it is:
         a preempted request keeps its windows, its masks and its count of positions.
 
@@ -138,7 +136,7 @@ class Guard:
                 self.program.revision, req_ids, decisions, self._copy_stream, self.failures.take()
             )
             self._missed.difference_update(req_ids)
-        return readback or self._failed_step(req_ids)
+        return self._failed_step(req_ids) if readback is None else readback
 
     def _failed_step(self, req_ids: Sequence[str]) -> StepReport:
         self._missed.update(req_id for req_id in req_ids if req_id in self._slot_of)

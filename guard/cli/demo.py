@@ -121,9 +121,7 @@ def _as_json(result: DemoResult) -> dict[str, Any]:
         },
         "metrics_moved": [
             {"metric": name, "labels": labels, "by": change}
-            for (name, labels), change in moved(
-                result.metrics_before, result.metrics_after
-            ).items()
+            for (name, labels), change in moved(result.metrics_before, result.metrics_after).items()
         ],
     }
 

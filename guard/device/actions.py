@@ -26,7 +26,11 @@ class MaskSchedule:
         self._tokens_A = torch.from_numpy(tokens).to(device)
 
     def update(
-        self, fired_BR: torch.Tensor, active_BR: torch.Tensor, fresh: FreshRows, batch: StepBatch,
+        self,
+        fired_BR: torch.Tensor,
+        active_BR: torch.Tensor,
+        fresh: FreshRows,
+        batch: StepBatch,
         state: SlotState,
     ) -> None:
         """A mask begins at the first output position that has not been computed yet."""
@@ -43,7 +47,6 @@ class MaskSchedule:
         new_to_BA = stop_BA.where(begins_BA, start_B1.where(released_BA, to_BA))
         state.mask_from_SA[slots_B] = new_from_BA
         state.mask_to_SA[slots_B] = new_to_BA
-
 
     def first_masked(self, slots_B: torch.Tensor, state: SlotState) -> torch.Tensor:
         """int64 [B]: where the first mask that is not static begins, or NEVER."""
@@ -63,9 +66,7 @@ class StepActions:
         self._set_signal_N = torch.tensor(
             [named.signal for named in program.sets], dtype=torch.int64, device=device
         )
-        self._masks = (
-            MaskSchedule(program.masks, device) if program.masks.num_actions else None
-        )
+        self._masks = MaskSchedule(program.masks, device) if program.masks.num_actions else None
 
     def apply(
         self,
@@ -100,9 +101,7 @@ class StepActions:
         columns[RequestColumn.OUTPUT_TOKENS] = output_tokens_B * judged_B
         columns[RequestColumn.UNSEEN] = state.unseen_S[slots_B] * judged_B
         columns[RequestColumn.JUDGED] = judged_B
-        requests_B = torch.cat(
-            [torch.stack(columns, dim=1), seen_BX[:, self._set_signal_N]], dim=1
-        )
+        requests_B = torch.cat([torch.stack(columns, dim=1), seen_BX[:, self._set_signal_N]], dim=1)
         extremes_BC = state.extreme_SC[slots_B].to(torch.float32)
         masked_BW = pack_bits(self._in_force(slots_B, fresh.after_B, state))
         return StepDecisions(requests_B, masked_BW, extremes_BC, events_V, values_V, num_events)
@@ -148,9 +147,7 @@ class StepActions:
         nth = fired.cumsum(0)
         num_events = nth[-1:]
         place = (nth - 1).where(fired & (nth <= MAX_EVENTS_PER_STEP), MAX_EVENTS_PER_STEP)
-        source = torch.full(
-            (MAX_EVENTS_PER_STEP + 1,), -1, dtype=torch.int64, device=fired.device
-        )
+        source = torch.full((MAX_EVENTS_PER_STEP + 1,), -1, dtype=torch.int64, device=fired.device)
         source.scatter_(0, place, torch.arange(len(fired), device=fired.device))
         source = source[:MAX_EVENTS_PER_STEP]
         used = torch.arange(MAX_EVENTS_PER_STEP, device=fired.device) < num_events
@@ -163,7 +160,5 @@ class StepActions:
         columns[EventColumn.IN_PROMPT] = (batch.position_T < fresh.prompt_T)[row].to(torch.int64)
         columns[EventColumn.ENFORCED] = enforced_TR[row, rule].to(torch.int64)
         conditions = self._conditions_RC[rule]
-        values = value_TC[row[:, None], conditions.clamp(min=0)].where(
-            conditions >= 0, float("nan")
-        )
+        values = value_TC[row[:, None], conditions.clamp(min=0)].where(conditions >= 0, float("nan"))
         return torch.stack(columns, dim=1), values, num_events

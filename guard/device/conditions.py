@@ -64,7 +64,10 @@ class ExpressionEvaluator:
 
     def __init__(self, table: ExpressionTable, device: torch.device) -> None:
         self._levels = [
-            (torch.from_numpy(level.children).to(device), torch.from_numpy(level.negated).to(device))
+            (
+                torch.from_numpy(level.children).to(device),
+                torch.from_numpy(level.negated).to(device),
+            )
             for level in table.levels
         ]
         self._root = torch.from_numpy(table.root).to(device)

@@ -46,8 +46,6 @@ class SignalReducer:
             parts.append(embedding_bag(index_TI, self._unit_table, mode="sum").to(torch.int64))
         if self._mass_table.shape[1]:
             gate_TI = weights_TLK.reshape(num_rows, -1).to(torch.float64)
-            masses = embedding_bag(
-                index_TI, self._mass_table, mode="sum", per_sample_weights=gate_TI
-            )
+            masses = embedding_bag(index_TI, self._mass_table, mode="sum", per_sample_weights=gate_TI)
             parts.append(masses.round().to(torch.int64))
         return torch.cat(parts, dim=1) * parts[0]

@@ -29,9 +29,7 @@ class StepBatch(NamedTuple):
         return self.slots_B[self.request_T]
 
     @staticmethod
-    def of(
-        slots_B: torch.Tensor, query_start_B1: torch.Tensor, position_T: torch.Tensor
-    ) -> StepBatch:
+    def of(slots_B: torch.Tensor, query_start_B1: torch.Tensor, position_T: torch.Tensor) -> StepBatch:
         query_start_B1 = query_start_B1.to(torch.int64)
         rows_T = torch.arange(len(position_T), device=position_T.device)
         request_T = torch.searchsorted(query_start_B1[1:], rows_T, right=True)
@@ -81,9 +79,7 @@ class FreshRows(NamedTuple):
         first_row_B = start_B + (begin_B - position_of_start_B)
         slot_T = batch.slots_B[request_T]
         fresh_T = (
-            (slot_T != NULL_SLOT)
-            & (row_T >= first_row_B[request_T])
-            & (row_T <= last_row_B[request_T])
+            (slot_T != NULL_SLOT) & (row_T >= first_row_B[request_T]) & (row_T <= last_row_B[request_T])
         )
         prompt_B = state.prompt_tokens_S[batch.slots_B]
         return FreshRows(

@@ -71,9 +71,7 @@ class SlotState:
         self.mask_from_SA = full(NEVER, num_actions)
         self.mask_to_SA = full(NEVER, num_actions)
         self.block_key_S = full(NEVER)
-        self.extreme_SC = full(
-            float("nan"), program.conditions.num_conditions, dtype=torch.float64
-        )
+        self.extreme_SC = full(float("nan"), program.conditions.num_conditions, dtype=torch.float64)
         self._staged: dict[int, Admission] = {}  # by slot, which may change hands between steps
 
     def add_request(self, admission: Admission) -> None:

@@ -29,9 +29,7 @@ class RunningSums:
         total_TX = values_TX.cumsum(0)
         before_request_BX = (total_TX - values_TX)[batch.query_start_B1[:-1]]
         self._before_SX = before_SX
-        self.at_row_TX = (
-            total_TX - before_request_BX[batch.request_T] + before_SX[batch.slot_T]
-        )
+        self.at_row_TX = total_TX - before_request_BX[batch.request_T] + before_SX[batch.slot_T]
 
     def at(self, position_TM: torch.Tensor, column_M: torch.Tensor) -> torch.Tensor:
         """Sum up to and with a position not behind the row's own: [T, M], 0 before the first seen.
@@ -47,9 +45,7 @@ class RunningSums:
         still_TM = position_TM >= fresh.next_T[:, None] - 1
         before_TM = self._before_SX[self._batch.slot_T[:, None], column_M]
         kept = self._recent_SQX.shape[1]
-        past_TM = self._recent_SQX[
-            self._batch.slot_T[:, None], position_TM.remainder(kept), column_M
-        ]
+        past_TM = self._recent_SQX[self._batch.slot_T[:, None], position_TM.remainder(kept), column_M]
         past_TM = past_TM.where(position_TM >= 0, 0)
         return here_TM.where(in_step_TM, before_TM.where(still_TM, past_TM))
 

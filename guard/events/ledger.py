@@ -78,17 +78,13 @@ class Ledger:
         self._moved = False
         self._flushed_at = 0.0
 
-    def begin_step(
-        self, report: StepReport, is_counted: Callable[[str], bool]
-    ) -> dict[str, str]:
+    def begin_step(self, report: StepReport, is_counted: Callable[[str], bool]) -> dict[str, str]:
         """Take a step's report. Returns the requests to end, with the reason that clients get.
 
         is_counted: whether the engine accepts this step's result for a request
         """
         self._report = report
-        self._row_of = {
-            req_id: row for row, req_id in enumerate(report.req_ids) if is_counted(req_id)
-        }
+        self._row_of = {req_id: row for row, req_id in enumerate(report.req_ids) if is_counted(req_id)}
         self._count(self._delta.failures, report.failures)
         self._moved = self._moved or bool(report.failures)
         if report.failed:
@@ -171,7 +167,7 @@ class Ledger:
             return
         for req_id in self._row_of.keys() & self._masked_by.keys():
             del self._masked_by[req_id]
-        for req_id, row in self._counted_rows(report, report.masked_BW.any(axis=1)):
+        for req_id, row in self._counted_rows(report, np.any(report.masked_BW, axis=1)):
             words = report.masked_BW[row].tolist()
             self._masked_by[req_id] = frozenset(
                 rule
@@ -190,7 +186,7 @@ class Ledger:
         return blocked
 
     def _counted_rows(
-        self, report: StepReport, flag_B: NDArray[np.bool_]
+        self, report: StepReport, flag_B: NDArray[np.bool_] | np.bool_
     ) -> Iterator[tuple[str, int]]:
         """The counted requests for which a flag is set: few, as a rule, out of many."""
         for row in np.flatnonzero(flag_B).tolist():

@@ -120,4 +120,5 @@ def encode(message: Message) -> bytes:
 
 def decode(data: bytes) -> Message:
     """Raises msgspec.DecodeError for anything but a message of this version."""
-    return _decoder.decode(data)
+    message: Message = _decoder.decode(data)
+    return message

@@ -3,6 +3,8 @@ conditions and fixed words; never a request."""
 
 from __future__ import annotations
 
+from typing import Final
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from guard.events.ledger import OUTCOMES
@@ -18,7 +20,7 @@ VALUE_BUCKETS = (
 
 _ENGINE = ("model_name", "engine")
 _RULE = (*_ENGINE, "policy", "rule")
-_LATEST = "mostrecent"
+_LATEST: Final = "mostrecent"
 
 
 class GuardMetrics:
@@ -43,22 +45,32 @@ class GuardMetrics:
         self._up = gauge("up", "1 while the guard is live and sees every MoE layer; page if 0.")
         self._blind_layers = gauge("blind_layers", "MoE layers whose routing the guard cannot see.")
         self._program_info = gauge(
-            "program_info", "1 for the policy revision in force, 0 for older ones.",
-            "revision", "policies",
+            "program_info",
+            "1 for the policy revision in force, 0 for older ones.",
+            "revision",
+            "policies",
         )
         self._decisions = counter(
             "decisions_total",
             "Rules that fired. Look the request up in the decision log.",
-            "policy", "rule", "action", "mode", "severity", "phase",
+            "policy",
+            "rule",
+            "action",
+            "mode",
+            "severity",
+            "phase",
         )
         self._requests = counter(
-            "requests_total", "Engine requests that ended, by the most that happened to each.",
+            "requests_total",
+            "Engine requests that ended, by the most that happened to each.",
             "outcome",
         )
         self._tokens = counter("tokens_evaluated_total", "Tokens whose routing was judged.", "phase")
         self._selections = counter(
-            "expert_selections_total", "Times that an expert of a policy's set was chosen.",
-            "policy", "set",
+            "expert_selections_total",
+            "Times that an expert of a policy's set was chosen.",
+            "policy",
+            "set",
         )
         self._values = Histogram(
             "moe_guard_signal_value",
@@ -81,7 +93,8 @@ class GuardMetrics:
             "mask_violations_total", "Masked experts seen at work. Never right: page.", "policy"
         )
         self._dropped = counter(
-            "events_dropped_total", "Events lost on their way; what they did was still done.",
+            "events_dropped_total",
+            "Events lost on their way; what they did was still done.",
             "stage",
         )
         self._failures = counter(
@@ -104,7 +117,13 @@ class GuardMetrics:
             for phase in ("prompt", "output"):
                 if rule.phase in (phase, "any"):
                     self._decisions.labels(
-                        *engine, rule.policy, rule.rule, rule.action, rule.mode, rule.severity, phase
+                        *engine,
+                        rule.policy,
+                        rule.rule,
+                        rule.action,
+                        rule.mode,
+                        rule.severity,
+                        phase,
                     )
             for condition, threshold in zip(rule.conditions, rule.thresholds, strict=True):
                 self._thresholds.labels(*engine, rule.policy, rule.rule, condition).set(threshold)
@@ -142,9 +161,7 @@ class GuardMetrics:
             self._selections.labels(*engine, named.policy, named.name).inc(count)
         for number, condition, values in delta.values:
             rule = hello.rules[number]
-            histogram = self._values.labels(
-                *engine, rule.policy, rule.rule, rule.conditions[condition]
-            )
+            histogram = self._values.labels(*engine, rule.policy, rule.rule, rule.conditions[condition])
             for value in values:
                 histogram.observe(value)
         for policy, count in delta.masked_requests.items():

@@ -55,9 +55,7 @@ def explain(error: ValidationError, root: Node) -> list[Fault]:
 
 def is_other_kind(error: ValidationError) -> bool:
     """The document says of itself that it is no policy."""
-    return any(
-        detail["loc"] == ("kind",) and detail["type"] != "missing" for detail in error.errors()
-    )
+    return any(detail["loc"] == ("kind",) and detail["type"] != "missing" for detail in error.errors())
 
 
 def path_text(path: Sequence[str | int]) -> str:

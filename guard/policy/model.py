@@ -1,4 +1,4 @@
-"""What a loaded policy *is*: frozen, normalised, free of YAML. `load` makes these, `program` reads them.
+"""What a loaded policy *is*: frozen, normalised, free of YAML. `load` makes it, `program` reads it.
 
 Nothing here imports torch or vLLM. Names follow the policy language; where YAML says `minTokens`, the
 attribute is `min_tokens`.
@@ -125,7 +125,7 @@ class Comparison(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A number over a window, compared with a threshold. `always` has neither set, window nor threshold."""
+    """A number over a window against a threshold. `always` has neither set, window nor threshold."""
 
     kind: ConditionKind
     label: str  # unique in its rule: the kind, with `#2`, `#3` … behind a repeated one

@@ -44,6 +44,4 @@ def _canonical(value: object) -> object:
 def _fields(value: object) -> dict[str, object]:
     assert is_dataclass(value)
     items = {field.name: getattr(value, field.name) for field in fields(value)}
-    return {
-        name: _canonical(item) for name, item in items.items() if not isinstance(item, Location)
-    }
+    return {name: _canonical(item) for name, item in items.items() if not isinstance(item, Location)}

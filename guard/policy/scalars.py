@@ -134,9 +134,7 @@ Layer = Annotated[int, BeforeValidator(_one_layer), Field(ge=0, le=MAX_LAYER)]
 ExpertId = Annotated[int, Field(ge=0, le=MAX_EXPERT)]
 Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
-LayerRange = Annotated[
-    range, PlainValidator(_ids("a layer number", MAX_LAYER)), _ids_schema(MAX_LAYER)
-]
+LayerRange = Annotated[range, PlainValidator(_ids("a layer number", MAX_LAYER)), _ids_schema(MAX_LAYER)]
 ExpertRange = Annotated[
     range, PlainValidator(_ids("an expert id", MAX_EXPERT)), _ids_schema(MAX_EXPERT)
 ]

@@ -178,8 +178,8 @@ class PolicyDocument(Spec):
     api_version: Annotated[Literal["moe-guard/v1"], BeforeValidator(word([API_VERSION]))] = Field(
         description="The version of the policy language."
     )
-    kind: Annotated[Literal["Policy"], BeforeValidator(word(["Policy"], later=["ExpertSets"]))] = (
-        Field(description="What the document is.")
+    kind: Annotated[Literal["Policy"], BeforeValidator(word(["Policy"], later=["ExpertSets"]))] = Field(
+        description="What the document is."
     )
     metadata: MetadataSpec = Field(description="What the policy is called and how it ranks.")
     spec: PolicySpec = Field(description="What the policy does.")

@@ -239,6 +239,4 @@ class _Composer:
         self._faults.append(Fault(place, message))
 
     def _place(self, mark: _Mark | None) -> Location:
-        return (
-            Location(self._file, mark.line + 1, mark.column + 1) if mark else Location(self._file)
-        )
+        return Location(self._file, mark.line + 1, mark.column + 1) if mark else Location(self._file)

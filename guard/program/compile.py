@@ -137,9 +137,7 @@ class _Conditions:
                 [float(Fraction(str(c.threshold)) - Fraction(str(c.bias))) for c in conditions],
                 dtype=np.float64,
             ),
-            sign=np.array(
-                [1.0 if c.comparison.upward else -1.0 for c in conditions], dtype=np.float64
-            ),
+            sign=np.array([1.0 if c.comparison.upward else -1.0 for c in conditions], dtype=np.float64),
             strict=np.array([c.comparison.strict for c in conditions], dtype=np.bool_),
             always=np.array([c.kind is ConditionKind.ALWAYS for c in conditions], dtype=np.bool_),
         )
@@ -229,9 +227,9 @@ def _requirement_faults(policy: Policy, topology: Topology) -> list[Fault]:
     required = policy.model
     if required is None:
         return []
-    experts = sorted({layer.num_experts for layer in topology.layers})
-    top_ks = sorted({layer.top_k for layer in topology.layers})
-    checks = [
+    experts: list[object] = [*sorted({layer.num_experts for layer in topology.layers})]
+    top_ks: list[object] = [*sorted({layer.top_k for layer in topology.layers})]
+    checks: list[tuple[str, object, list[object]]] = [
         ("architecture", required.architecture, [topology.architecture]),
         ("layers", required.layers, [len(topology.layers)]),
         ("experts", required.experts, experts),
@@ -283,20 +281,18 @@ def _live_expert_faults(policies: PolicySet, topology: Topology) -> list[Fault]:
             for layer, expert_id in rule.then.experts.weights:
                 masked[layer][expert_id].append((f"{policy.name}/{rule.name}", rule.then))
     faults = []
-    for layer in topology.layers:
-        live = layer.num_experts - len(masked[layer.number])
-        if live >= layer.top_k:
+    for moe in topology.layers:
+        live = moe.num_experts - len(masked[moe.number])
+        if live >= moe.top_k:
             continue
-        by_name = {
-            name: mask for actions in masked[layer.number].values() for name, mask in actions
-        }
-        name, mask = max(by_name.items(), key=lambda item: _in_layer(item[1].experts, layer.number))
+        by_name = {name: mask for actions in masked[moe.number].values() for name, mask in actions}
+        mask = max(by_name.values(), key=lambda mask: _in_layer(mask.experts, moe.number))
         faults.append(
             Fault(
                 mask.location,
-                f"layer {layer.number} chooses {layer.top_k} of {layer.num_experts} experts for each "
+                f"layer {moe.number} chooses {moe.top_k} of {moe.num_experts} experts for each "
                 f"token, but with the masks of {', '.join(sorted(by_name))} together only {live} are "
-                f"left; mask at most {layer.num_experts - layer.top_k} experts of that layer",
+                f"left; mask at most {moe.num_experts - moe.top_k} experts of that layer",
             )
         )
     return faults
@@ -315,5 +311,3 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
-
-

@@ -43,7 +43,9 @@ def topology_from_folder(model: Path) -> Topology:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise TopologyError(f"{path}: cannot be read ({error.strerror}); name a model folder") from error
+        raise TopologyError(
+            f"{path}: cannot be read ({error.strerror}); name a model folder"
+        ) from error
     except json.JSONDecodeError as error:
         raise TopologyError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from error
     if not isinstance(config, dict):

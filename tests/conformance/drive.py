@@ -34,9 +34,7 @@ class Driven:
     enforced: tuple[str, ...] = ()
     position: int = 0
     events: list[Firing] = field(default_factory=list)
-    masked_positions: dict[tuple[str, str], set[int]] = field(
-        default_factory=lambda: defaultdict(set)
-    )
+    masked_positions: dict[tuple[str, str], set[int]] = field(default_factory=lambda: defaultdict(set))
     block: tuple[int, int] | None = None  # (position, rule)
     tokens: tuple[int, int] = (0, 0)
     unseen: int = 0
@@ -69,9 +67,7 @@ def run(
     ordered = list(policies.ordered_rules())
     for request in requests:
         request.position = request.routing.first_seen
-        guard.add_request(
-            request.req_id, request.routing.num_prompt_tokens, tightened=request.enforced
-        )
+        guard.add_request(request.req_id, request.routing.num_prompt_tokens, tightened=request.enforced)
     while batch := [r for r in requests if r.position < r.num_positions]:
         step(guard, batch, ordered, padding_rows)
     return guard
@@ -83,20 +79,16 @@ def step(
     ordered: Sequence[tuple[Policy, Rule]],
     padding_rows: int = 0,
 ) -> None:
-    counts = [
-        min(r.chunks.pop(0) if r.chunks else 1, r.num_positions - r.position) for r in batch
-    ]
+    counts = [min(r.chunks.pop(0) if r.chunks else 1, r.num_positions - r.position) for r in batch]
     starts = np.cumsum([0, *counts])
     positions = np.concatenate(
         [np.arange(r.position, r.position + n) for r, n in zip(batch, counts, strict=True)]
     )
-    for index, layer in enumerate(guard.program.topology.layers):
+    for number, moe_layer in enumerate(guard.program.topology.layers):
         # What the last step left behind must not matter.
-        guard.tap.topk_ids_TLK[:, index, : layer.top_k] = 2
-        guard.tap.topk_weights_TLK[:, index, : layer.top_k] = 0.5
-    guard.begin_step(
-        [r.req_id for r in batch], torch.from_numpy(starts), torch.from_numpy(positions)
-    )
+        guard.tap.topk_ids_TLK[:, number, : moe_layer.top_k] = 2
+        guard.tap.topk_weights_TLK[:, number, : moe_layer.top_k] = 0.5
+    guard.begin_step([r.req_id for r in batch], torch.from_numpy(starts), torch.from_numpy(positions))
     for layer in range(len(guard.program.topology.layers)):
         top_k = guard.program.topology.layers[layer].top_k
         ids = np.concatenate(

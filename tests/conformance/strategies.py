@@ -95,9 +95,7 @@ def routings(draw: st.DrawFn, topology: Topology) -> Routing:
     return Routing(topk_ids, topk_weights, num_prompt, first_seen)
 
 
-def _token_row(
-    draw: st.DrawFn, topology: Topology
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def _token_row(draw: st.DrawFn, topology: Topology) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """One token's ids and gate weights, [L, K]. One integer stands for a row: draws are slow."""
     shape = (len(topology.layers), topology.max_top_k)
     topk_ids, topk_weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
@@ -201,9 +199,7 @@ def _threshold(
     draw: st.DrawFn, kind: ConditionKind, experts: ExpertSet, over: Window, bias: float
 ) -> float:
     """A number that the condition's value is likely to meet exactly, rounded as the value is."""
-    num_tokens = (
-        over if isinstance(over, int) else 1 if over == "token" else draw(st.integers(1, 4))
-    )
+    num_tokens = over if isinstance(over, int) else 1 if over == "token" else draw(st.integers(1, 4))
     match kind:
         case ConditionKind.ALWAYS:
             return 0.0
@@ -289,8 +285,7 @@ def policy_sets(draw: st.DrawFn, topology: Topology) -> PolicySet:
                 severity=_pick(draw, Severity),
                 experts={expert_set.name: expert_set for expert_set in [*experts, *mask_sets]},
                 rules=tuple(
-                    _rule(draw, f"rule-{n}", experts, mask_sets)
-                    for n in range(draw(st.integers(1, 3)))
+                    _rule(draw, f"rule-{n}", experts, mask_sets) for n in range(draw(st.integers(1, 3)))
                 ),
             )
         )

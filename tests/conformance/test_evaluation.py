@@ -32,9 +32,7 @@ def test_decisions_equal_the_references_in_any_batch_and_chunking(
     run(case.policies, case.topology, requests, padding_rows=3)
     ordered = list(case.policies.ordered_rules())
     for request in requests:
-        verdict = evaluate(
-            case.policies, case.topology, request.routing, enforced=request.enforced
-        )
+        verdict = evaluate(case.policies, case.topology, request.routing, enforced=request.enforced)
         assert device_outcome(request, ordered) == reference_outcome(verdict, request.routing)
 
 

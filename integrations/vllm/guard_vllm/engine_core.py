@@ -208,5 +208,3 @@ def _hello(engine: int, status: WorkerStatus, rules: tuple[RuleFacts, ...]) -> H
         blind_layers=len(status.proof.blind_layers),
         live=status.proof.holds,
     )
-
-

@@ -27,17 +27,13 @@ def _reasons(config: Any) -> list[str | None]:
         return int(getattr(parallel, name, 1) or 1)
 
     return [
-        unless(
-            size("pipeline_parallel_size") == 1, "pipeline parallelism is not supported yet"
-        ),
+        unless(size("pipeline_parallel_size") == 1, "pipeline parallelism is not supported yet"),
         unless(size("data_parallel_size") == 1, "data parallelism is not supported yet"),
         unless(
             size("decode_context_parallel_size") == 1 and size("prefill_context_parallel_size") == 1,
             "context parallelism is not supported yet",
         ),
-        unless(
-            not getattr(parallel, "enable_dbo", False), "dual-batch overlap is not supported yet"
-        ),
+        unless(not getattr(parallel, "enable_dbo", False), "dual-batch overlap is not supported yet"),
         unless(
             not getattr(parallel, "enable_eplb", False),
             "expert load balancing (--enable-eplb) is not supported yet",
@@ -47,9 +43,7 @@ def _reasons(config: Any) -> list[str | None]:
             "expert parallelism (--enable-expert-parallel) is not supported yet",
         ),
         unless(config.lora_config is None, "LoRA adapters (--enable-lora) are not supported yet"),
-        unless(
-            config.speculative_config is None, "speculative decoding is not supported yet"
-        ),
+        unless(config.speculative_config is None, "speculative decoding is not supported yet"),
         unless(
             config.kv_transfer_config is None,
             "KV connectors are not supported yet: they bring KV that was never routed here",

@@ -47,9 +47,7 @@ def install(status: WorkerStatus) -> None:
     kv_cache_utils.generate_block_hash_extra_keys = generate_block_hash_extra_keys
 
 
-def _static_key(
-    request: Any, status: WorkerStatus, end_token_idx: int
-) -> tuple[str, str] | None:
+def _static_key(request: Any, status: WorkerStatus, end_token_idx: int) -> tuple[str, str] | None:
     """Requests under the same static masks of the same revision may share their blocks."""
     if not status.static_mask_rules:
         return None

@@ -24,9 +24,9 @@ def register() -> None:
     process, as it should: an unguarded server must not come up in silence.
     """
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.llm_engine import LLMEngine
-    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.worker.worker_base import WorkerBase
 
     if getattr(EngineCore, _REGISTERED, False):

@@ -103,15 +103,13 @@ def _prove_masks(
     faults = []
     for index, layer in enumerate(topology.layers):
         ids_TK = ids_TLK[:, index, : layer.top_k]
-        free_TK = unmasked_ids_TLK[TURNS - 1 :: TURNS, index, : layer.top_k]
-        for turn in range(TURNS - 1):
-            live = _live_experts(index, layer, turn)
-            if not _all_choose(ids_TK[turn::TURNS], live):
-                faults.append(f"layer {layer.number} uses masked experts")
-                break
-            if _all_choose(ids_TK[TURNS - 1 :: TURNS], live) and not _all_choose(free_TK, live):
-                faults.append(f"layer {layer.number} masks rows that no mask is for")
-                break
+        free_TK = ids_TK[TURNS - 1 :: TURNS]
+        before_TK = unmasked_ids_TLK[TURNS - 1 :: TURNS, index, : layer.top_k]
+        lives = [_live_experts(index, layer, turn) for turn in range(TURNS - 1)]
+        if not all(_all_choose(ids_TK[turn::TURNS], live) for turn, live in enumerate(lives)):
+            faults.append(f"layer {layer.number} uses masked experts")
+        if any(_all_choose(free_TK, live) and not _all_choose(before_TK, live) for live in lives):
+            faults.append(f"layer {layer.number} masks rows that no mask is for")
     return faults
 
 
@@ -130,9 +128,7 @@ def _probe_masks(topology: Topology) -> MaskTable:
     bits = np.zeros((len(topology.layers), topology.max_experts, 1), dtype=np.int64)
     for index, layer in enumerate(topology.layers):
         for turn in range(TURNS - 1):
-            masked = np.setdiff1d(
-                np.arange(layer.num_experts), _live_experts(index, layer, turn)
-            )
+            masked = np.setdiff1d(np.arange(layer.num_experts), _live_experts(index, layer, turn))
             bits[index, masked] |= 1 << turn
     actions = TURNS - 1
     return MaskTable(

@@ -102,7 +102,7 @@ def _rerouted(
     _refuse_unless_plain_softmax(layer)
     mask = guard.mask
     assert mask is not None
-    keeps_unmasked_softmax = not layer.router.renormalize  # type: ignore[attr-defined]
+    keeps_unmasked_softmax = not layer.router.renormalize
 
     def compute_routing(
         hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
@@ -130,7 +130,7 @@ def _refuse_unless_plain_softmax(layer: RoutedLayer) -> None:
         and router.custom_routing_function is None
         and router.e_score_correction_bias is None
     )
-    if plain and router.scoring_func == "softmax":  # type: ignore[attr-defined]
+    if plain and router.scoring_func == "softmax":
         return
     raise UnsupportedHostError(
         f"layer {layer.name} routes with {type(router).__name__} "

@@ -13,7 +13,7 @@ from guard.errors import GuardError
 CONFIG_KEY = "moe_guard"
 POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
 FORMAT = 1
-"""Part of vLLM's compile key by way of `additional_config`: raise it whenever the traced code changes."""
+"""Part of vLLM's compile key, by way of `additional_config`: raise it when the traced code changes."""
 
 
 class SettingsError(GuardError):
@@ -46,15 +46,11 @@ class Settings:
 
         Raises SettingsError for an unknown key or a value of the wrong type.
         """
-        section = (
-            additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
-        )
+        section = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         if section is None:
             section = {}
         if not isinstance(section, Mapping):
-            raise SettingsError(
-                f"additional_config.{CONFIG_KEY} must be a mapping, not {section!r}"
-            )
+            raise SettingsError(f"additional_config.{CONFIG_KEY} must be a mapping, not {section!r}")
         known = {field.name: field for field in fields(Settings)}
         for key in section:
             if key not in known:

@@ -53,8 +53,6 @@ def open_front_end(config: Any, settings: Settings) -> EventBus:
         acting[0] = any(rule.action != "observe" for rule in hello.rules)
 
     bus.on_hello.append(take)
-    install_frontend(
-        messages, policies, can_act=lambda: acting[0], redact=settings.redact_reasons
-    )
+    install_frontend(messages, policies, can_act=lambda: acting[0], redact=settings.redact_reasons)
 
     return bus

@@ -79,7 +79,7 @@ def with_report(output: Any, pending: Readback | StepReport | None) -> Any:
     return output
 
 
-class _ReportingOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
+class _ReportingOutput(AsyncModelRunnerOutput):
     """An output that is still on its way; the guard's report is waited for together with it."""
 
     def __init__(self, output: AsyncModelRunnerOutput, pending: Readback | StepReport) -> None:

@@ -115,7 +115,8 @@ class WorkerGuard:
         return result
 
     def status(self) -> WorkerStatus:
-        assert self._hooks is not None and self._proof is not None, "asked before the proof"
+        assert self._hooks is not None, "asked before the model was loaded"
+        assert self._proof is not None, "asked before the proof"
         guard = self._hooks.guard
         masks = guard.program.masks
         return WorkerStatus(

@@ -53,9 +53,7 @@ def test_without_a_message_there_is_no_refusal(
 
 
 @pytest.mark.parametrize("passed", [0, 1, 7])
-def test_streamed_chat_tells_its_end_once_with_the_message(
-    client: openai.OpenAI, passed: int
-) -> None:
+def test_streamed_chat_tells_its_end_once_with_the_message(client: openai.OpenAI, passed: int) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, usage = chat(client, letters_then_block(passed), stream=True, stream_options=options)
     ends = [chunk for chunk in chunks if chunk.choices[0].finish_reason]

@@ -26,9 +26,7 @@ def test_blocked_message_is_a_refusal(messages_client: anthropic.Anthropic, pass
 
 
 @pytest.mark.parametrize("passed", [0, 2])
-def test_streamed_message_ends_as_a_refusal(
-    messages_client: anthropic.Anthropic, passed: int
-) -> None:
+def test_streamed_message_ends_as_a_refusal(messages_client: anthropic.Anthropic, passed: int) -> None:
     with messages_client.messages.stream(
         model="tiny", max_tokens=20, messages=USER, extra_body=letters_then_block(passed)
     ) as stream:
@@ -48,9 +46,7 @@ def test_blocked_message_uses_no_tool(messages_client: anthropic.Anthropic, pass
 
 
 @pytest.mark.parametrize("passed", [60, 135], ids=["inside the call", "behind the call"])
-def test_streamed_tool_use_ends_as_a_refusal(
-    messages_client: anthropic.Anthropic, passed: int
-) -> None:
+def test_streamed_tool_use_ends_as_a_refusal(messages_client: anthropic.Anthropic, passed: int) -> None:
     extra = {**block(passed), "structured_outputs": CALL_AND_LETTERS}
     events = list(
         messages_client.messages.create(
@@ -76,7 +72,5 @@ def test_models_of_the_api_take_refusal_without_a_warning() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        event = AnthropicStreamEvent(
-            type="message_delta", delta=AnthropicDelta(stop_reason="refusal")
-        )
+        event = AnthropicStreamEvent(type="message_delta", delta=AnthropicDelta(stop_reason="refusal"))
         assert '"stop_reason":"refusal"' in event.model_dump_json(exclude_unset=True)

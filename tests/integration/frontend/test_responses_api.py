@@ -41,9 +41,7 @@ def test_blocked_response_is_incomplete(client: openai.OpenAI, passed: int) -> N
 
 
 @pytest.mark.parametrize("passed", [0, 2])
-def test_streamed_response_ends_with_response_incomplete(
-    client: openai.OpenAI, passed: int
-) -> None:
+def test_streamed_response_ends_with_response_incomplete(client: openai.OpenAI, passed: int) -> None:
     events = list(respond(client, letters_then_block(passed), stream=True))
     types = [event.type for event in events]
     assert types[-1] == "response.incomplete"

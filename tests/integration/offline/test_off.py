@@ -29,9 +29,7 @@ def test_tokens_and_logprobs_are_those_of_vllm_without_the_plugin(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_off_counts_nothing_and_an_empty_folder_counts_requests(
-    engines: Engines, mode: str
-) -> None:
+def test_off_counts_nothing_and_an_empty_folder_counts_requests(engines: Engines, mode: str) -> None:
     assert engines.case(f"{mode}-guarded", "off", "unmasked")["counters"] == {}
     armed = engines.case(f"{mode}-guarded", "empty", "unmasked")
     assert counter(armed, "requests_total", outcome="passed") == len(armed["batches"][0])

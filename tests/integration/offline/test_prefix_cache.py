@@ -43,9 +43,7 @@ def test_an_unmasked_request_does_not_reuse_masked_blocks(engines: Engines, mode
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_event_says_how_many_tokens_came_from_the_cache_unseen(
-    engines: Engines, mode: str
-) -> None:
+def test_an_event_says_how_many_tokens_came_from_the_cache_unseen(engines: Engines, mode: str) -> None:
     case, outputs = _case(engines, mode, "prefix")
     for output in (outputs[0], outputs[1], outputs[4]):
         [fired] = decisions(case, output, "watch", "used")

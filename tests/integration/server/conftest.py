@@ -148,9 +148,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def two_api_servers(
-    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+def two_api_servers(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("two_api_servers")
     with serving(folder, tiny_model, "--api-server-count", "2", "--redact-reasons") as running:
         yield running

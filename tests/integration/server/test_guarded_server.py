@@ -41,7 +41,7 @@ def test_a_block_ends_each_completion_with_the_tokens_before_it(
 ) -> None:
     options = dict(options)
     extra = enforcing("stop-output", return_token_ids=True, **options.pop("extra", {}))
-    reply = server.client.completions.create(
+    reply: Any = server.client.completions.create(
         model="tiny",
         prompt=PROMPT,
         max_tokens=12,
@@ -61,7 +61,7 @@ def test_a_block_ends_each_completion_with_the_tokens_before_it(
 
 def test_a_blocked_completion_is_the_beginning_of_the_unblocked_one(server: Server) -> None:
     def complete(*policies: str) -> Any:
-        reply = server.client.completions.create(
+        reply: Any = server.client.completions.create(
             model="tiny",
             prompt=PROMPT,
             max_tokens=12,
@@ -77,17 +77,18 @@ def test_a_blocked_completion_is_the_beginning_of_the_unblocked_one(server: Serv
 
 
 def test_a_block_in_the_prompt_gives_no_token_at_all(server: Server) -> None:
-    reply = server.client.completions.create(
+    reply: Any = server.client.completions.create(
         model="tiny", prompt=PROMPT, max_tokens=12, extra_body=enforcing("stop-prompt")
     )
     assert reply.choices[0].finish_reason == "content_filter"
     assert reply.choices[0].text == ""
-    assert reply.usage is not None and reply.usage.completion_tokens == 0
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == 0
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_blocked_chat_carries_the_rules_message_as_refusal(server: Server, stream: bool) -> None:
-    reply = server.client.chat.completions.create(
+    reply: Any = server.client.chat.completions.create(
         model="tiny",
         messages=[{"role": "user", "content": PROMPT}],
         max_tokens=12,
@@ -95,17 +96,20 @@ def test_a_blocked_chat_carries_the_rules_message_as_refusal(server: Server, str
         stream=stream,
         extra_body=enforcing("stop-output"),
     )
-    choice = list(reply)[-1].choices[0] if stream else reply.choices[0]  # type: ignore[union-attr]
-    told = choice.delta if stream else choice.message  # type: ignore[union-attr]
+    choice = list(reply)[-1].choices[0] if stream else reply.choices[0]
+    told = choice.delta if stream else choice.message
     assert choice.finish_reason == "content_filter"
     assert told.refusal == "This request was stopped by policy."
 
 
 def test_the_first_block_in_deciding_order_names_the_reason(server: Server) -> None:
-    reply = server.client.completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=12, extra_body=enforcing("stop-output", "stop-prompt")
+    reply: Any = server.client.completions.create(
+        model="tiny",
+        prompt=PROMPT,
+        max_tokens=12,
+        extra_body=enforcing("stop-output", "stop-prompt"),
     )
-    assert reply.choices[0].stop_reason == "moe_guard:stop-prompt/any"  # type: ignore[attr-defined]
+    assert reply.choices[0].stop_reason == "moe_guard:stop-prompt/any"
 
 
 def test_a_request_cannot_name_a_policy_that_does_not_exist(server: Server) -> None:
@@ -123,13 +127,9 @@ def test_a_masked_request_is_answered_and_never_uses_the_masked_experts(server: 
     server.client.completions.create(
         model="tiny", prompt=PROMPT, max_tokens=12, extra_body=enforcing("reroute")
     )
-    server.wait_for(
-        lambda: server.metric("moe_guard_requests_total", outcome="masked") == masked + 1
-    )
+    server.wait_for(lambda: server.metric("moe_guard_requests_total", outcome="masked") == masked + 1)
     assert server.metric(name, **selections) == before
-    server.client.completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=12, extra_body=enforcing()
-    )
+    server.client.completions.create(model="tiny", prompt=PROMPT, max_tokens=12, extra_body=enforcing())
     server.wait_for(lambda: server.metric(name, **selections) > before)
 
 
@@ -145,7 +145,7 @@ def test_metrics_count_each_request_and_each_token_once(server: Server) -> None:
         )
 
     before = scrape()
-    reply = server.client.completions.create(
+    reply: Any = server.client.completions.create(
         model="tiny", prompt=PROMPT, max_tokens=8, n=2, extra_body=enforcing()
     )
     assert reply.usage is not None
@@ -157,13 +157,19 @@ def test_metrics_count_each_request_and_each_token_once(server: Server) -> None:
 def test_the_guard_shows_itself_live_with_its_revision(server: Server) -> None:
     assert server.metric("moe_guard_up") == 1
     assert server.metric("moe_guard_blind_layers") == 0
-    assert server.metric("moe_guard_program_info", policies="stop-output,stop-prompt,reroute,watch") == 1
+    assert (
+        server.metric("moe_guard_program_info", policies="stop-output,stop-prompt,reroute,watch") == 1
+    )
     assert server.metric("moe_guard_failures_total") == 0
 
 
 def test_the_decision_log_says_what_was_decided_and_nothing_of_the_text(server: Server) -> None:
-    reply = server.client.completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=12, temperature=0, extra_body=enforcing("stop-output")
+    reply: Any = server.client.completions.create(
+        model="tiny",
+        prompt=PROMPT,
+        max_tokens=12,
+        temperature=0,
+        extra_body=enforcing("stop-output"),
     )
     server.wait_for(lambda: any(d["outcome"] == "blocked" for d in server.decisions(reply.id)))
     blocked = next(d for d in server.decisions(reply.id) if d["outcome"] == "blocked")
@@ -171,7 +177,7 @@ def test_the_decision_log_says_what_was_decided_and_nothing_of_the_text(server: 
     assert (blocked["policy"], blocked["rule"]) == ("stop-output", "third")
     assert (blocked["mode"], blocked["action"], blocked["phase"]) == ("enforce", "block", "output")
     assert blocked["evidence"] == [{"condition": "count", "value": 12.0, "threshold": 12.0}]
-    assert blocked["position"] == reply.usage.prompt_tokens + 2  # type: ignore[union-attr]
+    assert blocked["position"] == reply.usage.prompt_tokens + 2
     audited = [d for d in server.decisions(reply.id) if d["policy"] == "stop-prompt"]
     assert [(d["mode"], d["outcome"]) for d in audited] == [("audit", "observed")]
     assert PROMPT not in server.decision_log.read_text()
@@ -182,11 +188,11 @@ def test_several_api_servers_show_the_same_counts_at_every_scrape(two_api_server
     server = two_api_servers
     blocked = 12
     for _ in range(blocked):
-        reply = server.client.completions.create(
+        reply: Any = server.client.completions.create(
             model="tiny", prompt=PROMPT, max_tokens=12, extra_body=enforcing("stop-output")
         )
         assert reply.choices[0].finish_reason == "content_filter"
-        assert reply.choices[0].stop_reason == "moe_guard"  # type: ignore[attr-defined]
+        assert reply.choices[0].stop_reason == "moe_guard"
     server.wait_for(lambda: server.metric("moe_guard_requests_total") == blocked)
     for _ in range(6):
         assert server.metric("moe_guard_requests_total", outcome="blocked") == blocked

@@ -55,7 +55,8 @@ def test_a_fault_is_a_line_with_its_place(bad: Path) -> None:
     code, out, err = run(bad)
 
     assert (code, err) == (1, "")
-    assert out.startswith(f"{bad}:7:") and out.count("\n") == 1
+    assert out.startswith(f"{bad}:7:")
+    assert out.count("\n") == 1
     assert "atleast" in out
 
 
@@ -99,7 +100,8 @@ def test_a_model_tells_experts_that_it_does_not_have(good: Path, tmp_path: Path)
     assert run(good, "--model", fits)[0] == 0
     code, out, _ = run(good, "--model", small)
     assert code == 1
-    assert out.startswith(f"{good}:5:") and "experts 0-2" in out
+    assert out.startswith(f"{good}:5:")
+    assert "experts 0-2" in out
 
 
 def test_a_model_that_is_none_is_told_on_standard_error(good: Path, tmp_path: Path) -> None:

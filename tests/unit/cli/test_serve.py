@@ -160,7 +160,8 @@ def test_policies_that_do_not_fit_a_local_model_are_refused(policies: Path, tmp_
     code, err = serve(tmp_path, "--policies", policies)
 
     assert code == 1
-    assert err.startswith(f"{policies}:5:3: ") and "experts: 8" in err
+    assert err.startswith(f"{policies}:5:3: ")
+    assert "experts: 8" in err
 
 
 @pytest.mark.usefixtures("no_start")

@@ -61,8 +61,10 @@ def test_excluded_is_a_boolean_product_of_rows_and_experts(seed: int, num_action
     words = masks.expert_bits.view(np.uint64)
     for layer in range(2):
         experts_EA = np.array(
-            [[(int(words[layer, e, a // 64]) >> (a % 64)) & 1 for a in range(num_actions)]
-             for e in range(6)]
+            [
+                [(int(words[layer, e, a // 64]) >> (a % 64)) & 1 for a in range(num_actions)]
+                for e in range(6)
+            ]
         )
         expected = np.zeros((9, 6), dtype=bool)
         expected[:7] = rows_TA.astype(int) @ experts_EA.T > 0

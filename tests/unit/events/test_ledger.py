@@ -191,7 +191,11 @@ def test_redaction_hides_names_from_clients_and_not_from_the_log() -> None:
 
 
 def closed(mode: str = "enforce", action: str = "block") -> tuple[RuleFacts, ...]:
-    return (rule("watch"), rule("steer", "mask"), rule("shut", action, mode=mode, on_error="closed"))
+    return (
+        rule("watch"),
+        rule("steer", "mask"),
+        rule("shut", action, mode=mode, on_error="closed"),
+    )
 
 
 def test_an_unjudged_request_passes_where_faults_are_open() -> None:

@@ -35,7 +35,10 @@ LABELS = {
 DELTA = Delta(
     0,
     decisions=[decision("cmpl-secret")],
-    decision_counts=[DecisionCount(2, "enforce", "output", 3), DecisionCount(0, "audit", "prompt", 1)],
+    decision_counts=[
+        DecisionCount(2, "enforce", "output", 3),
+        DecisionCount(0, "audit", "prompt", 1),
+    ],
     outcomes={"passed": 4, "blocked": 1},
     tokens={"prompt": 100, "output": 20},
     selections=[17, 0],

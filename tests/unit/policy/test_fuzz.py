@@ -40,9 +40,7 @@ ODDITIES = [
 ]
 SNIPPETS = st.sampled_from(sorted(set(TOKENS)) + ODDITIES)
 WORDS = st.sampled_from(sorted({token for token in TOKENS if token.isalpha()}))
-SCALARS = st.one_of(
-    WORDS, st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=5)
-)
+SCALARS = st.one_of(WORDS, st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=5))
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(WORDS, inner, max_size=4)),

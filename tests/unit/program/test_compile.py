@@ -148,8 +148,7 @@ def test_equal_sets_share_a_signal_and_equal_windows_a_reading() -> None:
         "    a: [{layer: 0, experts: [1, 2]}]\n"
         "    b: [{layer: 0, experts: [2]}, {layer: 0, experts: [1, 2]}]\n"
         "    c: [{layer: 0, weights: {1: 0.5, 2: 1}}]\n"
-        "  rules:\n"
-        + "".join(rule.replace("NAME", f"r-{s}").replace("SET", s) for s in "abc")
+        "  rules:\n" + "".join(rule.replace("NAME", f"r-{s}").replace("SET", s) for s in "abc")
     )
 
     program = compile_policies(parse_policies(text), TOPOLOGY)
@@ -169,9 +168,7 @@ def test_weights_are_whole_at_their_scale_for_every_decimal_of_six_places(
         return
     location = Location("p.yaml", 1, 1)
     experts = ExpertSet("f", (ExpertEntry((0,), weights, location),), location)
-    condition = Condition(
-        ConditionKind.SCORE, "score", location, experts, 4, 4, Comparison.ABOVE, 0.3
-    )
+    condition = Condition(ConditionKind.SCORE, "score", location, experts, 4, 4, Comparison.ABOVE, 0.3)
     policy = Policy("p", location, rules=(Rule("r", condition, Mask(experts, location), location),))
     topology = Topology("X", (MoELayer(0, 16, 2),))
 

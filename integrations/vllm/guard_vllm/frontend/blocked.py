@@ -15,9 +15,7 @@ def is_blocked(stop_reason: object) -> TypeGuard[str]:
 
     A stop string of the caller's would look the same: request_args refuses such stop strings.
     """
-    return isinstance(stop_reason, str) and (
-        stop_reason == MARK or stop_reason.startswith(f"{MARK}:")
-    )
+    return isinstance(stop_reason, str) and (stop_reason == MARK or stop_reason.startswith(f"{MARK}:"))
 
 
 @dataclass

@@ -12,7 +12,5 @@ def install_cohere() -> None:
     """A blocked message ends with ERROR: that API has no word for a filter, and vLLM would say
     COMPLETE for a reason that it does not know."""
     if find_spec("cohere") is not None:
-        reasons: dict[str | None, str] = seam(
-            "vllm.entrypoints.cohere.serving", "_FINISH_REASON_MAP"
-        )
+        reasons: dict[str | None, str] = seam("vllm.entrypoints.cohere.serving", "_FINISH_REASON_MAP")
         reasons[CONTENT_FILTER] = "ERROR"

@@ -12,9 +12,7 @@ from guard_vllm.compat import seam
 from guard_vllm.frontend.blocked import Sources
 from guard_vllm.frontend.patching import Function, wrap
 
-_GRPC_MODULES = frozenset(
-    {"vllm.entrypoints.launchers.grpc_server", "vllm.entrypoints.grpc_server"}
-)
+_GRPC_MODULES = frozenset({"vllm.entrypoints.launchers.grpc_server", "vllm.entrypoints.grpc_server"})
 _RUST = "VLLM_USE_RUST_FRONTEND"
 
 

@@ -91,7 +91,6 @@ def _check_enforce(value: object, policies: Collection[str], redact: bool) -> No
 def _unknown_key(key: str) -> str:
     if "label" in key:
         return (
-            f"{key}: labels come from configured headers or API keys, never from the body; "
-            "leave it out"
+            f"{key}: labels come from configured headers or API keys, never from the body; leave it out"
         )
     return f"{key}: a request can set only {ENFORCE!r}; leave {key!r} out"

@@ -106,9 +106,7 @@ def _streamed(original: Function) -> Function:
 def _background(original: Function) -> Function:
     """vLLM follows a background response until `response.completed`; this one ends otherwise."""
 
-    async def responses_background_stream_generator(
-        *args: Any, **kwargs: Any
-    ) -> AsyncIterator[Any]:
+    async def responses_background_stream_generator(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         async with aclosing(original(*args, **kwargs)) as events:
             async for event in events:
                 yield event

@@ -1,0 +1,52 @@
+"""What of vLLM is refused at start, all of it at once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from guard_vllm.host import check_host
+
+from guard.errors import UnsupportedHostError
+
+
+def config(parallel: dict[str, Any], model: dict[str, Any], rest: dict[str, Any]) -> Any:
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel),
+        model_config=SimpleNamespace(**{"runner_type": "generate", **model}),
+        **{"speculative_config": None, "kv_transfer_config": None, "lora_config": None, **rest},
+    )
+
+
+def test_a_plain_server_passes() -> None:
+    check_host(config({"tensor_parallel_size": 4}, {}, {}))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "model", "rest", "reason"),
+    [
+        ({"pipeline_parallel_size": 2}, {}, {}, "pipeline"),
+        ({"data_parallel_size": 2}, {}, {}, "data parallelism"),
+        ({"decode_context_parallel_size": 2}, {}, {}, "context parallelism"),
+        ({"prefill_context_parallel_size": 2}, {}, {}, "context parallelism"),
+        ({"enable_dbo": True}, {}, {}, "dual-batch"),
+        ({"enable_eplb": True}, {}, {}, "--enable-eplb"),
+        ({}, {}, {"speculative_config": object()}, "speculative"),
+        ({}, {}, {"kv_transfer_config": object()}, "KV connectors"),
+        ({}, {"runner_type": "pooling"}, {}, "pooling"),
+        ({}, {"is_encoder_decoder": True}, {}, "encoder-decoder"),
+        ({}, {"enable_prompt_embeds": True}, {}, "--enable-prompt-embeds"),
+        ({}, {"enable_sleep_mode": True}, {}, "sleep mode"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(
+    parallel: dict[str, Any], model: dict[str, Any], rest: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UnsupportedHostError, match=reason):
+        check_host(config(parallel, model, rest))
+
+
+def test_all_reasons_are_told_together() -> None:
+    with pytest.raises(UnsupportedHostError, match=r"pipeline.*; .*sleep mode"):
+        check_host(config({"pipeline_parallel_size": 2}, {"enable_sleep_mode": True}, {}))

@@ -1,0 +1,128 @@
+"""Which blocks of KV may be shared between requests under masks: told by their extra keys."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from guard_vllm import kv_isolation
+from guard_vllm.proof import Proof
+from guard_vllm.worker import WorkerStatus
+from vllm.v1.core import kv_cache_utils
+
+from guard.policy import parse_policies
+from guard.program.compile import compile_policies
+from tests.unit.device.driving import TOPOLOGY, policy_text, rule_text
+
+STATIC = rule_text("{always: {}}", "{mask: {experts: f}}")
+OUTPUT = STATIC.replace("name: r", "name: o").replace("}}}", "}}, match: {phase: output}}")
+
+
+def status(rules: str, mode: str = "enforce") -> WorkerStatus:
+    program = compile_policies(parse_policies(policy_text(rules, mode=mode)), TOPOLOGY)
+    masks = program.masks
+    return WorkerStatus(
+        revision=program.revision,
+        policies=program.policies,
+        rules=program.rules,
+        sets=program.sets,
+        mask_rules=tuple(masks.rule.tolist()),
+        static_mask_rules=tuple(masks.rule[masks.static].tolist()),
+        masked_experts=(1,),
+        masking=True,
+        proof=Proof(2, (), 2, ()),
+    )
+
+
+def request(req_id: str = "a", prompt: int = 20, enforce: list[str] | None = None) -> Any:
+    extra = None if enforce is None else {"moe_guard_enforce": enforce}
+    return SimpleNamespace(
+        request_id=req_id,
+        num_prompt_tokens=prompt,
+        sampling_params=SimpleNamespace(extra_args=extra),
+    )
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """keys(status)(request, end): the extra keys of the block of 16 that ends there."""
+
+    def stock(request: Any, start: int, end: int, mm: int) -> tuple[Any, int]:
+        return getattr(request, "stock_keys", None), mm + 1
+
+    def install(worker_status: WorkerStatus) -> Any:
+        monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", stock)
+        kv_isolation.install(worker_status)
+
+        def of(request: Any, end: int) -> Any:
+            found, mm = kv_cache_utils.generate_block_hash_extra_keys(request, end - 16, end, 4)
+            assert mm == 5, "the multimodal index is vLLM's own"
+            return found
+
+        return of
+
+    return install
+
+
+def test_without_masks_vllms_own_keys_stay_as_they_are(keys: Any) -> None:
+    of = keys(status(rule_text("{always: {}}")))
+    with_stock = request()
+    with_stock.stock_keys = ("lora",)
+
+    assert of(request(), 16) is None
+    assert of(with_stock, 16) == ("lora",)
+
+
+def test_blocks_that_end_behind_the_start_of_a_mask_belong_to_their_request(keys: Any) -> None:
+    of = keys(status(rule_text("{always: {}}")))
+    masked = request("a", 20)
+    masked.stock_keys = ("lora",)
+    kv_isolation.isolate_from(masked, 32)
+
+    assert of(masked, 32) == ("lora",), "position 31 is its last, and not masked"
+    assert of(masked, 48) == ("lora", ("moe_guard", "a"))
+
+
+def test_the_first_start_stays(keys: Any) -> None:
+    of = keys(status(rule_text("{always: {}}")))
+    masked = request()
+    kv_isolation.isolate_from(masked, 20)
+    kv_isolation.isolate_from(masked, 90)
+
+    assert of(masked, 32) == (("moe_guard", "a"),)
+
+
+def test_requests_under_the_same_static_masks_share_and_no_other_does(keys: Any) -> None:
+    enforced, audited = status(STATIC), status(STATIC, "audit")
+    of = keys(enforced)
+    shared = of(request("a"), 16)
+    assert shared is not None
+    assert of(request("b", 99), 16) == shared
+
+    of = keys(audited)
+    assert of(request("a"), 16) is None
+    tightened = of(request("a", enforce=["p"]), 16)
+    assert tightened is not None
+    assert tightened != shared, "another revision"
+
+
+def test_static_masks_of_the_output_key_the_blocks_that_hold_output(keys: Any) -> None:
+    of = keys(status(OUTPUT))
+
+    assert of(request(prompt=16), 16) is None
+    assert of(request(prompt=15), 16) is not None
+
+
+def test_equal_tokens_masked_from_different_positions_are_told_apart(keys: Any) -> None:
+    of = keys(status(OUTPUT))
+
+    assert of(request("a", 5), 16) != of(request("b", 10), 16)
+    assert of(request("a", 5), 16) == of(request("b", 5), 16)
+
+
+def test_a_request_without_sampling_parameters_is_keyed_too(keys: Any) -> None:
+    pooled = request()
+    pooled.sampling_params = None
+
+    assert keys(status(STATIC))(pooled, 16) is not None

@@ -1,0 +1,90 @@
+"""The tap and the mask in vLLM's own routers on a CPU, and the routers that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from guard_vllm.routers import RoutedLayer, attach, routed_layers, topology_of
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+from guard.errors import UnsupportedHostError
+from guard.program.topology import MoELayer
+from tests.unit.device.driving import MASK, TOPOLOGY, Engine, policy_text, rule_text
+
+MASKING = policy_text(rule_text("{always: {}}", MASK))
+GENERATOR = torch.Generator().manual_seed(1)
+LOGITS = torch.randn((6, 8), generator=GENERATOR)
+LOGITS[:, 3] = 9.0  # expert 3, which the policy masks, is everyone's first choice
+HIDDEN = torch.zeros((6, 4))
+
+
+def layers(**options: Any) -> list[RoutedLayer]:
+    return [
+        RoutedLayer(n, f"layer.{n}", CPURouter(top_k=2, global_num_experts=8, **options))
+        for n in range(2)
+    ]
+
+
+def route(router: Any, logits: torch.Tensor = LOGITS) -> tuple[torch.Tensor, torch.Tensor]:
+    weights, ids = router._compute_routing(HIDDEN, logits, torch.int64)
+    return weights, ids
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_masked_rows_reroute_and_the_others_are_bit_identical(renormalize: bool) -> None:
+    engine, routed = Engine(MASKING), layers(renormalize=renormalize)
+    stock_weights, stock_ids = route(routed[0].router)
+    attach(engine.guard, routed)
+    assert engine.guard.mask is not None
+    engine.guard.mask.set_rows(torch.tensor([[True], [False]] * 3))
+
+    weights, ids = route(routed[0].router)
+
+    assert (ids[0::2] != 3).all()
+    assert torch.equal(ids[1::2], stock_ids[1::2])
+    assert torch.equal(weights[1::2], stock_weights[1::2])
+    full = LOGITS.softmax(-1).gather(1, ids.long())
+    expected = full / full.sum(-1, keepdim=True) if renormalize else full
+    torch.testing.assert_close(weights, expected)
+    assert torch.equal(engine.guard.tap.topk_ids_TLK[:6, 0], ids.to(torch.int32))
+    assert torch.equal(engine.guard.tap.topk_weights_TLK[:6, 0], weights)
+    assert (engine.guard.tap.topk_ids_TLK[:, 1] == -1).all(), "the other layer did not run"
+
+
+def test_a_mask_of_one_layer_leaves_the_others_alone() -> None:
+    engine, routed = Engine(MASKING), layers()
+    stock = route(routed[1].router)
+    attach(engine.guard, routed)
+    assert engine.guard.mask is not None
+    engine.guard.mask.set_rows(torch.ones((6, 1), dtype=torch.bool))
+
+    assert all(torch.equal(a, b) for a, b in zip(route(routed[1].router), stock, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scoring_func": "sigmoid"},
+        {"use_grouped_topk": True, "num_expert_group": 2, "topk_group": 1},
+        {"e_score_correction_bias": torch.zeros(8)},
+        {"custom_routing_function": lambda *_: None},
+    ],
+)
+def test_routers_whose_choice_is_not_the_logits_are_refused_unless_only_watched(
+    options: dict[str, Any],
+) -> None:
+    with pytest.raises(UnsupportedHostError, match=r"layer\.0 routes with CPURouter.*observe-only"):
+        attach(Engine(MASKING).guard, layers(**options))
+    attach(Engine(MASKING, masking=False).guard, layers(**options))
+
+
+def test_the_topology_is_that_of_the_loaded_routers() -> None:
+    assert topology_of("TestMoeForCausalLM", layers()) == TOPOLOGY
+    assert topology_of("X", layers()).layers == (MoELayer(0, 8, 2), MoELayer(1, 8, 2))
+
+
+def test_a_model_without_moe_layers_is_refused() -> None:
+    with pytest.raises(UnsupportedHostError, match="Linear has no MoE layers"):
+        routed_layers(torch.nn.Linear(1, 1))

@@ -1,0 +1,145 @@
+"""Hooks on a model runner: what is a step and what is a dummy run, and how the report travels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from guard_vllm.steps import REPORT_ATTRIBUTE, StepHooks, with_report, wrap
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from guard.errors import UnsupportedHostError
+from guard.program.step_report import StepReport
+
+REPORT = StepReport.of_failed_step("rev", ["a"], {})
+
+
+class Recorder:
+    """A guard that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def idle(self) -> None:
+        self.calls.append("idle")
+
+    def add_request(self, req_id: str, prompt: int, tightened: Any = ()) -> None:
+        self.calls.append(("add", req_id, prompt, tuple(tightened)))
+
+    def finish_requests(self, req_ids: Any) -> None:
+        self.calls.append(("finish", *sorted(req_ids)))
+
+
+class Runner:
+    def __init__(self) -> None:
+        self.output: Any = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+
+    def execute_model(self, scheduler_output: Any, dummy_run: bool = False) -> str:
+        return "executed"
+
+    def sample_tokens(self, grammar: Any) -> Any:
+        return self.output
+
+    def _dummy_run(self, rows: int) -> int:
+        return rows
+
+
+def hooked(*, armed: bool = True) -> tuple[Runner, StepHooks, list[Any]]:
+    guard, runner = Recorder(), Runner()
+    hooks = StepHooks(guard)  # type: ignore[arg-type]
+    hooks.install(runner)
+    hooks.armed = armed
+    return runner, hooks, guard.calls
+
+
+def new_request(req_id: str, prompt: list[int] | None, extra: Any) -> Any:
+    params = None if extra == "none" else SimpleNamespace(extra_args=extra)
+    return SimpleNamespace(req_id=req_id, prompt_token_ids=prompt, sampling_params=params)
+
+
+def scheduled(*new: Any, finished: tuple[str, ...] = ()) -> Any:
+    return SimpleNamespace(finished_req_ids=set(finished), scheduled_new_reqs=list(new))
+
+
+def test_requests_that_ended_are_freed_before_new_ones_are_taken_in() -> None:
+    runner, _, calls = hooked()
+    step = scheduled(
+        new_request("a", [1, 2, 3], {"moe_guard_enforce": ["p"], "other": 1}),
+        new_request("b", None, None),
+        new_request("c", [1], "none"),
+        finished=("y", "z"),
+    )
+
+    assert runner.execute_model(step) == "executed"
+    assert calls == [
+        ("finish", "y", "z"),
+        ("add", "a", 3, ("p",)),
+        ("add", "b", 0, ()),
+        ("add", "c", 1, ()),
+        "idle",
+    ]
+
+
+def test_until_it_is_armed_nothing_counts_and_masks_of_the_proof_stay() -> None:
+    runner, _, calls = hooked(armed=False)
+    runner.execute_model(scheduled(new_request("a", [1], None)))
+    assert runner._dummy_run(4) == 4
+    assert calls == []
+
+
+def test_dummy_runs_are_idle() -> None:
+    runner, _, calls = hooked()
+    assert runner._dummy_run(4) == 4
+    runner.execute_model(scheduled(new_request("a", [1], None)), dummy_run=True)
+    assert calls == ["idle"]
+
+
+def test_the_report_of_this_step_and_of_no_other_travels_with_the_output() -> None:
+    runner, hooks, _ = hooked()
+    stock = Runner.sample_tokens
+
+    def sample(grammar: Any) -> Any:
+        hooks.pending = REPORT
+        return stock(runner, grammar)
+
+    assert not hasattr(runner.sample_tokens(None), REPORT_ATTRIBUTE)
+    other, other_hooks, _ = hooked()
+    del other.sample_tokens  # type: ignore[method-assign]
+    other.sample_tokens = sample  # type: ignore[method-assign]
+    hooks.armed = True
+    assert getattr(with_report(other.sample_tokens(None), hooks.pending), REPORT_ATTRIBUTE) is REPORT
+    hooks.pending = REPORT
+    runner.output = ModelRunnerOutput(req_ids=[], req_id_to_index={})
+    assert not hasattr(runner.sample_tokens(None), REPORT_ATTRIBUTE), "that one was not this step's"
+    assert other_hooks.pending is None
+
+
+class Later(AsyncModelRunnerOutput):  # type: ignore[misc]
+    detail = "kept"
+
+    def get_output(self) -> Any:
+        return ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+
+
+def test_an_output_still_on_its_way_brings_the_report_when_it_arrives() -> None:
+    later = with_report(Later(), REPORT)
+
+    assert isinstance(later, AsyncModelRunnerOutput)
+    assert later.detail == "kept"
+    assert getattr(later.get_output(), REPORT_ATTRIBUTE) is REPORT
+
+
+def test_without_a_report_or_an_output_nothing_is_touched() -> None:
+    output = Later()
+    assert with_report(output, None) is output
+    assert with_report(None, REPORT) is None
+
+
+def test_a_wrapped_method_is_the_instances_alone() -> None:
+    first, second = Runner(), Runner()
+    wrap(first, "_dummy_run", lambda stock, rows: stock(rows) + 1)
+
+    assert (first._dummy_run(1), second._dummy_run(1)) == (2, 1)
+    with pytest.raises(UnsupportedHostError, match="no_such_method"):
+        wrap(first, "no_such_method", lambda stock: None)
