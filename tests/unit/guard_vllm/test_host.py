@@ -32,6 +32,8 @@ def test_a_plain_server_passes() -> None:
         ({"prefill_context_parallel_size": 2}, {}, {}, "context parallelism"),
         ({"enable_dbo": True}, {}, {}, "dual-batch"),
         ({"enable_eplb": True}, {}, {}, "--enable-eplb"),
+        ({"enable_expert_parallel": True}, {}, {}, "--enable-expert-parallel"),
+        ({}, {}, {"lora_config": object()}, "--enable-lora"),
         ({}, {}, {"speculative_config": object()}, "speculative"),
         ({}, {}, {"kv_transfer_config": object()}, "KV connectors"),
         ({}, {"runner_type": "pooling"}, {}, "pooling"),
