@@ -61,6 +61,10 @@ class EventBus:
             for _ in range(count):
                 self._metrics.fail(delta.engine, Stage(stage))
 
+    def expect_hello(self) -> None:
+        """An engine is about to start: that another one was up before says nothing of it."""
+        self._greeted.clear()
+
     def wait_for_hello(self, timeout_s: float) -> bool:
         """Whether an engine has said that its guard is up, waiting for it if need be."""
         return self._greeted.wait(timeout_s)

@@ -39,7 +39,9 @@ def open_bus(settings: Settings, model: str) -> EventBus:
         _receive_messages()
         path = None if settings.decision_log is None else Path(settings.decision_log)
         _buses.append(EventBus(GuardMetrics(model, REGISTRY), model, path))
-    return _buses[0]
+    bus = _buses[0]
+    # bus.expect_hello()
+    return bus
 
 
 def decisions() -> list[Decision]:

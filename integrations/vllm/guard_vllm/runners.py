@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from guard.runtime import Guard
+from guard_vllm.compat import seam
 from guard_vllm.steps import StepHooks, wrap
 
 
@@ -61,3 +64,40 @@ def _hook_v1(runner: Any, hooks: StepHooks) -> None:
 
     wrap(runner, "_prepare_inputs", prepare_inputs)
     wrap(runner, "_sample", sample)
+
+
+def run_probe_rows(runner: Any, rows: int, *, is_v2: bool, uniform_decode: bool) -> None:
+    """Run dummy rows that the routers take for real ones.
+
+    uniform_decode: as one-token requests, the shape of full CUDA graphs
+    """
+    with _no_row_is_padding(runner, is_v2=is_v2):
+        runner._dummy_run(rows, uniform_decode=uniform_decode)
+
+
+@contextmanager
+def _no_row_is_padding(runner: Any, *, is_v2: bool) -> Iterator[None]:
+    """vLLM marks dummy rows as padding, and on CUDA its routers give those no expert at all."""
+    owner, name = (
+        (seam("vllm.v1.worker.gpu.model_runner", "InputBatch"), "make_dummy")
+        if is_v2
+        else (runner, "_prepare_padding_mask")
+    )
+    if not hasattr(owner, name):  # V1 before vLLM 0.32 marks no row
+        yield
+        return
+    stock, own = getattr(owner, name), owner.__dict__.get(name)
+
+    def unmarked(*args: Any, **kwargs: Any) -> Any:
+        made = stock(*args, **kwargs)
+        (made.is_padding if is_v2 else made).fill_(False)
+        return made
+
+    setattr(owner, name, unmarked)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)

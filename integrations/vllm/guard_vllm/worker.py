@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from guard.device.layout import Capacity
@@ -14,9 +15,9 @@ from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_confi
 from guard.program.program import NamedSet, ProgramRule
 from guard.program.topology import Topology
 from guard.runtime import Guard
-from guard_vllm.proof import Proof, prove, require
+from guard_vllm.proof import PROBE_ROWS, Proof, prove, require
 from guard_vllm.routers import attach, routed_layers, topology_of
-from guard_vllm.runners import hook_runner
+from guard_vllm.runners import hook_runner, run_probe_rows
 from guard_vllm.settings import Settings
 from guard_vllm.steps import StepHooks, wrap
 
@@ -100,8 +101,7 @@ class WorkerGuard:
     def _compile_or_warm_up_model(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)
         assert self._hooks is not None, "the model is loaded before it is warmed up"
-        runner = self._worker.model_runner
-        self._proof = prove(self._hooks.guard, lambda rows: runner._dummy_run(rows))
+        self._proof = self._prove(self._hooks.guard)
         if self._settings.strict:
             require(self._proof)
         self._hooks.armed = True
@@ -113,6 +113,23 @@ class WorkerGuard:
             self._hooks.guard.program.revision,
         )
         return result
+
+    def _prove(self, guard: Guard) -> Proof:
+        """In each shape of step that vLLM may compile or capture on its own."""
+        shapes = [False]
+        if self._worker.vllm_config.scheduler_config.max_num_seqs >= PROBE_ROWS:
+            shapes.append(True)
+
+        def run_rows(uniform_decode: bool, rows: int) -> None:
+            run_probe_rows(
+                self._worker.model_runner,
+                rows,
+                is_v2=bool(self._worker.use_v2_model_runner),
+                uniform_decode=uniform_decode,
+            )
+
+        proofs = [prove(guard, partial(run_rows, shape)) for shape in shapes]
+        return next((proof for proof in proofs if not proof.holds), proofs[0])
 
     def status(self) -> WorkerStatus:
         assert self._hooks is not None, "asked before the model was loaded"

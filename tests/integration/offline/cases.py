@@ -45,8 +45,8 @@ def batch_of_16(enforce: Sequence[str] = ()) -> list[Request]:
     """Greedy ones and sampled ones; `enforce` is what those of `MASKED` ask for."""
     return [
         request(
-            tokens(i, 24 + i),
-            max_tokens=24,
+            tokens(i, 32 + i),
+            max_tokens=16,
             enforce=enforce if i in MASKED else (),
             temperature=0.0 if i % 4 < 2 else 1.0,
             seed=i,
@@ -57,7 +57,7 @@ def batch_of_16(enforce: Sequence[str] = ()) -> list[Request]:
 
 def mask_midway(enforce: Sequence[str] = ()) -> Case:
     """Two requests, then their texts as prompts, which find blocks of theirs in the cache."""
-    own: dict[str, Any] = {"temperature": 1.0, "max_tokens": 40, "enforce": enforce}
+    own: dict[str, Any] = {"temperature": 1.0, "max_tokens": 30, "enforce": enforce}
     return case(
         "midway",
         [request(tokens(100 + i, 40), seed=i, **own) for i in range(2)],
@@ -68,7 +68,7 @@ def mask_midway(enforce: Sequence[str] = ()) -> Case:
 
 BLOCK_VARIANTS: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "min_tokens": {"min_tokens": 40},
+    "min_tokens": {"min_tokens": 24},
     "logprobs": {"logprobs": 3, "temperature": 1.0, "seed": 5},
     "n": {"n": 2, "temperature": 1.0, "seed": 7},
 }
@@ -79,7 +79,7 @@ def blocks(enforce: Sequence[str] = ()) -> Case:
     return case(
         "blocks",
         *(
-            [request(tokens(200 + i, 24), max_tokens=40, enforce=enforce, **variant)]
+            [request(tokens(200 + i, 24), max_tokens=24, enforce=enforce, **variant)]
             for i, variant in enumerate(BLOCK_VARIANTS.values())
         ),
     )
@@ -104,14 +104,14 @@ LONG_PROMPTS = case(
     "long",
     *(
         [request(tokens(400 + i, 150), max_tokens=12, enforce=enforce)]
-        for i, enforce in enumerate((["isolate"], ["late"], ["stop-prompt"], ["stop"], []))
+        for i, enforce in enumerate((["isolate"], ["late"], ["stop-prompt"]))
     ),
 )
 
 CROWD = case(
     "crowd",
     [
-        request(tokens(500 + i, 40), max_tokens=60, enforce=["isolate"] if i % 2 else [])
+        request(tokens(500 + i, 60), max_tokens=12, enforce=["isolate"] if i % 2 else [])
         for i in range(8)
     ],
 )

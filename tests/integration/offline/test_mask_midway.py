@@ -11,7 +11,7 @@ from tests.integration.offline.reading import decisions, flagged, rows, text
 pytestmark = pytest.mark.vllm
 
 MODES = ("eager", "v2")
-PROMPT_TOKENS, OUTPUT_TOKENS = 40, 40
+PROMPT_TOKENS, OUTPUT_TOKENS = 40, 30
 
 
 @pytest.mark.parametrize("mode", MODES)

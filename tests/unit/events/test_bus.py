@@ -9,7 +9,7 @@ from typing import NoReturn
 from prometheus_client import CollectorRegistry
 
 from guard.events.bus import KEPT_DECISIONS, EventBus
-from guard.events.message import Delta, encode
+from guard.events.message import Delta, Hello, encode
 from guard.events.metrics import GuardMetrics
 from tests.unit.events.reports import HELLO, decision
 
@@ -25,7 +25,7 @@ class BrokenMetrics(GuardMetrics):
 
 def test_broken_metrics_stop_neither_the_log_nor_the_greeting(tmp_path: Path) -> None:
     bus = EventBus(BrokenMetrics("m", CollectorRegistry()), "m", tmp_path / "log")
-    heard = []
+    heard: list[Hello] = []
     bus.on_hello.append(heard.append)
 
     bus.receive(encode(HELLO))

@@ -60,13 +60,14 @@ def test_a_full_queue_drops_and_counts_and_never_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decision_log, "MAX_QUEUED_LINES", 3)
-    go_on, dropped, write = threading.Event(), [], os.write
+    go_on, write = threading.Event(), os.write
+    dropped: list[int] = []
 
     def slow(fd: int, line: bytes) -> int:
         go_on.wait()
         return write(fd, line)
 
-    monkeypatch.setattr(decision_log.os, "write", slow)
+    monkeypatch.setattr(os, "write", slow)
     log = DecisionLog(tmp_path / "log", dropped.append)
     for _ in range(10):
         log.write(decision())
@@ -81,7 +82,8 @@ def test_a_full_queue_drops_and_counts_and_never_waits(
 def test_a_failing_disk_is_counted_and_the_log_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, dropped = os.write, []
+    write = os.write
+    dropped: list[int] = []
     results = iter(["fail", "short", "whole", "whole"])
 
     def flaky(fd: int, line: bytes) -> int:
@@ -93,7 +95,7 @@ def test_a_failing_disk_is_counted_and_the_log_goes_on(
             case _:
                 return write(fd, line)
 
-    monkeypatch.setattr(decision_log.os, "write", flaky)
+    monkeypatch.setattr(os, "write", flaky)
     log = DecisionLog(tmp_path / "log", dropped.append)
     for number in range(4):
         log.write(decision(f"cmpl-{number}"))

@@ -105,7 +105,7 @@ def test_the_report_of_this_step_and_of_no_other_travels_with_the_output() -> No
 
     assert not hasattr(runner.sample_tokens(None), REPORT_ATTRIBUTE)
     other, other_hooks, _ = hooked()
-    del other.sample_tokens  # type: ignore[method-assign]
+    del other.sample_tokens
     other.sample_tokens = sample  # type: ignore[method-assign]
     hooks.armed = True
     assert getattr(with_report(other.sample_tokens(None), hooks.pending), REPORT_ATTRIBUTE) is REPORT
