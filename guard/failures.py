@@ -42,8 +42,10 @@ class Failures:
         return Attempt(self, stage)
 
     def note(self, stage: Stage, error: BaseException) -> None:
-        """Count a fault; the first of a stage is logged with its traceback."""
+        """Count a fault. Of a stage the 1st, 2nd, 4th, 8th … is logged, the first with its trace."""
         self.count[stage] += 1
+        if self.count[stage].bit_count() > 1:
+            return
         logger.error(
             "MoE Guard fault %d in stage %s: %s",
             self.count[stage],

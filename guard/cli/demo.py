@@ -12,9 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from guard.cli.output import err, fail, out
-from guard.demo.assets import Assets, find_assets
-from guard.demo.report import (
+from guard.cli.demonstration.assets import Assets, find_assets
+from guard.cli.demonstration.report import (
     acted_on,
     comparison_table,
     metrics_table,
@@ -23,7 +22,8 @@ from guard.demo.report import (
     requests_table,
     show,
 )
-from guard.demo.session import Answer, ask_all, start
+from guard.cli.demonstration.session import Answer, ask_all, start
+from guard.cli.output import err, fail, out
 from guard.errors import GuardError
 
 HELD_OUT = ("restricted", "benign")

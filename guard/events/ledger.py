@@ -274,13 +274,13 @@ class Ledger:
         )
 
     def _observe_values(self, extremes_C: np.ndarray) -> None:
-        column = 0
+        first = 0
         for number, rule in enumerate(self._rules):
-            for condition in range(len(rule.conditions)):
-                value = float(extremes_C[column])
-                column += 1
+            for condition in rule.measured():
+                value = float(extremes_C[first + condition])
                 if not math.isnan(value):
                     self._values[number, condition].append(value)
+            first += len(rule.conditions)
 
     def _masked_requests(self) -> dict[str, int]:
         masked: Counter[str] = Counter({self._rules[rule].policy: 0 for rule in self._mask_rules})

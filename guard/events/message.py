@@ -20,6 +20,14 @@ class RuleFacts(msgspec.Struct, frozen=True):
     conditions: tuple[str, ...]
     thresholds: tuple[float, ...]
 
+    def measured(self) -> tuple[int, ...]:
+        """Numbers of the conditions that measure something; `always` does not."""
+        return tuple(
+            number
+            for number, label in enumerate(self.conditions)
+            if label.partition("#")[0] != "always"
+        )
+
 
 class SetFacts(msgspec.Struct, frozen=True):
     policy: str

@@ -12,11 +12,12 @@ from guard.events.message import Delta, Hello
 from guard.failures import Stage
 
 VALUE_BUCKETS = (
-    *(-100.0, -10.0, -1.0, -0.1, 0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
+    *(0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
     *(0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
     *(2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 10000.0),
 )
-"""Shares and rates lie in 0..1, scores around 0, counts above 1."""
+"""Shares and rates lie in 0..1, counts above 1; scores below 0 fall into the first bucket, because
+Prometheus knows no sum for a histogram with negative buckets."""
 
 _ENGINE = ("model_name", "engine")
 _RULE = (*_ENGINE, "policy", "rule")
@@ -125,7 +126,8 @@ class GuardMetrics:
                         rule.severity,
                         phase,
                     )
-            for condition, threshold in zip(rule.conditions, rule.thresholds, strict=True):
+            for number in rule.measured():
+                condition, threshold = rule.conditions[number], rule.thresholds[number]
                 self._thresholds.labels(*engine, rule.policy, rule.rule, condition).set(threshold)
         for policy, experts in hello.masked_experts.items():
             self._masked_experts.labels(*engine, policy).set(experts)

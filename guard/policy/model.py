@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from guard.policy.fault import Location
@@ -70,7 +71,7 @@ class ExpertEntry:
     location: Location
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ExpertSet:
     """A named set of experts. Entries unite; an expert that two entries name counts once."""
 
@@ -78,8 +79,8 @@ class ExpertSet:
     entries: tuple[ExpertEntry, ...]
     location: Location
 
-    @property
-    def weights(self) -> dict[Expert, float]:
+    @cached_property
+    def weights(self) -> Mapping[Expert, float]:
         """Weight of every expert in the set; the loader has refused unequal weights for one expert."""
         return {
             Expert(layer, expert_id): weight

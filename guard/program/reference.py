@@ -136,9 +136,8 @@ class _RuleState:
         evidence = []
         for condition in self.rule.conditions():
             value = _value(condition, self.rule.phase, position, topology, routing)
-            evidence.append(
-                Evidence(condition.label, math.nan if value is None else value, condition.threshold)
-            )
+            shown = math.nan if value is None else float(value + Fraction(str(condition.bias)))
+            evidence.append(Evidence(condition.label, shown, condition.threshold))
         return Firing(position, self.policy.name, self.rule.name, tuple(evidence))
 
     def start_static_mask(self, num_prompt_tokens: int) -> None:
@@ -189,7 +188,7 @@ def _truth(
             value = _value(node, phase, position, topology, routing)
             if node.kind is ConditionKind.ALWAYS:
                 return True
-            return None if value is None else _compare(value, node.comparison, node.threshold)
+            return None if value is None else _compare(value, node)
         case Not(child):
             truth = _truth(child, phase, position, topology, routing)
             return None if truth is None else not truth
@@ -201,8 +200,11 @@ def _truth(
             return True if True in truths else None if None in truths else False
 
 
-def _compare(value: float, comparison: Comparison, threshold: float) -> bool:
-    match comparison:
+def _compare(exact: Fraction, condition: Condition) -> bool:
+    """As nearest floats; the bias is taken off the threshold, not added to a rounded value."""
+    value = float(exact)
+    threshold = float(Fraction(str(condition.threshold)) - Fraction(str(condition.bias)))
+    match condition.comparison:
         case Comparison.ABOVE:
             return value > threshold
         case Comparison.AT_LEAST:
@@ -215,10 +217,10 @@ def _compare(value: float, comparison: Comparison, threshold: float) -> bool:
 
 def _value(
     condition: Condition, phase: Phase, position: int, topology: Topology, routing: Routing
-) -> float | None:
-    """The condition's number as the nearest float; None where it is unknown."""
+) -> Fraction | None:
+    """The condition's number before its bias; None where it is unknown."""
     if condition.kind is ConditionKind.ALWAYS:
-        return 1.0
+        return Fraction(1)
     tokens = _seen_tokens(condition, phase, position, routing)
     if not tokens or len(tokens) < condition.min_tokens:
         return None
@@ -239,13 +241,13 @@ def _value(
 
     match condition.kind:
         case ConditionKind.COUNT:
-            return float(count)
+            return Fraction(count)
         case ConditionKind.RATE:
-            return float(Fraction(count, len(tokens) * len(weights))) if weights else None
+            return Fraction(count, len(tokens) * len(weights)) if weights else None
         case ConditionKind.MASS:
-            return float(mass / mass_of_layers) if mass_of_layers else None
+            return mass / mass_of_layers if mass_of_layers else None
         case ConditionKind.SCORE:
-            return float(score / len(tokens) + Fraction(str(condition.bias)))
+            return score / len(tokens)
 
 
 def _seen_tokens(condition: Condition, phase: Phase, position: int, routing: Routing) -> list[int]:

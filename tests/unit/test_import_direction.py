@@ -23,7 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "guard.program": {"guard.policy"},
     "guard.host": {"guard.policy", "guard.program"},
     "guard.device": {"guard.policy", "guard.program"},
-    "guard.events": {"guard.policy", "guard.program"},
+    "guard.events": {"guard.failures", "guard.policy", "guard.program"},
     "guard.discover": {"guard.policy", "guard.program"},
     "guard.runtime": {
         "guard.failures",

@@ -40,7 +40,7 @@ def open_bus(settings: Settings, model: str) -> EventBus:
         path = None if settings.decision_log is None else Path(settings.decision_log)
         _buses.append(EventBus(GuardMetrics(model, REGISTRY), model, path))
     bus = _buses[0]
-    # bus.expect_hello()
+    bus.expect_hello()
     return bus
 
 

@@ -194,17 +194,13 @@ def _rule_facts(rule: ProgramRule) -> RuleFacts:
 
 
 def _hello(engine: int, status: WorkerStatus, rules: tuple[RuleFacts, ...]) -> Hello:
-    masked: dict[str, int] = {}
-    for rule, experts in zip(status.mask_rules, status.masked_experts, strict=True):
-        policy = rules[rule].policy
-        masked[policy] = masked.get(policy, 0) + experts
     return Hello(
         engine=engine,
         revision=status.revision,
         policies=status.policies,
         rules=rules,
         sets=tuple(SetFacts(named.policy, named.name) for named in status.sets),
-        masked_experts=masked,
+        masked_experts=status.masked_experts,
         blind_layers=len(status.proof.blind_layers),
         live=status.proof.holds,
     )

@@ -40,16 +40,17 @@ class Proof:
         return not self.blind_layers and not self.faults
 
 
-def prove(guard: Guard, run_rows: Callable[[int], None]) -> Proof:
+def prove(guard: Guard, run_rows: Callable[[int], None], num_rows: int = PROBE_ROWS) -> Proof:
     """Run the proof; leaves the guard's buffers as they were before.
 
     run_rows: runs that many dummy rows through the model, as a step of serving would
+    num_rows: at least one a turn
     """
     topology = guard.program.topology
     guard.tap.clear()
     guard.idle()
-    run_rows(PROBE_ROWS)
-    ids_TLK = _ids(guard.tap)
+    run_rows(num_rows)
+    ids_TLK = _ids(guard.tap, num_rows)
     blind = tuple(
         layer.number
         for index, layer in enumerate(topology.layers)
@@ -77,9 +78,9 @@ def require(proof: Proof) -> None:
     )
 
 
-def _ids(tap: RoutingTap) -> np.ndarray:
-    """[PROBE_ROWS, L, K] on the host; start-up may wait for the device."""
-    return tap.topk_ids_TLK[:PROBE_ROWS].cpu().numpy().copy()
+def _ids(tap: RoutingTap, num_rows: int) -> np.ndarray:
+    """[num_rows, L, K] on the host; start-up may wait for the device."""
+    return tap.topk_ids_TLK[:num_rows].cpu().numpy().copy()
 
 
 def _reports(ids_TK: np.ndarray, num_experts: int) -> bool:
@@ -90,13 +91,14 @@ def _prove_masks(
     guard: Guard, mask: ExpertMask, run_rows: Callable[[int], None], unmasked_ids_TLK: np.ndarray
 ) -> list[str]:
     topology = guard.program.topology
+    num_rows = len(unmasked_ids_TLK)
     guard.tap.clear()
     mask.install(_probe_masks(topology))
     try:
-        turn_T1 = torch.arange(PROBE_ROWS, device=guard.device)[:, None] % TURNS
+        turn_T1 = torch.arange(num_rows, device=guard.device)[:, None] % TURNS
         mask.set_rows(turn_T1 == torch.arange(TURNS - 1, device=guard.device))
-        run_rows(PROBE_ROWS)
-        ids_TLK = _ids(guard.tap)
+        run_rows(num_rows)
+        ids_TLK = _ids(guard.tap, num_rows)
     finally:
         mask.clear_rows()
         mask.install(guard.program.masks)

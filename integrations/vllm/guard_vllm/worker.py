@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from guard.device.layout import Capacity
 from guard.errors import UnsupportedHostError
 from guard.policy.load import load_policies
 from guard.program.compile import compile_policies
 from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_config
-from guard.program.program import NamedSet, ProgramRule
+from guard.program.program import WORD_BITS, NamedSet, Program, ProgramRule
 from guard.program.topology import Topology
 from guard.runtime import Guard
 from guard_vllm.proof import PROBE_ROWS, Proof, prove, require
@@ -38,7 +40,7 @@ class WorkerStatus:
     sets: tuple[NamedSet, ...]
     mask_rules: tuple[int, ...]
     static_mask_rules: tuple[int, ...]
-    masked_experts: tuple[int, ...]
+    masked_experts: dict[str, int]
     masking: bool
     proof: Proof
 
@@ -116,9 +118,9 @@ class WorkerGuard:
 
     def _prove(self, guard: Guard) -> Proof:
         """In each shape of step that vLLM may compile or capture on its own."""
-        shapes = [False]
-        if self._worker.vllm_config.scheduler_config.max_num_seqs >= PROBE_ROWS:
-            shapes.append(True)
+        scheduler = self._worker.vllm_config.scheduler_config
+        num_rows = min(PROBE_ROWS, scheduler.max_num_batched_tokens)
+        shapes = [False, True] if scheduler.max_num_seqs >= num_rows else [False]
 
         def run_rows(uniform_decode: bool, rows: int) -> None:
             run_probe_rows(
@@ -128,7 +130,7 @@ class WorkerGuard:
                 uniform_decode=uniform_decode,
             )
 
-        proofs = [prove(guard, partial(run_rows, shape)) for shape in shapes]
+        proofs = [prove(guard, partial(run_rows, shape), num_rows) for shape in shapes]
         return next((proof for proof in proofs if not proof.holds), proofs[0])
 
     def status(self) -> WorkerStatus:
@@ -143,10 +145,19 @@ class WorkerGuard:
             sets=guard.program.sets,
             mask_rules=tuple(int(rule) for rule in masks.rule),
             static_mask_rules=tuple(int(rule) for rule in masks.rule[masks.static]),
-            masked_experts=tuple(
-                int(((masks.expert_bits[..., a // 64] >> (a % 64)) & 1).sum())
-                for a in range(masks.num_actions)
-            ),
+            masked_experts=_masked_experts(guard.program),
             masking=guard.mask is not None,
             proof=self._proof,
         )
+
+
+def _masked_experts(program: Program) -> dict[str, int]:
+    """How many experts the masks of each policy name, an expert of several counting once."""
+    masks = program.masks
+    named: dict[str, np.ndarray] = {}
+    for action, rule in enumerate(masks.rule):
+        word, bit = divmod(action, WORD_BITS)
+        is_masked_LE = (masks.expert_bits[..., word] >> bit) & 1
+        policy = program.rules[rule].policy
+        named[policy] = named.get(policy, np.zeros_like(is_masked_LE)) | is_masked_LE
+    return {policy: int(is_masked_LE.sum()) for policy, is_masked_LE in named.items()}

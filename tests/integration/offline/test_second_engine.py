@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from guard_vllm import client
+from guard_vllm.settings import Settings
+from prometheus_client import CollectorRegistry
 
 from guard.errors import NotLiveError
 from guard.events.message import Hello, encode
-from guard_vllm import client
-from guard_vllm.settings import Settings
 
 pytestmark = pytest.mark.vllm
 
@@ -17,7 +18,7 @@ def test_that_an_earlier_engine_was_guarded_says_nothing_of_the_next(
 ) -> None:
     monkeypatch.setattr(client, "_buses", [])
     monkeypatch.setattr(client, "_receive_messages", lambda: None)
-    monkeypatch.setattr(client, "REGISTRY", client.REGISTRY.__class__())
+    monkeypatch.setattr(client, "REGISTRY", CollectorRegistry())
     settings = Settings(policies="nowhere")
     hello = Hello(
         engine=0,

@@ -29,7 +29,7 @@ def status(rules: str, mode: str = "enforce") -> WorkerStatus:
         sets=program.sets,
         mask_rules=tuple(masks.rule.tolist()),
         static_mask_rules=tuple(masks.rule[masks.static].tolist()),
-        masked_experts=(1,),
+        masked_experts={},
         masking=True,
         proof=Proof(2, (), 2, ()),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from guard.policy import PolicyError, parse_policies
@@ -47,7 +49,7 @@ def condition(when: str) -> Condition:
     return expression
 
 
-def weights(entries: str) -> dict[Expert, float]:
+def weights(entries: str) -> Mapping[Expert, float]:
     return policy(f"  experts: {{f: {entries}}}\n  rules: []").experts["f"].weights
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from guard.demo.session import Answer
+from guard.cli.demonstration.session import Answer
 
 _COLOUR = {"passed": "green", "observed": "cyan", "masked": "yellow", "blocked": "red"}
 _SAMPLE = re.compile(r"^(?P<name>moe_guard_\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)$")

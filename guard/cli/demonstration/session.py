@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from guard.cli.demonstration.assets import Assets, Prompt
 from guard.cli.server import GuardedServer, ServerSettings
-from guard.demo.assets import Assets, Prompt
 
 MAX_TOKENS = 48
 SERVED_NAME = "moe-guard-demo"

@@ -43,7 +43,7 @@ class Assets:
 
 def find_assets() -> Assets:
     """Raises DemoError where there are none."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     for folder in (package / "_demo", package.parent / "demo"):
         if (folder / "model" / "config.json").is_file():
             return Assets(folder)
