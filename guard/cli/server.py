@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from guard.errors import GuardError, NotLiveError
-from guard.policy import load_policies
-from guard.program.compile import compile_policies
-from guard.program.configuration import topology_from_folder
+from guard.policy import PolicyError, load_policies
+from guard.program.compile import check_observe_only, compile_policies
+from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_folder
 
 PLUGIN = "moe_guard"
 POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
@@ -57,8 +57,12 @@ class ServerSettings:
         if self.policies is None:
             return
         policies = load_policies(self.policies)
+        if self.observe_only and (faults := check_observe_only(policies)):
+            raise PolicyError(faults)
         if Path(self.model).is_dir():
-            compile_policies(policies, topology_from_folder(Path(self.model)))
+            topology = topology_from_folder(Path(self.model))
+            if topology.architecture in EXACT_ARCHITECTURES:
+                compile_policies(policies, topology)
         if not entry_points(group="vllm.general_plugins", name=PLUGIN):
             raise ServerError(
                 "vLLM would not find MoE Guard: its entry point is not installed in this "

@@ -14,6 +14,7 @@ from guard.policy.model import (
     ConditionKind,
     ExpertSet,
     Mask,
+    Mode,
     Observe,
     Phase,
     Policy,
@@ -156,6 +157,19 @@ def _rule_table(rules: list[Rule], condition_rows: list[list[int]]) -> RuleTable
         conditions=conditions,
         blocks=np.array([isinstance(rule.then, Block) for rule in rules], dtype=np.bool_),
     )
+
+
+def check_observe_only(policies: PolicySet) -> list[Fault]:
+    """Enforced masks, where a server is asked to provision none: a mask is honoured or refused."""
+    return [
+        Fault(
+            rule.then.location,
+            f"{policy.name}/{rule.name} masks experts and is enforced, but the server is started with "
+            "--observe-only, which provisions no masks; set mode: audit, or start without that option",
+        )
+        for policy, rule in policies.ordered_rules()
+        if policy.mode is Mode.ENFORCE and isinstance(rule.then, Mask)
+    ]
 
 
 def num_mask_words(policies: PolicySet) -> int:

@@ -154,7 +154,7 @@ def test_bad_policies_are_refused_with_their_place_before_anything_starts(polici
 @pytest.mark.usefixtures("installed", "no_start")
 def test_policies_that_do_not_fit_a_local_model_are_refused(policies: Path, tmp_path: Path) -> None:
     policies.write_text(POLICY.replace("spec:\n", "spec:\n  model: {experts: 4}\n"))
-    shape = {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}
+    shape = {**CONFIG, "num_experts": 8}
     (tmp_path / "config.json").write_text(json.dumps(shape))
 
     code, err = serve(tmp_path, "--policies", policies)
@@ -295,3 +295,72 @@ def test_a_server_without_policies_inherits_none(monkeypatch: pytest.MonkeyPatch
 
     assert started["X"] == "1"
     assert "MOE_GUARD_POLICIES" not in started
+
+
+MASKING = POLICY.replace(
+    "{name: r, when: {always: {}}}",
+    "{name: r, when: {always: {}}, then: {mask: {experts: f}}}",
+).replace("spec:\n", "spec:\n  mode: enforce\n  experts: {f: [{layer: 0, experts: [0]}]}\n")
+
+
+@pytest.mark.usefixtures("installed", "no_start")
+def test_an_enforced_mask_is_refused_where_no_mask_is_provisioned(policies: Path) -> None:
+    policies.write_text(MASKING)
+
+    code, err = serve("some/model", "--policies", policies, "--observe-only")
+
+    assert code == 1
+    assert err.startswith(f"{policies}:8:")
+    assert "--observe-only" in err
+
+
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.mark.usefixtures("installed", "no_start")
+@pytest.mark.parametrize(
+    ("text", "config", "line", "message"),
+    [
+        (MASKING.replace("mode:", "mood:"), CONFIG, 5, "did you mean 'mode'"),
+        (MASKING.replace("layer: 0", "layer: 2"), CONFIG, 6, "MoE layers of this model are 0-1"),
+        (MASKING.replace("[0]", "[4]"), CONFIG, 6, "that layer has experts 0-3"),
+        (MASKING.replace("[0]", "[0-2]"), CONFIG, 8, "only 1 are left"),
+        (f"{MASKING}---\n{MASKING}", CONFIG, 12, "'p'"),
+        (MASKING.replace("{f:", "{f"), CONFIG, None, ""),
+        ("", CONFIG, 1, "holds no policy"),
+        (None, CONFIG, None, ""),
+        (MASKING, {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}, None, "Mixture"),
+    ],
+    ids=[
+        *("unknown-key", "layer", "expert", "live-experts", "two-of-a-name", "broken-yaml"),
+        *("empty-file", "missing-file", "not-a-moe"),
+    ],
+)
+def test_bad_input_is_told_at_its_line_and_nothing_is_started(
+    policies: Path,
+    tmp_path: Path,
+    text: str | None,
+    config: dict[str, Any],
+    line: int | None,
+    message: str,
+) -> None:
+    if text is None:
+        policies.unlink()
+    else:
+        policies.write_text(text)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config))
+
+    code, err = serve(model, "--policies", policies)
+
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in err
+    if line is not None:
+        assert err.startswith(f"{policies}:{line}:")
