@@ -26,6 +26,7 @@ class Guard:
     go, `begin_step` before a forward, the `tap` and the `mask` inside it, `end_step` behind it;
     `idle` before a forward of dummy rows. Nothing here waits for the device.
 
+    blind: set it where not every layer reports: then nothing is judged, and every step says so
     tap: routing of the step, written by the model's routers
     mask: what the routers must exclude; None where the server was started to observe only, and then
         the rules that mask are in audit for every request
@@ -38,6 +39,7 @@ class Guard:
         self.capacity = capacity
         self.device = device
         self.failures = Failures()
+        self.blind = False
         self.tap = RoutingTap(program.topology, capacity, device)
         self.mask = ExpertMask(program.topology, capacity, device) if masking else None
         self._state = SlotState(program, capacity, device)
@@ -109,9 +111,7 @@ class Guard:
             slots_B = host_to_device(slots_np, self.device)
             batch = StepBatch.of(slots_B, query_start_B1, position_T)
             if self.mask is not None and self.program.masks.num_actions:
-                slot_T, position_T1 = batch.slot_T, batch.position_T[:, None]
-                from_TA, to_TA = self._state.mask_from_SA[slot_T], self._state.mask_to_SA[slot_T]
-                self.mask.set_rows((from_TA <= position_T1) & (position_T1 < to_TA))
+                self.mask.set_rows(self._state.masks_at(batch.slot_T, batch.position_T))
             self._batch = batch
 
     @torch.inference_mode()
@@ -124,10 +124,10 @@ class Guard:
             return None
         batch, req_ids = self._batch, self._req_ids
         self._batch, self._req_ids = None, ()
-        if batch is None:
+        if batch is None or self.blind:
             return self._failed_step(req_ids)
         readback = None
-        with self.failures.caught(Stage.EVALUATE):
+        with self.failures.caught(Stage.EVALUATE) as attempt:
             if not self._missed.isdisjoint(req_ids):
                 start_B = batch.position_T[batch.query_start_B1[:-1]]
                 self._state.fill_gaps(batch.slots_B, start_B)
@@ -136,6 +136,9 @@ class Guard:
                 self.program.revision, req_ids, decisions, self._copy_stream, self.failures.take()
             )
             self._missed.difference_update(req_ids)
+        if attempt.failed:
+            with self.failures.caught(Stage.EVALUATE):
+                self._state.distrust(batch.slots_B)
         return self._failed_step(req_ids) if readback is None else readback
 
     def _failed_step(self, req_ids: Sequence[str]) -> StepReport:

@@ -11,7 +11,7 @@ from guard.device.readback import StepDecisions
 from guard.device.rows import FreshRows, StepBatch
 from guard.device.rules import RuleResults
 from guard.device.state import SlotState
-from guard.program.program import MaskRelease, MaskTable, Program
+from guard.program.program import ActionKind, MaskRelease, MaskTable, Program
 from guard.program.step_report import NEVER, EventColumn, RequestColumn
 
 
@@ -36,7 +36,8 @@ class MaskSchedule:
         """A mask begins at the first output position that has not been computed yet."""
         slots_B = batch.slots_B
         start_B1 = torch.maximum(fresh.after_B, fresh.prompt_B)[:, None]
-        from_BA, to_BA = state.mask_from_SA[slots_B], state.mask_to_SA[slots_B]
+        from_BIA, to_BIA = state.mask_from_SIA[slots_B], state.mask_to_SIA[slots_B]
+        from_BA, to_BA = from_BIA[:, 0], to_BIA[:, 0]
         enforced_BA = state.enforced_SR[slots_B][:, self._rule_A] & self._dynamic_A
         active_BA = active_BR[:, self._rule_A]
         begins_BA = enforced_BA & fired_BR[:, self._rule_A] & (active_BA | ~self._clears_A)
@@ -45,14 +46,26 @@ class MaskSchedule:
         stop_BA = (start_B1 + self._tokens_A).clamp(max=NEVER)
         new_from_BA = start_B1.where(begins_BA & ~in_force_BA, from_BA)
         new_to_BA = stop_BA.where(begins_BA, start_B1.where(released_BA, to_BA))
-        state.mask_from_SA[slots_B] = new_from_BA
-        state.mask_to_SA[slots_B] = new_to_BA
+        # What was in force before goes one place back; an empty stretch is written over.
+        is_new_B1A = (begins_BA & ~in_force_BA & (from_BA < to_BA))[:, None]
+        state.mask_from_SIA[slots_B] = _pushed(from_BIA, new_from_BA, is_new_B1A)
+        state.mask_to_SIA[slots_B] = _pushed(to_BIA, new_to_BA, is_new_B1A)
 
     def first_masked(self, slots_B: torch.Tensor, state: SlotState) -> torch.Tensor:
         """int64 [B]: where the first mask that is not static begins, or NEVER."""
-        from_BA, to_BA = state.mask_from_SA[slots_B], state.mask_to_SA[slots_B]
-        begins_BA = from_BA.where((from_BA < to_BA) & self._dynamic_A, NEVER)
-        return begins_BA.amin(dim=1)
+        from_BIA, to_BIA = state.mask_from_SIA[slots_B], state.mask_to_SIA[slots_B]
+        begins_BIA = from_BIA.where((from_BIA < to_BIA) & self._dynamic_A, NEVER)
+        return begins_BIA.flatten(1).amin(dim=1)
+
+
+def _pushed(kept_BIA: torch.Tensor, latest_BA: torch.Tensor, is_new_B1A: torch.Tensor) -> torch.Tensor:
+    """The latest value in front: before the others where it is new, else in place of the first."""
+    latest_B1A = latest_BA[:, None]
+    return torch.where(
+        is_new_B1A,
+        torch.cat([latest_B1A, kept_BIA[:, :-1]], dim=1),
+        torch.cat([latest_B1A, kept_BIA[:, 1:]], dim=1),
+    )
 
 
 class StepActions:
@@ -62,6 +75,8 @@ class StepActions:
         self._num_rules = program.rule_table.num_rules
         self._rule_R = torch.arange(self._num_rules, device=device)
         self._blocks_R = torch.from_numpy(program.rule_table.blocks).to(device)
+        acts = [rule.action is not ActionKind.OBSERVE for rule in program.rules]
+        self._acts_R = torch.tensor(acts, dtype=torch.bool, device=device)
         self._conditions_RC = torch.from_numpy(program.rule_table.conditions).to(device)
         self._set_signal_N = torch.tensor(
             [named.signal for named in program.sets], dtype=torch.int64, device=device
@@ -103,16 +118,8 @@ class StepActions:
         columns[RequestColumn.JUDGED] = judged_B
         requests_B = torch.cat([torch.stack(columns, dim=1), seen_BX[:, self._set_signal_N]], dim=1)
         extremes_BC = state.extreme_SC[slots_B].to(torch.float32)
-        masked_BW = pack_bits(self._in_force(slots_B, fresh.after_B, state))
+        masked_BW = pack_bits(state.masks_at(slots_B, fresh.after_B))
         return StepDecisions(requests_B, masked_BW, extremes_BC, events_V, values_V, num_events)
-
-    def _in_force(
-        self, slots_B: torch.Tensor, position_B: torch.Tensor, state: SlotState
-    ) -> torch.Tensor:
-        """bool [B, A]: the masks that hold at a position of each request."""
-        position_B1 = position_B[:, None]
-        from_BA, to_BA = state.mask_from_SA[slots_B], state.mask_to_SA[slots_B]
-        return (from_BA <= position_B1) & (position_B1 < to_BA)
 
     def _any_of_request(self, flag_TR: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         any_BR = torch.zeros(
@@ -142,15 +149,21 @@ class StepActions:
         batch: StepBatch,
         fresh: FreshRows,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Firings packed to the front of a buffer of fixed size, by row and then deciding order."""
-        fired = fired_TR.flatten()
-        nth = fired.cumsum(0)
-        num_events = nth[-1:]
-        place = (nth - 1).where(fired & (nth <= MAX_EVENTS_PER_STEP), MAX_EVENTS_PER_STEP)
-        source = torch.full((MAX_EVENTS_PER_STEP + 1,), -1, dtype=torch.int64, device=fired.device)
-        source.scatter_(0, place, torch.arange(len(fired), device=fired.device))
+        """Firings packed to the front of a buffer of fixed size. In front is the first one of each
+        request and rule that acts, so that no request can crowd out another's masks and blocks."""
+        count_TR = fired_TR.to(torch.int64).cumsum(0)
+        before_BR = (count_TR - fired_TR.to(torch.int64))[batch.query_start_B1[:-1]]
+        is_first_TR = fired_TR & (count_TR - before_BR[batch.request_T] == 1)
+        acting = (is_first_TR & enforced_TR & self._acts_R).flatten()
+        other = fired_TR.flatten() & ~acting
+        nth_acting, nth_other = acting.cumsum(0), other.cumsum(0)
+        num_events = nth_acting[-1:] + nth_other[-1:]
+        place = torch.where(acting, nth_acting, nth_acting[-1:] + nth_other) - 1
+        place = place.where(acting | other, MAX_EVENTS_PER_STEP).clamp(max=MAX_EVENTS_PER_STEP)
+        source = torch.full((MAX_EVENTS_PER_STEP + 1,), -1, dtype=torch.int64, device=acting.device)
+        source.scatter_(0, place, torch.arange(len(acting), device=acting.device))
         source = source[:MAX_EVENTS_PER_STEP]
-        used = torch.arange(MAX_EVENTS_PER_STEP, device=fired.device) < num_events
+        used = torch.arange(MAX_EVENTS_PER_STEP, device=acting.device) < num_events
         source = source.where(used, 0)
         row, rule = source // self._num_rules, source % self._num_rules
         columns: list[torch.Tensor] = [torch.empty(0)] * EventColumn.NUM

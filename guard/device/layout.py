@@ -12,8 +12,13 @@ from dataclasses import dataclass
 NULL_SLOT = 0
 """The slot of rows that belong to no request: padding, warm-up, requests that were not admitted."""
 
-MAX_EVENTS_PER_STEP = 256
-"""More firings than this in one step act all the same; their events are dropped and counted."""
+MAX_EVENTS_PER_STEP = 512
+"""More firings than this in one step act all the same; their events are dropped and counted, those of
+enforced masks and blocks last."""
+
+MASK_INTERVALS = 4
+"""Stretches of positions that an action's mask was in force for, kept to repeat them in a recompute. Of
+a mask that is released and fires again more often, the oldest are forgotten."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from guard.program.step_report import StepReport
+from guard.program.step_report import EventColumn, StepReport
 
 
 class StepDecisions(NamedTuple):
@@ -58,14 +59,17 @@ class Readback:
         host = self._host
         num_events = int(host.num_events)
         kept = min(num_events, len(host.events_V))
+        events_V, values_V = host.events_V[:kept].numpy(), host.values_V[:kept].numpy()
+        columns = (EventColumn.RULE, EventColumn.POSITION, EventColumn.REQUEST)
+        order = np.lexsort([events_V[:, column] for column in columns])
         return StepReport(
             self._revision,
             self._req_ids,
             host.requests_B.numpy(),
             host.masked_BW.numpy(),
             host.extremes_BC.numpy(),
-            host.events_V[:kept].numpy(),
-            host.values_V[:kept].numpy(),
+            events_V[order],
+            values_V[order],
             num_events,
             self._failures,
         )

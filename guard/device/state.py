@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from guard.device.layout import NULL_SLOT, Capacity
+from guard.device.layout import MASK_INTERVALS, NULL_SLOT, Capacity
 from guard.program.program import Bools, Program, WindowKind
 from guard.program.step_report import NEVER
 
@@ -33,7 +33,8 @@ class SlotState:
     hits_SR, recent_hits_SHR   the same two for "the rule's expression was true"
     active_SR         the rule's last result, persistence included
     enforced_SR       whether the rule may act on this request
-    mask_from_SA, mask_to_SA   the positions at which a mask action is in force
+    mask_from_SIA, mask_to_SIA   the positions at which a mask action is in force, the latest of
+                      `MASK_INTERVALS` stretches first
     block_key_S       (position, rule) of the first block as position·R + rule
     extreme_SC        each condition's value nearest to, or furthest beyond, its threshold; NaN: none
     """
@@ -68,8 +69,8 @@ class SlotState:
         )
         self.active_SR = full(False, num_rules, dtype=torch.bool)
         self.enforced_SR = full(False, num_rules, dtype=torch.bool)
-        self.mask_from_SA = full(NEVER, num_actions)
-        self.mask_to_SA = full(NEVER, num_actions)
+        self.mask_from_SIA = full(NEVER, MASK_INTERVALS, num_actions)
+        self.mask_to_SIA = full(NEVER, MASK_INTERVALS, num_actions)
         self.block_key_S = full(NEVER)
         self.extreme_SC = full(float("nan"), program.conditions.num_conditions, dtype=torch.float64)
         self._staged: dict[int, Admission] = {}  # by slot, which may change hands between steps
@@ -102,9 +103,22 @@ class SlotState:
         self.extreme_SC.index_fill_(0, slots, float("nan"))
         self.prompt_tokens_S[slots] = self._to_device(prompt_tokens_np)
         self.enforced_SR[slots] = self._to_device(enforced_np)
-        self.mask_from_SA[slots] = self._to_device(mask_from_np)
-        self.mask_to_SA[slots] = self._to_device(mask_to_np)
+        self.mask_from_SIA.index_fill_(0, slots, NEVER)
+        self.mask_to_SIA.index_fill_(0, slots, NEVER)
+        self.mask_from_SIA[slots, 0] = self._to_device(mask_from_np)
+        self.mask_to_SIA[slots, 0] = self._to_device(mask_to_np)
         self._staged.clear()  # last: what failed half-way is written again before the slots are used
+
+    def masks_at(self, slots_N: torch.Tensor, position_N: torch.Tensor) -> torch.Tensor:
+        """bool [N, A]: the mask actions in force at a position of each slot's request."""
+        position_N11 = position_N[:, None, None]
+        from_NIA, to_NIA = self.mask_from_SIA[slots_N], self.mask_to_SIA[slots_N]
+        return ((from_NIA <= position_N11) & (position_N11 < to_NIA)).any(dim=1)
+
+    def distrust(self, slots_B: torch.Tensor) -> None:
+        """A step's evaluation broke off: what it noted as true may never have been acted on, so
+        that rules which still hold fire again."""
+        self.active_SR[slots_B] = False
 
     def fill_gaps(self, slots_B: torch.Tensor, start_B: torch.Tensor) -> None:
         """Let windows reach back over positions that a failed step did not evaluate.

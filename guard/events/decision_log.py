@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import queue
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,8 @@ class DecisionLog:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            if stat.S_ISREG(os.fstat(self._fd).st_mode):
+                os.fchmod(self._fd, 0o600)  # an older file may be open to others
         except OSError as error:
             raise DecisionLogError(
                 f"the decision log {path} cannot be opened: {error.strerror}; choose a file that "

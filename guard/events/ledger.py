@@ -10,7 +10,7 @@ import math
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 import numpy as np
@@ -38,6 +38,7 @@ class Ledger:
     mask_rules: rule of each mask action, in the order of its bits
     num_sets: named sets, whose selections stand behind the fixed columns of a report
     redacted: give clients no policy or rule names
+    tightened: policies in audit that a request asked to have enforced, by its id
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Ledger:
         *,
         redacted: bool = False,
         external_id: Callable[[str], str] = str,
+        tightened: Callable[[str], Collection[str]] = lambda _: (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._engine = engine
@@ -58,14 +60,8 @@ class Ledger:
         self._redacted = redacted
         self._external_id = external_id
         self._clock = clock
-        self._closed_rule = next(
-            (
-                number
-                for number, rule in enumerate(self._rules)
-                if rule.on_error == "closed" and rule.mode == "enforce"
-            ),
-            None,
-        )
+        self._tightened = tightened
+        self._closed_rules = [rule for rule in self._rules if rule.on_error == "closed"]
         self._report: StepReport | None = None
         self._row_of: dict[str, int] = {}
         self._outcome: dict[str, str] = {}
@@ -208,9 +204,11 @@ class Ledger:
         In the middle of a prompt there is no token to withhold, so the block is owed until there is.
         """
         self._raise_outcome(req_id, "unjudged")
-        if self._closed_rule is not None:
-            self._raise_outcome(req_id, "blocked")
-            self._owed[req_id] = self._reason(self._rules[self._closed_rule])
+        for rule in self._closed_rules:
+            if rule.mode == "enforce" or rule.policy in self._tightened(req_id):
+                self._raise_outcome(req_id, "blocked")
+                self._owed[req_id] = self._reason(rule)
+                return
 
     def _owed_blocks(self) -> dict[str, str]:
         if not self._owed:

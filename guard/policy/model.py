@@ -216,8 +216,9 @@ class Rule:
 
     @property
     def is_static(self) -> bool:
-        """Nothing but `always`: its mask holds from the first prompt token."""
-        return isinstance(self.when, Condition) and self.when.kind is ConditionKind.ALWAYS
+        """Nothing but `always`, true at once: its mask holds from the first prompt token."""
+        always = isinstance(self.when, Condition) and self.when.kind is ConditionKind.ALWAYS
+        return always and self.persist.hits == 1
 
 
 @dataclass(frozen=True, slots=True)

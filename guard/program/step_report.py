@@ -51,7 +51,7 @@ class StepReport:
     masked_BW: int64 [B, W]; bits of the mask actions in force at each request's next position
     extremes_BC: float32 [B, C]; each condition's value nearest to or furthest beyond its threshold
         in the request so far, NaN where it was never known
-    events_V: int64 [V, EventColumn.NUM], by row, then deciding order
+    events_V: int64 [V, EventColumn.NUM], by request, position, then deciding order
     values_V: float64 [V, most conditions of a rule]; NaN where unknown
     num_events: firings in this step; more than V where some did not fit
     failures: faults since the last report, by stage

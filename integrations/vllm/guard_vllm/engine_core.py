@@ -65,12 +65,13 @@ class EngineCoreGuard:
             len(status.sets),
             redacted=settings.redact_reasons,
             external_id=external_request_id,
+            tightened=self._tightened,
         )
         wrap(core, "add_request", self._add_request)
         wrap(core, "post_step", self._post_step)
         if status.masking:
             kv_isolation.install(status)
-        self._broadcast(_hello(self._engine, status, rules))
+        self._broadcast(_hello(self._engine, statuses, rules))
 
     def _add_request(self, stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._hooked:
@@ -84,6 +85,10 @@ class EngineCoreGuard:
             # Evidence of a cached prefix is not to be had, and this request must not go unjudged.
             request.skip_reading_prefix_cache = True
         return stock(request, *args, **kwargs)
+
+    def _tightened(self, req_id: str) -> tuple[str, ...]:
+        request = self._core.scheduler.requests.get(req_id)
+        return () if request is None else enforced_policies(request.sampling_params)
 
     def _is_closed_for(self, request: Any) -> bool:
         named = enforced_policies(request.sampling_params)
@@ -193,7 +198,8 @@ def _rule_facts(rule: ProgramRule) -> RuleFacts:
     )
 
 
-def _hello(engine: int, status: WorkerStatus, rules: tuple[RuleFacts, ...]) -> Hello:
+def _hello(engine: int, statuses: list[WorkerStatus], rules: tuple[RuleFacts, ...]) -> Hello:
+    status = statuses[0]
     return Hello(
         engine=engine,
         revision=status.revision,
@@ -201,6 +207,6 @@ def _hello(engine: int, status: WorkerStatus, rules: tuple[RuleFacts, ...]) -> H
         rules=rules,
         sets=tuple(SetFacts(named.policy, named.name) for named in status.sets),
         masked_experts=status.masked_experts,
-        blind_layers=len(status.proof.blind_layers),
-        live=status.proof.holds,
+        blind_layers=max(len(status.proof.blind_layers) for status in statuses),
+        live=all(status.proof.holds for status in statuses),
     )

@@ -42,6 +42,12 @@ def _reasons(config: Any) -> list[str | None]:
             not getattr(parallel, "enable_expert_parallel", False),
             "expert parallelism (--enable-expert-parallel) is not supported yet",
         ),
+        unless(
+            config.scheduler_config.policy == "fcfs",
+            "scheduling by priority is not supported yet: it can leave more requests preempted than "
+            "the guard has slots for",
+        ),
+        unless(not getattr(model, "is_diffusion", False), "diffusion models are not supported yet"),
         unless(config.lora_config is None, "LoRA adapters (--enable-lora) are not supported yet"),
         unless(config.speculative_config is None, "speculative decoding is not supported yet"),
         unless(

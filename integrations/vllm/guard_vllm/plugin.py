@@ -11,33 +11,34 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from guard.errors import UnsupportedHostError
 from guard_vllm.compat import seam
 from guard_vllm.settings import CONFIG_KEY, Settings
 
 _REGISTERED = "_moe_guard_registered"
+_unsupported: list[UnsupportedHostError] = []
 
 
 def register() -> None:
     """Hook the places where vLLM builds a config, an engine core, a worker and a front end.
 
-    Raises UnsupportedHostError where this vLLM is not one that the guard knows; that stops the
-    process, as it should: an unguarded server must not come up in silence.
+    On a vLLM that the guard does not know, a server with policies is refused when its config is
+    built; one without is left alone.
     """
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.core import EngineCore
-    from vllm.v1.engine.llm_engine import LLMEngine
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    if getattr(EngineCore, _REGISTERED, False):
+    engine_args = seam("vllm.engine.arg_utils", "EngineArgs")
+    if getattr(engine_args, _REGISTERED, False):
         return
-    _around(EngineArgs, "create_engine_config", _create_engine_config)
-    _around(WorkerBase, "__init__", _init_worker)
-    # Not __init__: vLLM loads plugins in it, so in a spawned engine core it is already running.
-    _around(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
-    _around(LLMEngine, "__init__", _init_llm_engine)
-    _around(AsyncLLM, "__init__", _init_async_llm)
-    setattr(EngineCore, _REGISTERED, True)
+    _around(engine_args, "create_engine_config", _create_engine_config)
+    setattr(engine_args, _REGISTERED, True)
+    try:
+        _around(seam("vllm.v1.worker.worker_base", "WorkerBase"), "__init__", _init_worker)
+        # Not __init__: vLLM loads plugins in it, so in a spawned engine core it is already running.
+        core = seam("vllm.v1.engine.core", "EngineCore")
+        _around(core, "_initialize_kv_caches", _initialize_kv_caches)
+        _around(seam("vllm.v1.engine.llm_engine", "LLMEngine"), "__init__", _init_llm_engine)
+        _around(seam("vllm.v1.engine.async_llm", "AsyncLLM"), "__init__", _init_async_llm)
+    except UnsupportedHostError as error:
+        _unsupported.append(error)
 
 
 def _around(owner: type, name: str, around: Callable[..., Any]) -> None:
@@ -54,6 +55,8 @@ def _create_engine_config(stock: Any, engine_args: Any, *args: Any, **kwargs: An
     config = stock(engine_args, *args, **kwargs)
     settings = Settings.of(config.additional_config)
     if settings is not None:
+        if _unsupported:
+            raise _unsupported[0]
         from guard_vllm.start import resolve
 
         resolved = resolve(config, settings)

@@ -113,9 +113,10 @@ def _rerouted(
         if keeps_unmasked_softmax:
             # Without renormalisation the weights of the survivors must not grow.
             scores = torch.softmax(router_logits.float(), dim=-1)
-            own_weights = scores.gather(1, topk_ids.long()).to(topk_weights.dtype)
-            is_masked_T1 = excluded_TE.any(dim=-1, keepdim=True)
-            topk_weights = torch.where(is_masked_T1, own_weights, topk_weights)
+            # On CUDA a padding row chooses nobody, which the stock router says with -1.
+            own_weights = scores.gather(1, topk_ids.long().clamp(min=0)).to(topk_weights.dtype)
+            is_masked_TK = excluded_TE.any(dim=-1, keepdim=True) & (topk_ids >= 0)
+            topk_weights = torch.where(is_masked_TK, own_weights, topk_weights)
         return topk_weights, topk_ids
 
     return compute_routing

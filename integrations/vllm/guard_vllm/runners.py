@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from guard.failures import Stage
 from guard.runtime import Guard
 from guard_vllm.compat import seam
 from guard_vllm.steps import StepHooks, wrap
@@ -27,11 +28,12 @@ def _hook_v2(runner: Any, hooks: StepHooks) -> None:
         batch = stock(*args, **kwargs)
         if hooks.armed:
             # On the device: under adaptive verification the host does not know the rows.
-            hooks.guard.begin_step(
-                batch.req_ids,
-                batch.query_start_loc[: batch.num_reqs + 1],
-                batch.positions[: batch.num_tokens],
-            )
+            with hooks.guard.failures.caught(Stage.BEGIN_STEP):
+                hooks.guard.begin_step(
+                    batch.req_ids,
+                    batch.query_start_loc[: batch.num_reqs + 1],
+                    batch.positions[: batch.num_tokens],
+                )
         return batch
 
     def sample(stock: Any, *args: Any, **kwargs: Any) -> Any:
@@ -48,12 +50,13 @@ def _hook_v1(runner: Any, hooks: StepHooks) -> None:
     def prepare_inputs(stock: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = stock(scheduler_output, *args, **kwargs)
         if hooks.armed:
-            num_reqs = runner.input_batch.num_reqs
-            hooks.guard.begin_step(
-                runner.input_batch.req_ids[:num_reqs],
-                runner.query_start_loc.gpu[: num_reqs + 1],
-                runner.positions[: scheduler_output.total_num_scheduled_tokens],
-            )
+            with hooks.guard.failures.caught(Stage.BEGIN_STEP):
+                num_reqs = runner.input_batch.num_reqs
+                hooks.guard.begin_step(
+                    runner.input_batch.req_ids[:num_reqs],
+                    runner.query_start_loc.gpu[: num_reqs + 1],
+                    runner.positions[: scheduler_output.total_num_scheduled_tokens],
+                )
         return prepared
 
     def sample(stock: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from guard.device.readback import Readback
+from guard.failures import Stage
 from guard.program.step_report import StepReport
 from guard.runtime import Guard
 from guard_vllm.compat import seam
@@ -40,7 +41,7 @@ class StepHooks:
         def guarded_sample_tokens(*args: Any, **kwargs: Any) -> Any:
             self.pending = None
             output = sample_tokens(*args, **kwargs)
-            return with_report(output, self.pending)
+            return with_report(output, self.pending, self.guard)
 
         def guarded_dummy_run(*args: Any, **kwargs: Any) -> Any:
             if self.armed:
@@ -64,30 +65,35 @@ class StepHooks:
 def enforced_policies(sampling_params: Any) -> tuple[str, ...]:
     """Policies that a request asked to have enforced; the front end has checked the names."""
     extra_args = getattr(sampling_params, "extra_args", None) or {}
-    return tuple(extra_args.get(ENFORCE_ARGUMENT, ()))
+    return tuple(extra_args.get(ENFORCE_ARGUMENT) or ())
 
 
-def with_report(output: Any, pending: Readback | StepReport | None) -> Any:
+def with_report(output: Any, pending: Readback | StepReport | None, guard: Guard) -> Any:
     """The runner's output, which carries what the guard decided in the same step."""
     if pending is None or output is None:
         return output
     if isinstance(output, AsyncModelRunnerOutput):
-        return _ReportingOutput(output, pending)
+        return _ReportingOutput(output, pending, guard)
     assert isinstance(output, ModelRunnerOutput)
-    report = pending.result() if isinstance(pending, Readback) else pending
-    setattr(output, REPORT_ATTRIBUTE, report)
+    # Without a report the engine core takes the step for one that was not judged.
+    with guard.failures.caught(Stage.READBACK):
+        report = pending.result() if isinstance(pending, Readback) else pending
+        setattr(output, REPORT_ATTRIBUTE, report)
     return output
 
 
 class _ReportingOutput(AsyncModelRunnerOutput):
     """An output that is still on its way; the guard's report is waited for together with it."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, pending: Readback | StepReport) -> None:
+    def __init__(
+        self, output: AsyncModelRunnerOutput, pending: Readback | StepReport, guard: Guard
+    ) -> None:
         self._output = output
         self._pending = pending
+        self._guard = guard
 
     def get_output(self) -> ModelRunnerOutput:
-        return with_report(self._output.get_output(), self._pending)
+        return with_report(self._output.get_output(), self._pending, self._guard)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._output, name)

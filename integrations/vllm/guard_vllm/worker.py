@@ -17,7 +17,7 @@ from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_confi
 from guard.program.program import WORD_BITS, NamedSet, Program, ProgramRule
 from guard.program.topology import Topology
 from guard.runtime import Guard
-from guard_vllm.proof import PROBE_ROWS, Proof, prove, require
+from guard_vllm.proof import PROBE_ROWS, TURNS, Proof, prove, require
 from guard_vllm.routers import attach, routed_layers, topology_of
 from guard_vllm.runners import hook_runner, run_probe_rows
 from guard_vllm.settings import Settings
@@ -106,6 +106,7 @@ class WorkerGuard:
         self._proof = self._prove(self._hooks.guard)
         if self._settings.strict:
             require(self._proof)
+        self._hooks.guard.blind = not self._proof.holds
         self._hooks.armed = True
         logger.info(
             "MoE Guard is %s: %d MoE layers, %d rules, revision %s",
@@ -117,21 +118,32 @@ class WorkerGuard:
         return result
 
     def _prove(self, guard: Guard) -> Proof:
-        """In each shape of step that vLLM may compile or capture on its own."""
-        scheduler = self._worker.vllm_config.scheduler_config
-        num_rows = min(PROBE_ROWS, scheduler.max_num_batched_tokens)
-        shapes = [False, True] if scheduler.max_num_seqs >= num_rows else [False]
-
-        def run_rows(uniform_decode: bool, rows: int) -> None:
-            run_probe_rows(
-                self._worker.model_runner,
-                rows,
-                is_v2=bool(self._worker.use_v2_model_runner),
-                uniform_decode=uniform_decode,
-            )
-
-        proofs = [prove(guard, partial(run_rows, shape), num_rows) for shape in shapes]
+        """In each kind of step that vLLM compiles or captures on its own."""
+        proofs = [
+            prove(guard, partial(self._run_probe_rows, uniform_decode=uniform), num_rows)
+            for num_rows, uniform in self._probe_steps()
+        ]
         return next((proof for proof in proofs if not proof.holds), proofs[0])
+
+    def _probe_steps(self) -> list[tuple[int, bool]]:
+        """(rows, whether each row is a request of its own): decodes, then a batch that cannot be all
+        decodes, then one that is larger than any captured graph."""
+        config = self._worker.vllm_config
+        scheduler = config.scheduler_config
+        captured = max(config.compilation_config.cudagraph_capture_sizes or [0])
+        steps = [(min(PROBE_ROWS, scheduler.max_num_seqs), True), (scheduler.max_num_seqs + 1, False)]
+        if captured:
+            steps.append((captured + 1, False))
+        fitting = [step for step in steps if TURNS <= step[0] <= scheduler.max_num_batched_tokens]
+        return fitting or [(scheduler.max_num_batched_tokens, False)]
+
+    def _run_probe_rows(self, rows: int, *, uniform_decode: bool) -> None:
+        run_probe_rows(
+            self._worker.model_runner,
+            rows,
+            is_v2=bool(self._worker.use_v2_model_runner),
+            uniform_decode=uniform_decode,
+        )
 
     def status(self) -> WorkerStatus:
         assert self._hooks is not None, "asked before the model was loaded"

@@ -45,7 +45,7 @@ class Engine:
 
     def __init__(self, text: str, *, max_slots: int = 4, masking: bool = True) -> None:
         self.program = compile_policies(parse_policies(text), TOPOLOGY)
-        capacity = Capacity(1024, max_slots, max(1, self.program.masks.num_words))
+        capacity = Capacity(2048, max_slots, max(1, self.program.masks.num_words))
         self.guard = Guard(self.program, capacity, torch.device("cpu"), masking=masking)
 
     def step(

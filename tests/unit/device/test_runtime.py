@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from guard.device.actions import StepActions
 from guard.device.layout import MAX_EVENTS_PER_STEP
 from guard.failures import Stage
-from guard.program.step_report import NEVER, RequestColumn
+from guard.program.step_report import NEVER, EventColumn, RequestColumn
 from tests.unit.device.driving import (
     BLOCK,
     COUNT,
@@ -215,14 +216,64 @@ def test_a_step_left_unfinished_does_not_leak_into_the_next() -> None:
 
 def test_more_firings_than_a_step_can_report_are_cut_and_said_to_be() -> None:
     engine = Engine(COUNTS)
-    engine.guard.add_request("a", 1000)
-    rows = [FLAGGED, OTHER] * 300
+    engine.guard.add_request("a", 2000)
+    rows = [FLAGGED, OTHER] * 600
 
     report = engine.step({"a": (0, rows)})
 
-    assert report.num_events == 300
+    assert report.num_events == 600
     assert len(report.events_V) == len(report.values_V) == MAX_EVENTS_PER_STEP
     assert fired(report) == [("a", 2 * n) for n in range(MAX_EVENTS_PER_STEP)]
+
+
+def test_firings_that_act_are_not_crowded_out_by_another_requests_that_do_not() -> None:
+    noisy = policy_text(rule_text(COUNT), name="noisy", mode="audit")
+    engine = Engine(f"{noisy}---\n{policy_text(rule_text(COUNT, BLOCK), name='strict')}")
+    engine.guard.add_request("noise", 2000)
+    engine.guard.add_request("b", 1)
+
+    report = engine.step({"noise": (0, [FLAGGED, OTHER] * 600), "b": (0, [FLAGGED])})
+
+    rules = [(event[EventColumn.REQUEST], event[EventColumn.RULE]) for event in report.events_V]
+    strict = next(n for n, rule in enumerate(engine.program.rules) if rule.policy == "strict")
+    assert (1, strict) in rules
+    assert fired(report) == sorted(fired(report), key=lambda f: (f[0] == "b", f[1]))
+
+
+@pytest.mark.parametrize("until", ["2", "clear"])
+def test_a_recompute_repeats_every_stretch_of_a_mask_that_came_and_went(until: str) -> None:
+    engine = Engine(policy_text(rule_text(COUNT, f"{{mask: {{experts: f, until: {until}}}}}")))
+    engine.guard.add_request("a", 1)
+    experts = [OTHER, FLAGGED, OTHER, OTHER, OTHER, FLAGGED, OTHER, OTHER, OTHER, OTHER]
+    first = []
+    for position, expert in enumerate(experts):
+        engine.step({"a": (position, [expert])})
+        first += engine.masked_rows(1)
+    assert first.count(True) >= 2
+
+    engine.step({"a": (0, [*experts, OTHER])})
+
+    assert engine.masked_rows(len(experts)) == first
+
+
+def test_a_blind_guard_judges_nothing_and_says_so() -> None:
+    engine = Engine(policy_text(rule_text("{count: {experts: f, atMost: 0}}", BLOCK)))
+    engine.guard.add_request("a", 1)
+    engine.guard.blind = True
+
+    assert engine.step({"a": (0, [OTHER])}).failed
+
+
+def test_a_rule_that_fired_in_a_broken_off_evaluation_fires_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(policy_text(rule_text(COUNT, BLOCK)))
+    engine.guard.add_request("a", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(StepActions, "apply", fail)
+        assert engine.step({"a": (0, [FLAGGED])}).failed
+
+    assert fired(engine.step({"a": (1, [FLAGGED])})) == [("a", 1)]
 
 
 def test_exactly_as_many_firings_as_fit_are_all_reported() -> None:

@@ -32,8 +32,11 @@ def make(
     redacted: bool = False,
     clock: Callable[[], float] | None = None,
     mask_rules: tuple[int, ...] = (1,),
+    tightened: Callable[[str], tuple[str, ...]] = lambda _: (),
 ) -> Ledger:
-    return Ledger(0, rules, mask_rules, 1, redacted=redacted, clock=clock or Clock())
+    return Ledger(
+        0, rules, mask_rules, 1, redacted=redacted, tightened=tightened, clock=clock or Clock()
+    )
 
 
 def everyone(_: str) -> bool:
@@ -212,6 +215,12 @@ def test_an_unjudged_request_is_blocked_where_an_enforced_rule_is_closed(step: S
     assert ledger.begin_step(step, everyone) == {"a": "moe_guard:p/shut"}
     ledger.finish("a")
     assert take(ledger).outcomes == {"blocked": 1}
+
+
+def test_a_closed_rule_in_audit_blocks_a_request_that_tightened_it() -> None:
+    ledger = make(closed("audit"), tightened=lambda req_id: ("p",) if req_id == "a" else ())
+
+    assert ledger.begin_step(failed("a", "b"), everyone) == {"a": "moe_guard:p/shut"}
 
 
 def test_a_closed_rule_in_audit_withholds_its_block() -> None:

@@ -15,7 +15,13 @@ def config(parallel: dict[str, Any], model: dict[str, Any], rest: dict[str, Any]
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel),
         model_config=SimpleNamespace(**{"runner_type": "generate", **model}),
-        **{"speculative_config": None, "kv_transfer_config": None, "lora_config": None, **rest},
+        **{
+            "speculative_config": None,
+            "kv_transfer_config": None,
+            "lora_config": None,
+            "scheduler_config": SimpleNamespace(policy="fcfs"),
+            **rest,
+        },
     )
 
 
@@ -36,6 +42,8 @@ def test_a_plain_server_passes() -> None:
         ({}, {}, {"lora_config": object()}, "--enable-lora"),
         ({}, {}, {"speculative_config": object()}, "speculative"),
         ({}, {}, {"kv_transfer_config": object()}, "KV connectors"),
+        ({}, {}, {"scheduler_config": SimpleNamespace(policy="priority")}, "by priority"),
+        ({}, {"is_diffusion": True}, {}, "diffusion"),
         ({}, {"runner_type": "pooling"}, {}, "pooling"),
         ({}, {"is_encoder_decoder": True}, {}, "encoder-decoder"),
         ({}, {"enable_prompt_embeds": True}, {}, "--enable-prompt-embeds"),

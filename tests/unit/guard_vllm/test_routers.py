@@ -53,6 +53,27 @@ def test_masked_rows_reroute_and_the_others_are_bit_identical(renormalize: bool)
     assert (engine.guard.tap.topk_ids_TLK[:, 1] == -1).all(), "the other layer did not run"
 
 
+def test_rows_for_which_the_router_chooses_nobody_stay_as_they_are() -> None:
+    engine, routed = Engine(MASKING), layers(renormalize=False)
+    stock = routed[0].router._compute_routing
+
+    def choosing_nobody_in_the_last_row(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = stock(*arguments)
+        weights[-1], ids[-1] = 0.0, -1  # what vLLM's CUDA routers do for padding
+        return weights, ids
+
+    routed[0].router._compute_routing = choosing_nobody_in_the_last_row
+    attach(engine.guard, routed)
+    assert engine.guard.mask is not None
+    engine.guard.mask.set_rows(torch.ones((6, 1), dtype=torch.bool))
+
+    weights, ids = route(routed[0].router)
+
+    assert (ids[-1] == -1).all()
+    assert (weights[-1] == 0).all()
+    assert (ids[:-1] != 3).all()
+
+
 def test_a_mask_of_one_layer_leaves_the_others_alone() -> None:
     engine, routed = Engine(MASKING), layers()
     stock = route(routed[1].router)

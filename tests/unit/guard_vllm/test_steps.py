@@ -9,7 +9,9 @@ import pytest
 from guard_vllm.steps import REPORT_ATTRIBUTE, StepHooks, with_report, wrap
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+from guard.device.readback import Readback
 from guard.errors import UnsupportedHostError
+from guard.failures import Failures
 from guard.program.step_report import StepReport
 
 REPORT = StepReport.of_failed_step("rev", ["a"], {})
@@ -108,11 +110,32 @@ def test_the_report_of_this_step_and_of_no_other_travels_with_the_output() -> No
     del other.sample_tokens
     other.sample_tokens = sample  # type: ignore[method-assign]
     hooks.armed = True
-    assert getattr(with_report(other.sample_tokens(None), hooks.pending), REPORT_ATTRIBUTE) is REPORT
+    assert (
+        getattr(with_report(other.sample_tokens(None), hooks.pending, hooks.guard), REPORT_ATTRIBUTE)
+        is REPORT
+    )
     hooks.pending = REPORT
     runner.output = ModelRunnerOutput(req_ids=[], req_id_to_index={})
     assert not hasattr(runner.sample_tokens(None), REPORT_ATTRIBUTE), "that one was not this step's"
     assert other_hooks.pending is None
+
+
+def guard() -> Any:
+    return SimpleNamespace(failures=Failures())
+
+
+def test_a_readback_that_fails_leaves_the_output_without_a_report() -> None:
+    class Broken(Readback):
+        def __init__(self) -> None: ...
+
+        def result(self) -> Any:
+            raise RuntimeError("lost")
+
+    holder = guard()
+    output = with_report(ModelRunnerOutput(req_ids=[], req_id_to_index={}), Broken(), holder)
+
+    assert not hasattr(output, REPORT_ATTRIBUTE)
+    assert holder.failures.count == {"readback": 1}
 
 
 class Later(AsyncModelRunnerOutput):  # type: ignore[misc]
@@ -123,7 +146,7 @@ class Later(AsyncModelRunnerOutput):  # type: ignore[misc]
 
 
 def test_an_output_still_on_its_way_brings_the_report_when_it_arrives() -> None:
-    later = with_report(Later(), REPORT)
+    later = with_report(Later(), REPORT, guard())
 
     assert isinstance(later, AsyncModelRunnerOutput)
     assert later.detail == "kept"
@@ -132,8 +155,8 @@ def test_an_output_still_on_its_way_brings_the_report_when_it_arrives() -> None:
 
 def test_without_a_report_or_an_output_nothing_is_touched() -> None:
     output = Later()
-    assert with_report(output, None) is output
-    assert with_report(None, REPORT) is None
+    assert with_report(output, None, guard()) is output
+    assert with_report(None, REPORT, guard()) is None
 
 
 def test_a_wrapped_method_is_the_instances_alone() -> None:
