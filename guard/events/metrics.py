@@ -91,7 +91,9 @@ class GuardMetrics:
             "masked_experts", "Experts that the policy's masks name.", "policy"
         )
         self._violations = counter(
-            "mask_violations_total", "Masked experts seen at work while serving: page. 0 until the running check exists.", "policy"
+            "mask_violations_total",
+            "Masked experts seen at work while serving: page. 0 until the running check exists.",
+            "policy",
         )
         self._dropped = counter(
             "events_dropped_total",

@@ -22,6 +22,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
+        self.failures = Failures()
 
     def idle(self) -> None:
         self.calls.append("idle")
