@@ -105,7 +105,8 @@ class EngineCoreGuard:
             if attempt.failed:
                 with self._failures.caught(Stage.LEDGER):
                     failed = self._unreported(req_ids)
-                    self._blocked = self._ledger.begin_step(failed, self._is_counted)
+                    unjudged = self._ledger.begin_step(failed, self._is_counted)
+                    self._blocked = {**unjudged, **self._blocked}
         outputs = stock(scheduler_output, output)
         self._ledger.end_step()
         return outputs

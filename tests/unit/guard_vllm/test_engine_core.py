@@ -1,0 +1,212 @@
+"""The guard in the engine core, on a core and a scheduler that only have what it hooks."""
+
+from __future__ import annotations
+
+import queue
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from guard_vllm.engine_core import EngineCoreGuard, external_request_id
+from guard_vllm.proof import Proof
+from guard_vllm.settings import Settings
+from guard_vllm.steps import REPORT_ATTRIBUTE
+from guard_vllm.worker import WorkerStatus
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import RequestStatus
+
+from guard.errors import NotLiveError
+from guard.events.message import Delta, Hello, decode
+from guard.policy import parse_policies
+from guard.program.compile import compile_policies
+from guard.program.step_report import StepReport
+from tests.unit.device.driving import BLOCK, COUNT, FLAGGED, OTHER, Engine, policy_text, rule_text
+
+CLOSED = "  onError: closed\n"
+HOLDS = Proof(2, (), 2, ())
+
+
+def status_of(text: str, proof: Proof = HOLDS) -> WorkerStatus:
+    program = compile_policies(parse_policies(text), Engine(text).program.topology)
+    return WorkerStatus(
+        revision=program.revision,
+        policies=program.policies,
+        rules=program.rules,
+        sets=program.sets,
+        mask_rules=(),
+        static_mask_rules=(),
+        masked_experts={},
+        masking=True,
+        proof=proof,
+    )
+
+
+class Scheduler:
+    """Accepts every step's tokens, 7 for each request."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Any] = {}
+        self.got: dict[str, tuple[list[int], bool]] = {}
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.requests)
+
+    def update_from_output(self, scheduler_output: Any, output: Any) -> str:
+        for req_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests[req_id]
+            self.got[req_id] = self._update_request_with_output(request, [7])
+            if self.got[req_id][1]:
+                self._free_request(request)
+        return "outputs"
+
+    def _update_request_with_output(self, request: Any, tokens: list[int]) -> tuple[list[int], bool]:
+        return tokens, False
+
+    def _free_request(self, request: Any) -> None:
+        del self.requests[request.request_id]
+
+
+class Core:
+    engine_index = 0
+
+    def __init__(self, *statuses: WorkerStatus) -> None:
+        self.model_executor = SimpleNamespace(collective_rpc=lambda _: list(statuses))
+        self.addresses = SimpleNamespace(outputs=["first", "second"])
+        self.output_queue: queue.Queue[Any] = queue.Queue()
+        self.scheduler: Any = None
+
+    def add_request(self, request: Any) -> None:
+        self.scheduler.requests[request.request_id] = request
+
+    def post_step(self, model_executed: bool) -> None: ...
+
+    def sent(self) -> list[tuple[int, Any]]:
+        messages = []
+        while not self.output_queue.empty():
+            client, outputs = self.output_queue.get_nowait()
+            messages.append((client, decode(outputs.utility_output.result.result)))
+        return messages
+
+
+def request(req_id: str, *enforce: str) -> Any:
+    return SimpleNamespace(
+        request_id=req_id,
+        status=None,
+        stop_reason=None,
+        resumable=False,
+        skip_reading_prefix_cache=False,
+        sampling_params=SimpleNamespace(extra_args={"moe_guard_enforce": list(enforce)}),
+        is_finished=lambda: False,
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the guard replaces for the whole process is put back."""
+    stock = kv_cache_utils.generate_block_hash_extra_keys
+    monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", stock)
+
+
+def guarded(text: str, **settings: Any) -> tuple[Core, Scheduler]:
+    core = Core(status_of(text))
+    EngineCoreGuard(core, Settings(policies="p", **settings))
+    core.scheduler = Scheduler()
+    return core, core.scheduler
+
+
+def step(core: Core, report: StepReport | None, *req_ids: str) -> None:
+    output = ModelRunnerOutput(req_ids=list(req_ids), req_id_to_index={})
+    if report is not None:
+        setattr(output, REPORT_ATTRIBUTE, report)
+    scheduled = SimpleNamespace(num_scheduled_tokens=dict.fromkeys(req_ids, 1))
+    assert core.scheduler.update_from_output(scheduled, output) == "outputs"
+    core.post_step(model_executed=True)
+
+
+def test_every_api_server_is_greeted_before_anything_else() -> None:
+    core, _ = guarded(policy_text(rule_text(COUNT, BLOCK)))
+
+    (first, hello), (second, again) = core.sent()
+
+    assert (first, second) == (0, 1)
+    assert isinstance(hello, Hello)
+    assert hello == again
+    assert hello.live
+
+
+def test_workers_that_disagree_are_refused() -> None:
+    texts = policy_text(rule_text(COUNT)), policy_text(rule_text(COUNT, BLOCK))
+
+    with pytest.raises(NotLiveError, match="worker 1 has policy revision"):
+        EngineCoreGuard(Core(*map(status_of, texts)), Settings(policies="p"))
+
+
+def test_a_rank_that_is_blind_makes_the_engine_blind() -> None:
+    text = policy_text(rule_text(COUNT))
+    core = Core(status_of(text), status_of(text, Proof(2, (1,), 0, ())))
+    EngineCoreGuard(core, Settings(policies="p", strict=False))
+
+    hello = core.sent()[0][1]
+
+    assert not hello.live
+    assert hello.blind_layers == 1
+
+
+@pytest.mark.parametrize(("redact", "reason"), [(False, "moe_guard:p/r"), (True, "moe_guard")])
+def test_a_blocked_request_ends_without_the_tokens_of_its_step(redact: bool, reason: str) -> None:
+    text = policy_text(rule_text(COUNT, BLOCK))
+    engine = Engine(text)
+    core, scheduler = guarded(text, redact_reasons=redact)
+    bad, good = request("cmpl-bad-01234567"), request("cmpl-good-01234567")
+    for one in (bad, good):
+        core.add_request(one)
+        engine.guard.add_request(one.request_id, 1)
+    report = engine.step({bad.request_id: (0, [FLAGGED]), good.request_id: (0, [OTHER])})
+    core.sent()
+
+    step(core, report, bad.request_id, good.request_id)
+
+    assert scheduler.got[bad.request_id] == ([], True)
+    assert scheduler.got[good.request_id] == ([7], False)
+    assert bad.status is RequestStatus.FINISHED_STOPPED
+    assert bad.stop_reason == reason
+    (client, delta), *_ = core.sent()
+    assert client == 0
+    assert isinstance(delta, Delta)
+    assert [(d.request_id, d.outcome) for d in delta.decisions] == [("cmpl-bad", "blocked")]
+    assert delta.outcomes == {"blocked": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "enforce", "blocked"),
+    [
+        (policy_text(rule_text(COUNT, BLOCK)), (), False),
+        (policy_text(rule_text(COUNT, BLOCK), extra=CLOSED), (), True),
+        (policy_text(rule_text(COUNT, BLOCK), extra=CLOSED, mode="audit"), (), False),
+        (policy_text(rule_text(COUNT, BLOCK), extra=CLOSED, mode="audit"), ("p",), True),
+    ],
+    ids=["open", "closed", "closed-in-audit", "closed-and-tightened"],
+)
+def test_a_step_without_a_report_follows_the_fail_mode(
+    text: str, enforce: tuple[str, ...], blocked: bool
+) -> None:
+    core, scheduler = guarded(text)
+    one = request("cmpl-a-01234567", *enforce)
+    core.add_request(one)
+    core.sent()
+
+    step(core, None, one.request_id)
+    scheduler.requests.clear()
+    core.post_step(model_executed=False)
+
+    assert scheduler.got[one.request_id][1] is blocked
+    assert one.skip_reading_prefix_cache is blocked, "its prefix must be judged too"
+    deltas = [message for _, message in core.sent()]
+    assert sum(delta.failures.get("readback", 0) for delta in deltas) == 1
+
+
+def test_the_client_knows_its_request_by_the_id_in_the_log() -> None:
+    assert external_request_id("chatcmpl-abc-01234567") == "chatcmpl-abc"
+    assert external_request_id("2_cmpl-abc-0-01234567") == "cmpl-abc-0"
+    assert external_request_id("unknown form") == "unknown form"
