@@ -8,7 +8,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from tests.integration.frontend.asked import CALL_AND_LETTERS, PARAMETERS, block, letters_then_block
+from tests.integration.frontend.asked import PARAMETERS, block, letters_then_block
 
 pytestmark = pytest.mark.vllm
 
@@ -35,9 +35,11 @@ def test_streamed_message_ends_as_a_refusal(messages_client: anthropic.Anthropic
     assert message.usage.output_tokens == passed
 
 
-@pytest.mark.parametrize("passed", [60, 135], ids=["inside the call", "behind the call"])
-def test_blocked_message_uses_no_tool(messages_client: anthropic.Anthropic, passed: int) -> None:
-    extra = {**block(passed), "structured_outputs": CALL_AND_LETTERS}
+@pytest.mark.parametrize("passed", [2, 60])
+def test_blocked_message_with_tools_on_offer_uses_none(
+    messages_client: anthropic.Anthropic, passed: int
+) -> None:
+    extra = block(passed)  # this API takes no grammar, so no call can be brought about
     message = messages_client.messages.create(
         model="tiny", max_tokens=300, messages=USER, tools=TOOLS, extra_body=extra
     )
@@ -45,12 +47,19 @@ def test_blocked_message_uses_no_tool(messages_client: anthropic.Anthropic, pass
     assert {part.type for part in message.content} == {"text"}
 
 
-@pytest.mark.parametrize("passed", [60, 135], ids=["inside the call", "behind the call"])
-def test_streamed_tool_use_ends_as_a_refusal(messages_client: anthropic.Anthropic, passed: int) -> None:
-    extra = {**block(passed), "structured_outputs": CALL_AND_LETTERS}
+@pytest.mark.parametrize("passed", [2, 60])
+def test_streamed_message_with_tools_on_offer_ends_as_a_refusal(
+    messages_client: anthropic.Anthropic, passed: int
+) -> None:
+    extra = block(passed)  # this API takes no grammar, so no call can be brought about
     events = list(
         messages_client.messages.create(
-            model="tiny", max_tokens=300, messages=USER, tools=TOOLS, stream=True, extra_body=extra
+            model="tiny",
+            max_tokens=300,
+            messages=USER,
+            tools=TOOLS,
+            stream=True,
+            extra_body=extra,
         )
     )
     ends = [event.delta.stop_reason for event in events if event.type == "message_delta"]

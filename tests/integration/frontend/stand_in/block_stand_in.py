@@ -36,6 +36,10 @@ def _install_blocking() -> None:
         asked = request.sampling_params.extra_args or {}
         if not new_token_ids or "test_block_after" not in asked or not _chosen(request, asked):
             return original(self, request, new_token_ids, **kwargs)
+        if not request.use_structured_output:
+            # A random model ends where it likes; these requests shall end by the block alone.
+            request.sampling_params._eos_token_id = None
+            request.sampling_params.stop_token_ids = []
         if asked.get("test_block_keeps"):
             tokens, stopped = original(self, request, new_token_ids, **kwargs)
             if request.num_output_tokens < asked["test_block_after"]:
