@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,8 @@ spec:
 
 START_TIMEOUT_S = 300.0
 
+_CHECKOUT = Path(__file__).parents[3]
+
 
 @dataclass(frozen=True)
 class Server:
@@ -102,11 +104,17 @@ class Server:
 
 @contextmanager
 def serving(
-    folder: Path, model: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    folder: Path,
+    model: Path,
+    *arguments: str,
+    policies: str = POLICIES,
+    environment: Mapping[str, str] | None = None,
+    python_path: Sequence[Path] = (),
 ) -> Iterator[Server]:
-    policies = folder / "policies"
-    policies.mkdir(parents=True)
-    (policies / "all.yaml").write_text(POLICIES)
+    """A running server. policies: YAML text; python_path: searched before this checkout."""
+    policy_folder = folder / "policies"
+    policy_folder.mkdir(parents=True)
+    (policy_folder / "all.yaml").write_text(policies)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -114,10 +122,12 @@ def serving(
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
     server = Server(address, folder / "decisions.jsonl", folder / "server.log", client)
     command = [sys.executable, "-c", "from guard.cli import main; main()", "serve", str(model)]
-    command += ["--policies", str(policies), "--decision-log", str(server.decision_log)]
+    command += ["--policies", str(policy_folder), "--decision-log", str(server.decision_log)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16", *arguments]
+    checkout = (*python_path, _CHECKOUT, _CHECKOUT / "integrations" / "vllm")
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})}
+    env["PYTHONPATH"] = os.pathsep.join(map(str, checkout))
     with server.log.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
     try:
