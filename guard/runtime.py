@@ -131,7 +131,8 @@ class Guard:
             if not self._missed.isdisjoint(req_ids):
                 start_B = batch.position_T[batch.query_start_B1[:-1]]
                 self._state.fill_gaps(batch.slots_B, start_B)
-            decisions = self._evaluator.evaluate(self.tap, batch, self._state, rejected_B)
+            signal_TX = self._evaluator.signals(self.tap, len(batch.position_T))
+            decisions = self._evaluator.evaluate(signal_TX, batch, self._state, rejected_B)
             readback = Readback(
                 self.program.revision, req_ids, decisions, self._copy_stream, self.failures.take()
             )

@@ -32,10 +32,14 @@ class MaskSchedule:
         fresh: FreshRows,
         batch: StepBatch,
         state: SlotState,
+        computed_B: torch.Tensor | None,
     ) -> None:
         """A mask begins at the first output position that has not been computed yet."""
         slots_B = batch.slots_B
-        start_B1 = torch.maximum(fresh.after_B, fresh.prompt_B)[:, None]
+        start_B = torch.maximum(fresh.after_B, fresh.prompt_B)
+        if computed_B is not None:
+            start_B = torch.maximum(start_B, computed_B)
+        start_B1 = start_B[:, None]
         from_BIA, to_BIA = state.mask_from_SIA[slots_B], state.mask_to_SIA[slots_B]
         from_BA, to_BA = from_BIA[:, 0], to_BIA[:, 0]
         enforced_BA = state.enforced_SR[slots_B][:, self._rule_A] & self._dynamic_A
@@ -91,29 +95,30 @@ class StepActions:
         batch: StepBatch,
         fresh: FreshRows,
         state: SlotState,
+        computed_B: torch.Tensor | None = None,
     ) -> StepDecisions:
-        """seen_BX: what each signal grew by in this step."""
+        """seen_BX: what each signal grew by in this step; computed_B: see `StepEvaluator.evaluate`."""
         slots_B = batch.slots_B
         enforced_TR = state.enforced_SR[batch.slot_T]
         if self._masks is not None:
             fired_BR = self._any_of_request(results.fired_TR, batch)
-            self._masks.update(fired_BR, results.active_BR, fresh, batch, state)
+            self._masks.update(fired_BR, results.active_BR, fresh, batch, state, computed_B)
         self._block(results.fired_TR & self._blocks_R & enforced_TR, batch, fresh, state)
         events_V, values_V, num_events = self._events(
             results.fired_TR, enforced_TR, value_TC, batch, fresh
         )
-        # A gap between what was evaluated and what came now was never seen here.
-        moved_B = fresh.after_B > fresh.next_B
-        state.unseen_S[slots_B] += (fresh.begin_B - fresh.next_B).where(moved_B, 0)
+        in_prompt_T = batch.position_T < fresh.prompt_T
+        prompt_tokens_B = _count_by_request(fresh.judged_T & in_prompt_T, batch)
+        output_tokens_B = _count_by_request(fresh.judged_T & ~in_prompt_T, batch)
+        # Neither a gap before what came now was seen, nor a row without evidence.
+        state.unseen_S[slots_B] += fresh.after_B - fresh.next_B - prompt_tokens_B - output_tokens_B
         state.next_position_S[slots_B] = fresh.after_B
         judged_B = (slots_B != NULL_SLOT).to(torch.int64)
-        prompt_tokens_B = (fresh.after_B.minimum(fresh.prompt_B) - fresh.begin_B).clamp(min=0)
-        output_tokens_B = (fresh.after_B - fresh.begin_B.maximum(fresh.prompt_B)).clamp(min=0)
         columns: list[torch.Tensor] = [torch.empty(0)] * RequestColumn.NUM
         columns[RequestColumn.BLOCK_KEY] = state.block_key_S[slots_B]
         columns[RequestColumn.MASK_FROM] = self._first_masked(slots_B, state)
-        columns[RequestColumn.PROMPT_TOKENS] = prompt_tokens_B * judged_B
-        columns[RequestColumn.OUTPUT_TOKENS] = output_tokens_B * judged_B
+        columns[RequestColumn.PROMPT_TOKENS] = prompt_tokens_B
+        columns[RequestColumn.OUTPUT_TOKENS] = output_tokens_B
         columns[RequestColumn.UNSEEN] = state.unseen_S[slots_B] * judged_B
         columns[RequestColumn.JUDGED] = judged_B
         requests_B = torch.cat([torch.stack(columns, dim=1), seen_BX[:, self._set_signal_N]], dim=1)
@@ -175,3 +180,8 @@ class StepActions:
         conditions = self._conditions_RC[rule]
         values = value_TC[row[:, None], conditions.clamp(min=0)].where(conditions >= 0, float("nan"))
         return torch.stack(columns, dim=1), values, num_events
+
+
+def _count_by_request(flag_T: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+    """int64 [B]: rows of each request for which the flag is set."""
+    return torch.zeros_like(batch.slots_B).scatter_add(0, batch.request_T, flag_T.to(torch.int64))

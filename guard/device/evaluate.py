@@ -13,14 +13,15 @@ from guard.device.rules import RuleEvaluator, RuleResults
 from guard.device.state import SlotState
 from guard.device.tap import RoutingTap
 from guard.device.windows import RunningSums, WindowReader
-from guard.program.program import Program
+from guard.program.program import TOKEN_SIGNAL, Program
 
 
 class StepEvaluator:
-    """Evaluates a program's rules at every fresh row of a step, in position order.
+    """Evaluates a program's rules at every fresh row, in position order.
 
     Each request's rows are a segment of a scan: what a row sees of earlier rows does not depend on
-    whether they came in this step or before, so neither do the decisions.
+    whether they came in this step or before, so neither do the decisions. Nor does it matter where a
+    row's signals come from: this step's tap, or what was kept of a token whose KV came from a cache.
     """
 
     def __init__(self, program: Program, device: torch.device) -> None:
@@ -36,20 +37,29 @@ class StepEvaluator:
         self._sign_C = torch.from_numpy(program.conditions.sign).to(device)
         self._rule_of_condition_C = _rule_of_condition(program).to(device)
 
+    def signals(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
+        """int64 [T, X]: the signals of the tap's first `num_rows` rows."""
+        return self._signals.reduce(tap, num_rows)
+
     def evaluate(
         self,
-        tap: RoutingTap,
+        signal_TX: torch.Tensor,
         batch: StepBatch,
         state: SlotState,
-        rejected_B: torch.Tensor | None,
+        rejected_B: torch.Tensor | None = None,
+        *,
+        computed_B: torch.Tensor | None = None,
     ) -> StepDecisions:
-        """Advance `state` by a step.
+        """Advance `state` by the rows of `batch`.
 
+        signal_TX: int64; a row whose `TOKEN_SIGNAL` is 0 was not seen and is all 0
         rejected_B: [B] draft rows at the end of each request that were not accepted, if there are
             drafts; they were computed but do not count
+        computed_B: [B] the first position that the forward has not computed, where that lies behind
+            these rows; a mask that begins now begins there
         """
-        fresh = FreshRows.of(batch, state, rejected_B)
-        signal_TX = self._signals.reduce(tap, fresh.fresh_T)
+        fresh = FreshRows.of(batch, state, signal_TX[:, TOKEN_SIGNAL] != 0, rejected_B)
+        signal_TX = signal_TX * fresh.fresh_T[:, None]
         sums = RunningSums(signal_TX, batch, fresh, state.sum_SX, state.recent_sum_SQX)
         values = self._conditions.evaluate(self._windows.read(sums, batch, fresh, state))
         holds_TR = self._expressions.holds(values.truth_TC)
@@ -58,7 +68,7 @@ class StepEvaluator:
         before_BX = state.sum_SX[batch.slots_B]
         sums.keep()
         seen_BX = state.sum_SX[batch.slots_B] - before_BX
-        return self._actions.apply(results, values.value_TC, seen_BX, batch, fresh, state)
+        return self._actions.apply(results, values.value_TC, seen_BX, batch, fresh, state, computed_B)
 
     def _keep_extremes(
         self, values: ConditionValues, results: RuleResults, fresh: FreshRows, state: SlotState

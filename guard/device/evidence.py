@@ -33,19 +33,19 @@ class SignalReducer:
         self._unit_table = lookup(torch.from_numpy(signals.unit_weights))
         self._mass_table = lookup(torch.from_numpy(signals.mass_weights))
 
-    def reduce(self, tap: RoutingTap, fresh_T: torch.Tensor) -> torch.Tensor:
-        """int64 [T, X]; the tap's first T rows are the step's. Rows that are not fresh are all 0."""
-        num_rows = len(fresh_T)
+    def reduce(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
+        """int64 [T, X] of the tap's first `num_rows` rows, whoever they belong to."""
         ids_TLK = tap.topk_ids_TLK[:num_rows]
         weights_TLK = tap.topk_weights_TLK[:num_rows]
         chosen_TLK = (ids_TLK >= 0) & (weights_TLK != 0)
         index_TLK = torch.where(chosen_TLK, ids_TLK + self._layer_offset_L1, self._nobody)
         index_TI = index_TLK.reshape(num_rows, -1)
-        parts = [fresh_T.unsqueeze(1).to(torch.int64)]
+        seen_T1 = torch.ones((num_rows, 1), dtype=torch.int64, device=ids_TLK.device)
+        parts = [seen_T1]  # `TOKEN_SIGNAL`
         if self._unit_table.shape[1]:
             parts.append(embedding_bag(index_TI, self._unit_table, mode="sum").to(torch.int64))
         if self._mass_table.shape[1]:
             gate_TI = weights_TLK.reshape(num_rows, -1).to(torch.float64)
             masses = embedding_bag(index_TI, self._mass_table, mode="sum", per_sample_weights=gate_TI)
             parts.append(masses.round().to(torch.int64))
-        return torch.cat(parts, dim=1) * parts[0]
+        return torch.cat(parts, dim=1)

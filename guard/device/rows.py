@@ -40,6 +40,7 @@ class FreshRows(NamedTuple):
     """The rows that are evaluated: real, accepted, and not evaluated in an earlier step.
 
     fresh_T: bool
+    judged_T: bool, fresh and with evidence: a cached token may have none
     row_T: int64, 0..T-1
     slot_T: slots, the null slot where a row is not fresh
     first_row_T: the first fresh row of the row's request
@@ -51,6 +52,7 @@ class FreshRows(NamedTuple):
     """
 
     fresh_T: torch.Tensor
+    judged_T: torch.Tensor
     row_T: torch.Tensor
     slot_T: torch.Tensor
     first_row_T: torch.Tensor
@@ -64,8 +66,12 @@ class FreshRows(NamedTuple):
     prompt_B: torch.Tensor
 
     @staticmethod
-    def of(batch: StepBatch, state: SlotState, rejected_B: torch.Tensor | None) -> FreshRows:
-        """rejected_B: [B] rows at the end of a request whose draft token was not accepted."""
+    def of(
+        batch: StepBatch, state: SlotState, seen_T: torch.Tensor, rejected_B: torch.Tensor | None
+    ) -> FreshRows:
+        """seen_T: bool, rows whose routing is known
+        rejected_B: [B] rows at the end of a request whose draft token was not accepted
+        """
         request_T, position_T = batch.request_T, batch.position_T
         row_T = torch.arange(len(position_T), device=position_T.device)
         start_B = batch.query_start_B1[:-1]
@@ -84,6 +90,7 @@ class FreshRows(NamedTuple):
         prompt_B = state.prompt_tokens_S[batch.slots_B]
         return FreshRows(
             fresh_T,
+            fresh_T & seen_T,
             row_T,
             slot_T.where(fresh_T, NULL_SLOT),
             first_row_B[request_T],

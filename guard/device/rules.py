@@ -13,7 +13,7 @@ from guard.program.program import RuleTable
 
 
 class RuleResults(NamedTuple):
-    """evaluated_TR: the row is fresh and in the rule's phase
+    """evaluated_TR: the row is judged and in the rule's phase
     fired_TR: the result turned true at this row
     active_BR: the result behind the request's last accepted row
     """
@@ -30,14 +30,13 @@ class RuleEvaluator:
         self._hits = torch.from_numpy(table.hits).to(device)
         self._of = torch.from_numpy(table.of).to(device)
         self._column_R = torch.arange(table.num_rules, device=device)
-        self._prompt_only = self._in_prompt & ~self._in_output
 
     def evaluate(
         self, holds_TR: torch.Tensor, batch: StepBatch, fresh: FreshRows, state: SlotState
     ) -> RuleResults:
         position_T1, prompt_T1 = batch.position_T[:, None], fresh.prompt_T[:, None]
         in_phase_TR = torch.where(position_T1 < prompt_T1, self._in_prompt, self._in_output)
-        evaluated_TR = in_phase_TR & fresh.fresh_T[:, None]
+        evaluated_TR = in_phase_TR & fresh.judged_T[:, None]
         hit_TR = holds_TR & evaluated_TR
         persists_TR = hit_TR
         if state.needs_recent_hits:
@@ -50,7 +49,7 @@ class RuleEvaluator:
             persists_TR = evaluated_TR & (recent_TR >= self._hits)
             hits.keep()
         was_active_TR = state.active_SR[batch.slot_T]
-        result_TR = persists_TR.where(evaluated_TR, self._carried(persists_TR, batch, fresh, state))
+        result_TR = _carried_on(persists_TR, evaluated_TR, was_active_TR, fresh)
         is_first_T1 = (fresh.row_T == fresh.first_row_T)[:, None]
         before_TR = was_active_TR.where(is_first_T1, result_TR.roll(1, dims=0))
         fired_TR = evaluated_TR & result_TR & ~before_TR
@@ -60,17 +59,15 @@ class RuleEvaluator:
         state.active_SR[batch.slots_B] = active_BR
         return RuleResults(evaluated_TR, fired_TR, active_BR)
 
-    def _carried(
-        self,
-        persists_TR: torch.Tensor,
-        batch: StepBatch,
-        fresh: FreshRows,
-        state: SlotState,
-    ) -> torch.Tensor:
-        """The result of rules that do not evaluate a row: what it was at the prompt's last position
-        for those of the prompt, nothing yet for those of the output."""
-        back_T = batch.position_T - (fresh.prompt_T - 1)
-        in_step_T = (back_T >= 0) & (fresh.prompt_T - 1 >= fresh.begin_T)
-        at_prompt_TR = persists_TR[(fresh.row_T - back_T).clamp(min=0).minimum(fresh.row_T)]
-        carried_TR = at_prompt_TR.where(in_step_T[:, None], state.active_SR[batch.slot_T])
-        return carried_TR & self._prompt_only
+
+def _carried_on(
+    persists_TR: torch.Tensor,
+    evaluated_TR: torch.Tensor,
+    was_active_TR: torch.Tensor,
+    fresh: FreshRows,
+) -> torch.Tensor:
+    """The result behind each row: of the last row of its request at which the rule was evaluated, else
+    what it was before the step. Rows in another phase, or unseen, leave it as it is."""
+    row_TR = fresh.row_T[:, None].where(evaluated_TR, -1).cummax(dim=0).values
+    in_step_TR = row_TR >= fresh.first_row_T[:, None]
+    return persists_TR.gather(0, row_TR.clamp(min=0)).where(in_step_TR, was_active_TR)
