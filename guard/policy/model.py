@@ -170,6 +170,15 @@ class Observe:
     name: Literal["observe"] = "observe"
 
 
+class MaskMethod(StrEnum):
+    """What a mask does to an expert; declared in order of precedence on one (layer, expert)."""
+
+    REROUTE = "reroute"  # out before top-k; the next best comes in
+    DROP_RENORM = "drop_renorm"  # out after top-k; the survivors take over its weight
+    DROP = "drop"  # out after top-k; its weight is lost
+    FORCE = "force"  # always among the k, with its own weight
+
+
 MaskUntil = Literal["request-end", "clear"] | int
 
 
@@ -177,7 +186,7 @@ MaskUntil = Literal["request-end", "clear"] | int
 class Mask:
     experts: ExpertSet
     location: Location
-    method: Literal["reroute"] = "reroute"
+    method: MaskMethod = MaskMethod.REROUTE
     until: MaskUntil = "request-end"
     name: Literal["mask"] = "mask"
 

@@ -10,6 +10,7 @@ from typing import Annotated, Final
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from guard.policy.model import (
+    MaskMethod,
     MaskUntil,
     Maturity,
     Mode,
@@ -173,5 +174,6 @@ UntilValue = Annotated[
 ModeWord = Annotated[Mode, BeforeValidator(_word_of(Mode))]
 SeverityWord = Annotated[Severity, BeforeValidator(_word_of(Severity))]
 MaturityWord = Annotated[Maturity, BeforeValidator(_word_of(Maturity))]
+MaskMethodWord = Annotated[MaskMethod, BeforeValidator(_word_of(MaskMethod))]
 OnErrorWord = Annotated[OnError, BeforeValidator(_word_of(OnError))]
 PhaseWord = Annotated[Phase, BeforeValidator(_word_of(Phase))]

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from guard.policy.conditions import ONE_KEY, Bare, ExpressionSpec
 from guard.policy.model import (
+    MaskMethod,
     Maturity,
     Mode,
     OnError,
@@ -26,6 +27,7 @@ from guard.policy.scalars import (
     ExpertRanges,
     Layer,
     LayerRanges,
+    MaskMethodWord,
     MaturityWord,
     ModeWord,
     Name,
@@ -43,13 +45,14 @@ API_VERSION = "moe-guard/v1"
 
 
 class MaskSpec(Spec):
-    """Experts that a request may not use."""
+    """Experts that a request may not use, or must."""
 
     experts: SetReference = Field(description="The name of a set in spec.experts.")
-    method: Annotated[
-        Literal["reroute"],
-        BeforeValidator(word(["reroute"], later=["drop", "drop_renorm", "force"])),
-    ] = Field(default="reroute", description="reroute: out before top-k, the next best comes in.")
+    method: MaskMethodWord = Field(
+        default=MaskMethod.REROUTE,
+        description="reroute (default): out before top-k, the next best comes in. drop: out after "
+        "top-k. drop_renorm: the same, and the survivors take over its weight. force: always in.",
+    )
     until: UntilValue = Field(
         default="request-end",
         description="request-end (default), clear (the rule turns false) or a number of tokens.",

@@ -26,6 +26,7 @@ from guard.program.program import (
     WORD_BITS,
     ActionKind,
     ConditionTable,
+    MaskMethodCode,
     MaskRelease,
     MaskTable,
     NamedSet,
@@ -194,6 +195,7 @@ def _mask_table(rules: list[Rule], topology: Topology) -> MaskTable:
             )
     return MaskTable(
         rule=np.array([number for number, _, _ in actions], dtype=np.int64),
+        method=np.array([MaskMethodCode.of(mask.method) for _, _, mask in actions], dtype=np.int64),
         release=np.array([MaskRelease.of(mask.until) for _, _, mask in actions], dtype=np.int64),
         tokens=np.array(
             [mask.until if isinstance(mask.until, int) else 0 for _, _, mask in actions],

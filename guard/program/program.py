@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.policy.model import MaskUntil, Mode, OnError, Phase, Severity
+from guard.policy.model import MaskMethod, MaskUntil, Mode, OnError, Phase, Severity
 from guard.program.topology import Topology
 
 Ints = NDArray[np.int64]
@@ -185,6 +185,19 @@ class RuleTable:
         return int(self.of.max(initial=1))
 
 
+class MaskMethodCode(IntEnum):
+    """`MaskMethod` as a number. On one (layer, expert) the least that is in force wins."""
+
+    REROUTE = 0
+    DROP_RENORM = 1
+    DROP = 2
+    FORCE = 3
+
+    @staticmethod
+    def of(method: MaskMethod) -> MaskMethodCode:
+        return MaskMethodCode[method.name]
+
+
 class MaskRelease(IntEnum):
     REQUEST_END = 0
     CLEAR = 1
@@ -206,14 +219,16 @@ class MaskTable:
     """Mask actions; action a is bit a % 64 of word a // 64.
 
     rule: [A] row of the rule table
+    method: [A] MaskMethodCode
     release: [A] MaskRelease
     tokens: [A] how many positions a TOKENS mask holds, else 0
     static: [A] in force from the request's first position, or from its first output position where
         the rule is limited to the output
-    expert_bits: int64 [L, E, W]; the bits of the actions that mask an expert
+    expert_bits: int64 [L, E, W]; the bits of the actions that name an expert, whatever their method
     """
 
     rule: Ints
+    method: Ints
     release: Ints
     tokens: Ints
     static: Bools

@@ -17,7 +17,7 @@ import torch
 from guard.device.mask import ExpertMask
 from guard.device.tap import RoutingTap
 from guard.errors import NotLiveError
-from guard.program.program import MaskRelease, MaskTable
+from guard.program.program import MaskMethodCode, MaskRelease, MaskTable
 from guard.program.topology import MoELayer, Topology
 from guard.runtime import Guard
 
@@ -135,6 +135,7 @@ def _probe_masks(topology: Topology) -> MaskTable:
     actions = TURNS - 1
     return MaskTable(
         rule=np.zeros(actions, dtype=np.int64),
+        method=np.full(actions, MaskMethodCode.REROUTE, dtype=np.int64),
         release=np.full(actions, MaskRelease.REQUEST_END, dtype=np.int64),
         tokens=np.zeros(actions, dtype=np.int64),
         static=np.ones(actions, dtype=np.bool_),

@@ -80,12 +80,13 @@ class WorkerGuard:
 
     def _check_against_config(self, topology: Topology) -> None:
         """Layers that vLLM builds in a way of its own would be missed; then what is found is less
-        than what the configuration says."""
+        than what the configuration says. How a router scores, only the loaded model tells."""
         said = topology_from_config(self._worker.model_config.hf_config.to_dict())
-        if topology.architecture in EXACT_ARCHITECTURES and said.layers != topology.layers:
+        if topology.architecture in EXACT_ARCHITECTURES and said.sizes != topology.sizes:
             raise UnsupportedHostError(
-                f"the configuration of {topology.architecture} says that its MoE layers are "
-                f"{said.layers}, but in the loaded model the guard found {topology.layers}"
+                f"the configuration of {topology.architecture} says that its MoE layers are (number, "
+                f"experts, top-k) {said.sizes}, but in the loaded model the guard found "
+                f"{topology.sizes}"
             )
 
     def _capacity(self) -> Capacity:

@@ -23,7 +23,14 @@ def mask_table(actions_LEA: np.ndarray) -> MaskTable:
     for layer, expert, action in zip(*actions_LEA.nonzero(), strict=True):
         bits[layer, expert, action // 64] |= np.uint64(1 << int(action % 64))
     zeros = np.zeros(num_actions, dtype=np.int64)
-    return MaskTable(zeros, zeros, zeros, zeros.astype(np.bool_), bits.view(np.int64))
+    return MaskTable(
+        rule=zeros,
+        method=zeros,
+        release=zeros,
+        tokens=zeros,
+        static=zeros.astype(np.bool_),
+        expert_bits=bits.view(np.int64),
+    )
 
 
 @pytest.mark.parametrize("num_actions", [1, 63, 64, 65, 128, 130])

@@ -17,6 +17,7 @@ from guard.policy.model import (
     Expert,
     Expression,
     Mask,
+    MaskMethod,
     Mode,
     NamedWindow,
     Not,
@@ -103,6 +104,14 @@ def test_mask_until(until: str | int) -> None:
 
     assert isinstance(then, Mask)
     assert (then.until, then.method, then.experts.name) == (until, "reroute", "f")
+
+
+@pytest.mark.parametrize("method", list(MaskMethod))
+def test_mask_method(method: MaskMethod) -> None:
+    then = rule("always", f"      then: {{mask: {{experts: f, method: {method}}}}}").then
+
+    assert isinstance(then, Mask)
+    assert then.method is method
 
 
 @pytest.mark.parametrize(

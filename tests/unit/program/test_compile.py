@@ -129,6 +129,22 @@ def test_masks_that_leave_exactly_top_k_experts_pass() -> None:
     compile_policies(parse_policies(text), TOPOLOGY)
 
 
+def test_each_mask_action_has_the_code_of_its_method() -> None:
+    methods = ["drop", "reroute", "force", "drop_renorm"]
+    text = document(
+        "  experts: {f: [{layer: 0, experts: [1]}]}\n  rules:\n"
+        + "".join(
+            f"    - {{name: r-{n}, when: always, then: {{mask: {{experts: f, method: {method}}}}}}}\n"
+            for n, method in enumerate(methods)
+        )
+    )
+
+    masks = compile_policies(parse_policies(text), TOPOLOGY).masks
+
+    assert masks.method.tolist() == [2, 0, 3, 1]
+    assert masks.expert_bits[0, 1].tolist() == [0b1111]
+
+
 def test_every_layer_with_too_few_experts_is_a_fault_of_its_own() -> None:
     text = document(
         "  experts: {f: [{layers: 2-3, experts: [0-6]}]}\n"
