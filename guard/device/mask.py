@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
 from guard.device.layout import Capacity
-from guard.program.program import WORD_BITS, MaskTable
+from guard.program.program import WORD_BITS, MaskMethodCode, MaskTable
 from guard.program.topology import Topology
+
+
+class MaskedExperts(NamedTuple):
+    """What masks ask of one layer's routing: four disjoint bool tensors [T, E].
+
+    rerouted_TE: out before top-k; the next best expert comes in
+    drop_renormed_TE: out after top-k, its weight going to the other chosen ones
+    dropped_TE: out after top-k
+    forced_TE: always among the k
+    """
+
+    rerouted_TE: torch.Tensor
+    drop_renormed_TE: torch.Tensor
+    dropped_TE: torch.Tensor
+    forced_TE: torch.Tensor
+
+    @property
+    def excluded_TE(self) -> torch.Tensor:
+        """The experts that must carry no weight."""
+        return self.rerouted_TE | self.drop_renormed_TE | self.dropped_TE
+
+    @property
+    def applies_T1(self) -> torch.Tensor:
+        """bool [T, 1]: some mask of this layer applies to the row; the others keep their routing."""
+        return (self.excluded_TE | self.forced_TE).any(dim=-1, keepdim=True)
 
 
 class ExpertMask:
     """Fixed buffers that the forward reads; any mix of masks in a batch costs the same.
 
     row_bits_TW: int64, the mask actions in force for each row of this step
-    expert_bits_LEW: int64, the mask actions that mask each expert
+    expert_bits_LEW: int64, the mask actions that name each expert
+    method_bits_MW: int64, the mask actions of each `MaskMethodCode`
     """
 
     def __init__(self, topology: Topology, capacity: Capacity, device: torch.device) -> None:
@@ -25,6 +54,10 @@ class ExpertMask:
             dtype=torch.int64,
             device=device,
         )
+        self.method_bits_MW = torch.zeros(
+            (len(MaskMethodCode), capacity.mask_words), dtype=torch.int64, device=device
+        )
+        self._num_experts_L = [layer.num_experts for layer in topology.layers]
         self._rows_in_use = 0
 
     def install(self, masks: MaskTable) -> None:
@@ -32,6 +65,9 @@ class ExpertMask:
         assert masks.num_words <= self.expert_bits_LEW.shape[-1], "provisioned for fewer masks"
         self.expert_bits_LEW.zero_()
         self.expert_bits_LEW[..., : masks.num_words] = torch.from_numpy(masks.expert_bits)
+        is_method_MA = masks.method == np.arange(len(MaskMethodCode))[:, None]
+        self.method_bits_MW.zero_()
+        self.method_bits_MW[:, : masks.num_words] = pack_bits(torch.from_numpy(is_method_MA))
 
     def set_rows(self, in_force_TA: torch.Tensor) -> None:
         """The actions in force for the rows of the step that begins; rows behind them get none."""
@@ -46,11 +82,16 @@ class ExpertMask:
         self.row_bits_TW[: self._rows_in_use].zero_()
         self._rows_in_use = 0
 
-    def excluded(self, layer: int, num_rows: int) -> torch.Tensor:
-        """bool [num_rows, E]: the experts that must not be chosen. Traced into compiled graphs."""
-        rows_T1W = self.row_bits_TW[:num_rows].unsqueeze(1)
-        experts_1EW = self.expert_bits_LEW[layer].unsqueeze(0)
-        return (rows_T1W & experts_1EW).ne(0).any(dim=-1)
+    def wanted(self, layer: int, num_rows: int) -> MaskedExperts:
+        """What masks in force ask of a layer's first `num_rows` rows. Traced into compiled graphs."""
+        num_experts = self._num_experts_L[layer]
+        rows_MT1W = (self.row_bits_TW[:num_rows] & self.method_bits_MW[:, None]).unsqueeze(2)
+        hits_MTE = (rows_MT1W & self.expert_bits_LEW[layer, :num_experts]).ne(0).any(dim=-1)
+        rerouted, drop_renormed, dropped, forced = hits_MTE.unbind()
+        drop_renormed = drop_renormed & ~rerouted
+        out = rerouted | drop_renormed
+        dropped = dropped & ~out
+        return MaskedExperts(rerouted, drop_renormed, dropped, forced & ~(out | dropped))
 
 
 def pack_bits(flags_NA: torch.Tensor) -> torch.Tensor:
@@ -59,13 +100,3 @@ def pack_bits(flags_NA: torch.Tensor) -> torch.Tensor:
     bits_NA = flags_NA.to(torch.int64) << shifts_A
     words = [part.sum(dim=1) for part in bits_NA.split(WORD_BITS, dim=1)]
     return torch.stack(words, dim=1)  # one word of nothing where there are no actions
-
-
-def reroute_logits(router_logits: torch.Tensor, excluded_TE: torch.Tensor) -> torch.Tensor:
-    """Logits for a softmax top-k router under which excluded experts are never among the top k.
-
-    Rows with nothing excluded keep their bits. Right only while each row keeps at least k experts,
-    which the compiler has proved, and for routers whose selection score is the logit itself.
-    """
-    num_experts = router_logits.shape[-1]
-    return torch.where(excluded_TE[:, :num_experts], float("-inf"), router_logits)

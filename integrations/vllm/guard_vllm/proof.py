@@ -1,15 +1,16 @@
-"""The start-up proof: every MoE layer reports, and a masked expert is really not used.
+"""The start-up proof: every MoE layer reports, and masks of every method are obeyed.
 
 Dummy rows run through the very code that will serve: compiled where the server compiles, captured
-where it captures. Rows take turns: one is left with just k experts of each layer, the next with k
-others, the third is free. What the dummy rows hold does not matter: a mask that is not obeyed, or
-that reaches another row, shows.
+where it captures. Rows take turns: one under each method, and a free one. In every layer and turn
+other experts are named, so a mask that is not obeyed, or that reaches another row, shows whatever
+the dummy rows hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -21,9 +22,36 @@ from guard.program.program import MaskMethodCode, MaskRelease, MaskTable
 from guard.program.topology import MoELayer, Topology
 from guard.runtime import Guard
 
-PROBE_ROWS = 18
-TURNS = 3
-"""Two groups of rows under different masks, and a free one."""
+
+class Turn(IntEnum):
+    """What a row is for. `_named` says which k experts it is about."""
+
+    REROUTE = 0  # only the k named are live
+    DROP_RENORM = 1  # the same, and the first of them is dropped
+    DROP = 2  # the same
+    FORCE = 3  # the k named are forced
+    FREE = 4
+
+
+METHOD_TURNS = (Turn.REROUTE, Turn.DROP_RENORM, Turn.DROP, Turn.FORCE)
+
+PROBE_ROWS = 4 * len(Turn)
+
+_ACTIONS: tuple[tuple[Turn, MaskMethodCode], ...] = (
+    (Turn.REROUTE, MaskMethodCode.REROUTE),
+    (Turn.DROP_RENORM, MaskMethodCode.REROUTE),
+    (Turn.DROP_RENORM, MaskMethodCode.DROP_RENORM),
+    (Turn.DROP, MaskMethodCode.REROUTE),
+    (Turn.DROP, MaskMethodCode.DROP),
+    (Turn.FORCE, MaskMethodCode.FORCE),
+)
+"""The probe's mask actions: on whose rows each is in force, and its method."""
+
+LEAK_ROUNDS = 6
+"""A free row may choose by chance what others are told to: only what it chooses in every round, which
+each names other experts, is a leak."""
+
+_RESTORED_SUM_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,28 +68,43 @@ class Proof:
         return not self.blind_layers and not self.faults
 
 
+@dataclass(frozen=True, slots=True)
+class _Routing:
+    """What one layer's tap held: ids [T, k] and gate weights [T, k], on the host."""
+
+    ids_TK: np.ndarray
+    weights_TK: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids_TK)
+
+    def of_rows(self, rows: np.ndarray) -> _Routing:
+        return _Routing(self.ids_TK[rows], self.weights_TK[rows])
+
+
 def prove(guard: Guard, run_rows: Callable[[int], None], num_rows: int = PROBE_ROWS) -> Proof:
     """Run the proof; leaves the guard's buffers as they were before.
 
-    run_rows: runs that many dummy rows through the model, as a step of serving would
-    num_rows: at least one a turn
+    run_rows: runs that many dummy rows through the model, as a step of serving would; where they are
+        fewer than the turns, it runs several times
     """
-    topology = guard.program.topology
+    layers = guard.program.topology.layers
     guard.tap.clear()
     guard.idle()
     run_rows(num_rows)
-    ids_TLK = _ids(guard.tap, num_rows)
+    unmasked = [_read(guard.tap, index, layer, num_rows) for index, layer in enumerate(layers)]
     blind = tuple(
         layer.number
-        for index, layer in enumerate(topology.layers)
-        if not _reports(ids_TLK[:, index, : layer.top_k], layer.num_experts)
+        for layer, routing in zip(layers, unmasked, strict=True)
+        if not _reports(routing.ids_TK, layer.num_experts)
     )
-    if blind or guard.mask is None:
-        guard.tap.clear()
-        return Proof(len(topology.layers), blind, 0, ())
-    faults = _prove_masks(guard, guard.mask, run_rows, ids_TLK)
     guard.tap.clear()
-    return Proof(len(topology.layers), (), len(topology.layers), tuple(faults))
+    if blind or guard.mask is None:
+        return Proof(len(layers), blind, 0, ())
+    faults = _prove_masks(guard, guard.mask, run_rows, num_rows)
+    guard.tap.clear()
+    num_masked = sum(layer.router.kind != "hash" for layer in layers)
+    return Proof(len(layers), (), num_masked, tuple(faults))
 
 
 def require(proof: Proof) -> None:
@@ -78,9 +121,12 @@ def require(proof: Proof) -> None:
     )
 
 
-def _ids(tap: RoutingTap, num_rows: int) -> np.ndarray:
-    """[num_rows, L, K] on the host; start-up may wait for the device."""
-    return tap.topk_ids_TLK[:num_rows].cpu().numpy().copy()
+def _read(tap: RoutingTap, index: int, layer: MoELayer, num_rows: int) -> _Routing:
+    """Start-up may wait for the device."""
+    return _Routing(
+        tap.topk_ids_TLK[:num_rows, index, : layer.top_k].cpu().numpy().copy(),
+        tap.topk_weights_TLK[:num_rows, index, : layer.top_k].cpu().numpy().copy(),
+    )
 
 
 def _reports(ids_TK: np.ndarray, num_experts: int) -> bool:
@@ -88,56 +134,108 @@ def _reports(ids_TK: np.ndarray, num_experts: int) -> bool:
 
 
 def _prove_masks(
-    guard: Guard, mask: ExpertMask, run_rows: Callable[[int], None], unmasked_ids_TLK: np.ndarray
+    guard: Guard, mask: ExpertMask, run_rows: Callable[[int], None], num_rows: int
 ) -> list[str]:
-    topology = guard.program.topology
-    num_rows = len(unmasked_ids_TLK)
-    guard.tap.clear()
-    mask.install(_probe_masks(topology))
+    layers = guard.program.topology.layers
     try:
-        turn_T1 = torch.arange(num_rows, device=guard.device)[:, None] % TURNS
-        mask.set_rows(turn_T1 == torch.arange(TURNS - 1, device=guard.device))
-        run_rows(num_rows)
-        ids_TLK = _ids(guard.tap, num_rows)
+        faults, leaking = _probe(guard, mask, run_rows, num_rows, 0)
+        for round_ in range(1, LEAK_ROUNDS):
+            if leaking:
+                leaking &= _probe(guard, mask, run_rows, num_rows, round_)[1]
     finally:
         mask.clear_rows()
         mask.install(guard.program.masks)
-    faults = []
-    for index, layer in enumerate(topology.layers):
-        ids_TK = ids_TLK[:, index, : layer.top_k]
-        free_TK = ids_TK[TURNS - 1 :: TURNS]
-        before_TK = unmasked_ids_TLK[TURNS - 1 :: TURNS, index, : layer.top_k]
-        lives = [_live_experts(index, layer, turn) for turn in range(TURNS - 1)]
-        if not all(_all_choose(ids_TK[turn::TURNS], live) for turn, live in enumerate(lives)):
-            faults.append(f"layer {layer.number} uses masked experts")
-        if any(_all_choose(free_TK, live) and not _all_choose(before_TK, live) for live in lives):
-            faults.append(f"layer {layer.number} masks rows that no mask is for")
-    return faults
+    return faults + [
+        f"layer {layers[index].number} masks rows that no mask is for"
+        for index in sorted({index for index, _ in leaking})
+    ]
 
 
-def _live_experts(index: int, layer: MoELayer, turn: int) -> list[int]:
-    """The k experts that a turn's rows are left with: others in each layer, others in each turn."""
-    first = index + turn * layer.top_k
-    return sorted((first + i) % layer.num_experts for i in range(layer.top_k))
+def _probe(
+    guard: Guard, mask: ExpertMask, run_rows: Callable[[int], None], num_rows: int, round_: int
+) -> tuple[list[str], set[tuple[int, Turn]]]:
+    """Faults, and (row of the topology, turn) where the free rows chose what a turn's rows should."""
+    topology = guard.program.topology
+    faults: dict[str, None] = {}
+    leaking: set[tuple[int, Turn]] = set()
+    mask.install(_probe_masks(topology, round_))
+    for first_turn in range(0, len(Turn), num_rows):
+        turn_T = (np.arange(num_rows) + first_turn) % len(Turn)
+        in_force_TA = turn_T[:, None] == np.array([turn for turn, _ in _ACTIONS])
+        guard.tap.clear()
+        mask.set_rows(torch.from_numpy(in_force_TA).to(guard.device))
+        run_rows(num_rows)
+        for index, layer in enumerate(topology.layers):
+            if layer.router.kind == "hash":
+                continue
+            routing = _read(guard.tap, index, layer, num_rows)
+            free = routing.of_rows(turn_T == Turn.FREE)
+            for turn in METHOD_TURNS:
+                named = _named(index, layer, turn, round_)
+                found = _fault(layer, turn, named, routing.of_rows(turn_T == turn))
+                if found is not None:
+                    faults[found] = None
+                if layer.top_k < layer.num_experts and len(free) and _all_choose(free, named):
+                    leaking.add((index, turn))
+    return list(faults), leaking
 
 
-def _all_choose(ids_TK: np.ndarray, experts: list[int]) -> bool:
-    return all(sorted(row) == experts for row in ids_TK.tolist())
+def _fault(layer: MoELayer, turn: Turn, named: Sequence[int], routing: _Routing) -> str | None:
+    method = MaskMethodCode[turn.name].name.lower()
+    if not np.isfinite(routing.weights_TK).all():
+        return f"layer {layer.number} gives weights that are no numbers under a mask ({method})"
+    if _obeys(layer, turn, named, routing):
+        return None
+    verb = "does not use forced" if turn is Turn.FORCE else "uses masked"
+    return f"layer {layer.number} {verb} experts ({method})"
 
 
-def _probe_masks(topology: Topology) -> MaskTable:
-    """One action a turn, which masks all but the turn's live experts."""
+def _obeys(layer: MoELayer, turn: Turn, named: Sequence[int], routing: _Routing) -> bool:
+    ids_TK, weights_TK = routing.ids_TK, routing.weights_TK
+    if layer.router.num_zero_experts and turn is not Turn.FORCE:
+        # Zero experts, which no mask can name, may take any place; they show as no weight.
+        chosen = np.isin(ids_TK, named) | (weights_TK == 0)
+        if not chosen.all():
+            return False
+    elif not _all_choose(routing, named):
+        return False
+    if turn not in (Turn.DROP, Turn.DROP_RENORM):
+        return True
+    if (weights_TK[ids_TK == named[0]] != 0).any():
+        return False
+    router = layer.router
+    if turn is Turn.DROP or not router.renormalize or router.num_zero_experts:
+        return True
+    sum_T = weights_TK.sum(axis=1)
+    return bool(((sum_T == 0) | (np.abs(sum_T - 1) < _RESTORED_SUM_TOLERANCE)).all())
+
+
+def _named(index: int, layer: MoELayer, turn: Turn, round_: int) -> list[int]:
+    """The k experts that a turn is about: others in each layer, turn and round."""
+    first = index + turn * layer.top_k + round_
+    return [(first + i) % layer.num_experts for i in range(layer.top_k)]
+
+
+def _all_choose(routing: _Routing, experts: Sequence[int]) -> bool:
+    return all(sorted(row) == sorted(experts) for row in routing.ids_TK.tolist())
+
+
+def _probe_masks(topology: Topology, round_: int) -> MaskTable:
     bits = np.zeros((len(topology.layers), topology.max_experts, 1), dtype=np.int64)
     for index, layer in enumerate(topology.layers):
-        for turn in range(TURNS - 1):
-            masked = np.setdiff1d(np.arange(layer.num_experts), _live_experts(index, layer, turn))
-            bits[index, masked] |= 1 << turn
-    actions = TURNS - 1
+        for action, (turn, method) in enumerate(_ACTIONS):
+            named = _named(index, layer, turn, round_)
+            if method is MaskMethodCode.REROUTE:
+                masked = np.setdiff1d(np.arange(layer.num_experts), named)
+            else:
+                masked = np.array(named if method is MaskMethodCode.FORCE else named[:1])
+            bits[index, masked] |= 1 << action
+    num_actions = len(_ACTIONS)
     return MaskTable(
-        rule=np.zeros(actions, dtype=np.int64),
-        method=np.full(actions, MaskMethodCode.REROUTE, dtype=np.int64),
-        release=np.full(actions, MaskRelease.REQUEST_END, dtype=np.int64),
-        tokens=np.zeros(actions, dtype=np.int64),
-        static=np.ones(actions, dtype=np.bool_),
+        rule=np.zeros(num_actions, dtype=np.int64),
+        method=np.array([method for _, method in _ACTIONS], dtype=np.int64),
+        release=np.full(num_actions, MaskRelease.REQUEST_END, dtype=np.int64),
+        tokens=np.zeros(num_actions, dtype=np.int64),
+        static=np.ones(num_actions, dtype=np.bool_),
         expert_bits=bits,
     )

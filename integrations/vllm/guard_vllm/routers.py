@@ -2,50 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
-from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
-from vllm.model_executor.layers.fused_moe.router.fused_topk_router import FusedTopKRouter
+from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import (
+    RoutingSimulatorRouter,
+)
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-from guard.device.mask import reroute_logits
+from guard.device.mask import ExpertMask, MaskedExperts
+from guard.device.routing import route_masked
 from guard.errors import UnsupportedHostError
 from guard.program.topology import MoELayer, Topology
 from guard.runtime import Guard
 from guard_vllm.compat import seam
+from guard_vllm.families import Family, family_of
 
 _OBSERVE_ONLY = "start with --observe-only to watch this model without masks"
+_NAMED_LIKE_EXPERTS = re.compile(r"moe|expert", re.IGNORECASE)
 
 
 class RoutedLayer(NamedTuple):
-    """A MoE layer of the served model (never of a draft model) and its router."""
+    """A MoE layer of the served model (never of a draft model) and its router.
+
+    num_logical_experts: None where the router knows of no others
+    """
 
     number: int
     name: str
     router: BaseRouter
+    num_logical_experts: int | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Without the copies of expert load balancing, and without zero experts."""
+        return int(self.num_logical_experts or self.router.global_num_experts)
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.router, self.num_experts)
+
+    @property
+    def facts(self) -> MoELayer:
+        return MoELayer(self.number, self.num_experts, int(self.router.top_k), self.family.router)
 
 
 def routed_layers(model: torch.nn.Module) -> list[RoutedLayer]:
     """By layer number. Raises UnsupportedHostError for a layer that the guard could not watch."""
     layers = []
-    for module in model.modules():
+    for module in _without_runners_insides(model):
         if not isinstance(module, MoERunner):
+            _refuse_experts_outside_a_runner(module)
             continue
+        name, router = module.layer_name, module.router
         if module.is_monolithic:
             raise UnsupportedHostError(
-                f"layer {module.layer_name} routes inside its kernel, where the guard cannot see it; "
+                f"layer {name} routes inside its kernel, where the guard cannot see it; "
                 "choose a modular kernel with --moe-backend (triton or marlin)"
             )
-        router = module.router
+        if isinstance(router, RoutingSimulatorRouter):
+            raise UnsupportedHostError(
+                f"layer {name} routes at random: unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
+            )
         if not isinstance(router, BaseRouter):
             raise UnsupportedHostError(
-                f"layer {module.layer_name} has the router {type(router).__name__}, "
-                "which is not supported yet"
+                f"layer {name} has the router {type(router).__name__}, which is not supported yet"
             )
-        layers.append(RoutedLayer(int(module.layer_id), module.layer_name, router))
+        num_experts = int(seam(module.moe_config, "num_logical_experts"))
+        layers.append(RoutedLayer(int(module.layer_id), name, router, num_experts))
     if not layers:
         raise UnsupportedHostError(
             f"{type(model).__name__} has no MoE layers that vLLM routes, so there is nothing to "
@@ -58,15 +85,29 @@ def routed_layers(model: torch.nn.Module) -> list[RoutedLayer]:
     return layers
 
 
+def _without_runners_insides(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    yield module
+    if not isinstance(module, MoERunner):
+        for child in module.children():
+            yield from _without_runners_insides(child)
+
+
+def _refuse_experts_outside_a_runner(module: torch.nn.Module) -> None:
+    """Models that call an expert kernel on their own, such as DeepSeek-V4's mega-MoE, route where the
+    guard does not look. Their experts are known by the name and by weights of [experts, ., .]."""
+    name = type(module).__name__
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    holds_experts = _NAMED_LIKE_EXPERTS.search(name) and any(tensor.dim() == 3 for tensor in own)
+    if holds_experts or "MegaMoE" in name:
+        raise UnsupportedHostError(
+            f"the experts in {name} are run outside vLLM's MoE runner, where the guard cannot see the "
+            "routing; choose another kernel with --moe-backend (triton or marlin), if the model has one"
+        )
+
+
 def topology_of(architecture: str, layers: list[RoutedLayer]) -> Topology:
-    """The loaded model's own topology. Redundant experts of EPLB are not logical ones."""
-    return Topology(
-        architecture,
-        tuple(
-            MoELayer(layer.number, int(layer.router.global_num_experts), int(layer.router.top_k))
-            for layer in layers
-        ),
-    )
+    """The loaded model's own topology, with what its routers say of themselves."""
+    return Topology(architecture, tuple(layer.facts for layer in layers))
 
 
 def attach(guard: Guard, layers: list[RoutedLayer]) -> None:
@@ -75,66 +116,103 @@ def attach(guard: Guard, layers: list[RoutedLayer]) -> None:
     What is replaced is `_compute_routing` of each instance: there ids are logical, before expert
     load balancing, and vLLM's own record sees the masked choice.
 
-    Raises UnsupportedHostError where masking is provisioned and a router cannot honour it.
+    Raises UnsupportedHostError where masking is provisioned and a router cannot honour it. Hash
+    layers are watched all the same: that a policy masks one is refused when it is compiled.
     """
     for index, layer in enumerate(layers):
+        family, mask = layer.family, guard.mask
+        if mask is not None and family.unmaskable is not None:
+            if family.router.kind != "hash":
+                raise UnsupportedHostError(
+                    f"masks cannot be honoured in layer {layer.name}: {family.unmaskable}; "
+                    f"{_OBSERVE_ONLY}"
+                )
+            mask = None
         stock = seam(layer.router, "_compute_routing")
-        route = stock if guard.mask is None else _rerouted(guard, index, layer, stock)
-        layer.router._compute_routing = _tapped(guard, index, route)
+        layer.router._compute_routing = _guarded(guard, index, layer, mask, stock)
 
 
-def _tapped(guard: Guard, index: int, route: Callable[..., Any]) -> Callable[..., Any]:
-    tap = guard.tap
-
-    def compute_routing(
-        hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        topk_weights, topk_ids = route(hidden_states, router_logits, *args, **kwargs)
-        tap.record(index, topk_ids, topk_weights)
-        return topk_weights, topk_ids
-
-    return compute_routing
-
-
-def _rerouted(
-    guard: Guard, index: int, layer: RoutedLayer, stock: Callable[..., Any]
+def _guarded(
+    guard: Guard,
+    index: int,
+    layer: RoutedLayer,
+    mask: ExpertMask | None,
+    stock: Callable[..., Any],
 ) -> Callable[..., Any]:
-    _refuse_unless_plain_softmax(layer)
-    mask = guard.mask
-    assert mask is not None
-    keeps_unmasked_softmax = not layer.router.renormalize
+    """The stock router, then the masked routing in the rows that masks apply to.
+
+    The stock router may return more columns than k: shared experts, fused behind the routed ones.
+    """
+    tap, facts, family, router = guard.tap, layer.facts, layer.family, layer.router
+    top_k = facts.top_k
 
     def compute_routing(
         hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        excluded_TE = mask.excluded(index, router_logits.shape[0])
-        masked_logits = reroute_logits(router_logits, excluded_TE)
-        topk_weights, topk_ids = stock(hidden_states, masked_logits, *args, **kwargs)
-        if keeps_unmasked_softmax:
-            # Without renormalisation the weights of the survivors must not grow.
-            scores = torch.softmax(router_logits.float(), dim=-1)
+        topk_weights, topk_ids = stock(hidden_states, router_logits, *args, **kwargs)
+        gate_weights = _gate_weights(family, router_logits, topk_weights, topk_ids, top_k)
+        if mask is not None:
+            masked = mask.wanted(index, router_logits.shape[0])
+            bias = None if family.bias is None else family.bias(kwargs.get("input_ids"))
+            own_gates, own_ids = route_masked(facts, router_logits, masked, bias)
+            own_weights = own_gates * family.scaling
+            if family.expert_scale is not None:
+                own_weights = own_weights * family.expert_scale()[own_ids]
+            if facts.router.num_zero_experts:
+                own_gates, own_weights, own_ids = _zero_experts_apart(
+                    router, facts, masked, hidden_states, own_gates, own_weights, own_ids
+                )
             # On CUDA a padding row chooses nobody, which the stock router says with -1.
-            own_weights = scores.gather(1, topk_ids.long().clamp(min=0)).to(topk_weights.dtype)
-            is_masked_TK = excluded_TE.any(dim=-1, keepdim=True) & (topk_ids >= 0)
-            topk_weights = torch.where(is_masked_TK, own_weights, topk_weights)
+            is_masked_TK = masked.applies_T1 & (topk_ids[:, :top_k] >= 0)
+            gate_weights = torch.where(is_masked_TK, own_gates, gate_weights)
+            topk_weights = _replaced(topk_weights, is_masked_TK, own_weights)
+            topk_ids = _replaced(topk_ids, is_masked_TK, own_ids)
+        tap.record(index, topk_ids[:, :top_k], gate_weights)
         return topk_weights, topk_ids
 
     return compute_routing
 
 
-def _refuse_unless_plain_softmax(layer: RoutedLayer) -> None:
-    """Only where the logit alone decides the choice does excluding it unselect the expert."""
-    router = layer.router
-    plain = isinstance(router, FusedTopKRouter) or (
-        isinstance(router, CPURouter)
-        and not router.use_grouped_topk
-        and router.custom_routing_function is None
-        and router.e_score_correction_bias is None
-    )
-    if plain and router.scoring_func == "softmax":
-        return
-    raise UnsupportedHostError(
-        f"layer {layer.name} routes with {type(router).__name__} "
-        f"(scoring {getattr(router, 'scoring_func', 'unknown')!r}); masks on anything but a plain "
-        f"softmax top-k are not supported yet; {_OBSERVE_ONLY}"
+def _replaced(stock: torch.Tensor, is_masked_TK: torch.Tensor, own_TK: torch.Tensor) -> torch.Tensor:
+    top_k = is_masked_TK.shape[1]
+    routed_TK = torch.where(is_masked_TK, own_TK.to(stock.dtype), stock[:, :top_k])
+    if stock.shape[1] == top_k:
+        return routed_TK
+    return torch.cat([routed_TK, stock[:, top_k:]], dim=1)
+
+
+def _gate_weights(
+    family: Family,
+    router_logits: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    top_k: int,
+) -> torch.Tensor:
+    """[T, k] `g` of the policy language: what the stock router chose by, before any scaling."""
+    weights_TK, ids_TK = topk_weights[:, :top_k], topk_ids[:, :top_k]
+    if family.expert_scale is not None:  # it may be 0, so it cannot be divided out
+        chosen_TK = router_logits.float().gather(1, ids_TK.long().clamp(min=0))
+        return chosen_TK.softmax(dim=-1).masked_fill(ids_TK < 0, 0.0)
+    return weights_TK if family.scaling == 1.0 else weights_TK / family.scaling
+
+
+def _zero_experts_apart(
+    router: Any,
+    facts: MoELayer,
+    masked: MaskedExperts,
+    hidden_states: torch.Tensor,
+    gates_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Identity experts add their weight times the input, which vLLM's router keeps aside; among the
+    routed ones they become expert 0 with no weight."""
+    is_zero_TK = ids_TK >= facts.num_experts
+    share_T1 = weights_TK.masked_fill(~is_zero_TK, 0.0).sum(dim=-1, keepdim=True)
+    output = (hidden_states * share_T1).to(hidden_states.dtype)
+    router._zero_expert_output = torch.where(masked.applies_T1, output, router._zero_expert_output)
+    return (
+        gates_TK.masked_fill(is_zero_TK, 0.0),
+        weights_TK.masked_fill(is_zero_TK, 0.0),
+        ids_TK.masked_fill(is_zero_TK, 0),
     )

@@ -12,7 +12,7 @@ from guard.errors import GuardError
 
 CONFIG_KEY = "moe_guard"
 POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
-FORMAT = 1
+FORMAT = 2
 """Part of vLLM's compile key, by way of `additional_config`: raise it when the traced code changes."""
 
 

@@ -17,7 +17,7 @@ from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_confi
 from guard.program.program import WORD_BITS, NamedSet, Program, ProgramRule
 from guard.program.topology import Topology
 from guard.runtime import Guard
-from guard_vllm.proof import PROBE_ROWS, TURNS, Proof, prove, require
+from guard_vllm.proof import PROBE_ROWS, Proof, prove, require
 from guard_vllm.routers import attach, routed_layers, topology_of
 from guard_vllm.runners import hook_runner, run_probe_rows
 from guard_vllm.settings import Settings
@@ -135,7 +135,7 @@ class WorkerGuard:
         steps = [(min(PROBE_ROWS, scheduler.max_num_seqs), True), (scheduler.max_num_seqs + 1, False)]
         if captured:
             steps.append((captured + 1, False))
-        fitting = [step for step in steps if TURNS <= step[0] <= scheduler.max_num_batched_tokens]
+        fitting = [step for step in steps if step[0] <= scheduler.max_num_batched_tokens]
         return fitting or [(scheduler.max_num_batched_tokens, False)]
 
     def _run_probe_rows(self, rows: int, *, uniform_decode: bool) -> None:

@@ -74,7 +74,7 @@ class Engine:
 
     def masked_rows(self, num_rows: int) -> list[bool]:
         assert self.guard.mask is not None
-        return self.guard.mask.excluded(0, num_rows)[:, FLAGGED].tolist()
+        return self.guard.mask.wanted(0, num_rows).excluded_TE[:, FLAGGED].tolist()
 
 
 def fired(report: StepReport) -> list[tuple[str, int]]:

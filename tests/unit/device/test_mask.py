@@ -1,4 +1,4 @@
-"""Bits on rows meet bits on experts, and a router under them never chooses a masked expert."""
+"""Bits on rows meet bits on experts: what each method asks of each row's experts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guard.device.layout import Capacity
-from guard.device.mask import ExpertMask, pack_bits, reroute_logits
-from guard.program.program import MaskTable
+from guard.device.mask import ExpertMask, pack_bits
+from guard.program.program import MaskMethodCode, MaskTable
 from guard.program.topology import MoELayer, Topology
 
 CPU = torch.device("cpu")
 
 
-def mask_table(actions_LEA: np.ndarray) -> MaskTable:
+def mask_table(actions_LEA: np.ndarray, method: np.ndarray | None = None) -> MaskTable:
     num_layers, num_experts, num_actions = actions_LEA.shape
     words = max(1, -(-num_actions // 64))
     bits = np.zeros((num_layers, num_experts, words), dtype=np.uint64)
@@ -25,7 +25,7 @@ def mask_table(actions_LEA: np.ndarray) -> MaskTable:
     zeros = np.zeros(num_actions, dtype=np.int64)
     return MaskTable(
         rule=zeros,
-        method=zeros,
+        method=zeros if method is None else method,
         release=zeros,
         tokens=zeros,
         static=zeros.astype(np.bool_),
@@ -55,27 +55,34 @@ def test_no_actions_are_one_word_of_nothing() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 63, 64, 65, 130]))
-def test_excluded_is_a_boolean_product_of_rows_and_experts(seed: int, num_actions: int) -> None:
+def test_an_expert_is_asked_for_by_the_first_method_in_force_that_names_it(
+    seed: int, num_actions: int
+) -> None:
     random = np.random.default_rng(seed)
     topology = Topology("T", (MoELayer(0, 6, 2), MoELayer(4, 5, 2)))
-    masks = mask_table(random.random((2, 6, num_actions)) < 2 / num_actions)
-    rows_TA = random.random((7, num_actions)) < 0.3
+    named_LEA = random.random((2, 6, num_actions)) < 3 / num_actions
+    method_A = random.integers(0, len(MaskMethodCode), num_actions)
+    masks = mask_table(named_LEA, method_A)
+    rows_TA = random.random((7, num_actions)) < 0.5
     mask = ExpertMask(topology, Capacity(9, 1, masks.num_words + 1), CPU)
     mask.install(masks)
 
     mask.set_rows(torch.from_numpy(rows_TA))
 
-    words = masks.expert_bits.view(np.uint64)
-    for layer in range(2):
-        experts_EA = np.array(
-            [
-                [(int(words[layer, e, a // 64]) >> (a % 64)) & 1 for a in range(num_actions)]
-                for e in range(6)
-            ]
-        )
-        expected = np.zeros((9, 6), dtype=bool)
-        expected[:7] = rows_TA.astype(int) @ experts_EA.T > 0
-        assert (mask.excluded(layer, 9).numpy() == expected).all()
+    for layer, facts in enumerate(topology.layers):
+        wanted = mask.wanted(layer, 9)
+        for row in range(9):
+            for expert in range(facts.num_experts):
+                in_force = rows_TA[row] & named_LEA[layer, expert] if row < 7 else np.zeros(0, bool)
+                first = min(method_A[in_force.nonzero()[0]], default=None)
+                asked = [bool(flags_TE[row, expert]) for flags_TE in wanted]
+                assert asked == [method == first for method in MaskMethodCode]
+        assert wanted.rerouted_TE.shape == (9, facts.num_experts)
+        excluded_TE = wanted.rerouted_TE | wanted.drop_renormed_TE | wanted.dropped_TE
+        assert torch.equal(wanted.excluded_TE, excluded_TE)
+        assert wanted.applies_T1.squeeze(1).tolist() == [
+            bool(row.any()) for row in excluded_TE | wanted.forced_TE
+        ]
 
 
 def test_a_shorter_step_leaves_no_mask_on_the_rows_behind_it() -> None:
@@ -85,7 +92,7 @@ def test_a_shorter_step_leaves_no_mask_on_the_rows_behind_it() -> None:
     mask.set_rows(torch.ones((6, 1), dtype=torch.bool))
     mask.set_rows(torch.ones((2, 1), dtype=torch.bool))
 
-    assert mask.excluded(0, 8)[:, 0].tolist() == [True] * 2 + [False] * 6
+    assert mask.wanted(0, 8).rerouted_TE[:, 0].tolist() == [True] * 2 + [False] * 6
 
 
 def test_installing_other_masks_forgets_the_old_ones() -> None:
@@ -94,36 +101,16 @@ def test_installing_other_masks_forgets_the_old_ones() -> None:
     mask.install(mask_table(np.eye(4, dtype=bool)[None, :, :1]))
     mask.row_bits_TW.fill_(-1)
 
-    assert mask.excluded(0, 1).tolist() == [[True, False, False, False]]
+    assert mask.wanted(0, 1).rerouted_TE.tolist() == [[True, False, False, False]]
 
 
-@given(st.integers(0, 2**32 - 1))
-def test_a_softmax_top_k_never_selects_a_masked_expert(seed: int) -> None:
-    random = np.random.default_rng(seed)
-    num_experts = int(random.integers(2, 40))
-    top_k = int(random.integers(1, num_experts + 1))
-    dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
-    logits = torch.from_numpy(random.normal(0, 30, (16, num_experts))).to(dtype)
-    excluded = np.zeros((16, num_experts), dtype=bool)
-    for row in excluded[:12]:
-        masked = random.integers(0, num_experts - top_k + 1)
-        row[random.permutation(num_experts)[:masked]] = True
+def test_installing_other_masks_forgets_the_old_methods() -> None:
+    mask = ExpertMask(Topology("T", (MoELayer(0, 4, 2),)), Capacity(8, 1, 2), CPU)
+    mask.install(mask_table(np.ones((1, 4, 65), dtype=bool), np.full(65, MaskMethodCode.FORCE)))
+    mask.install(mask_table(np.ones((1, 4, 1), dtype=bool)))
+    mask.row_bits_TW.fill_(-1)
 
-    rerouted = reroute_logits(logits, torch.from_numpy(excluded))
-    # What has underflowed ties with what is masked at 0, so the choice is by logit, as vLLM's
-    # kernels and the guard's proof have it; the weights are those of the softmax.
-    ids = rerouted.float().topk(top_k, dim=-1).indices.numpy()
+    wanted = mask.wanted(0, 1)
 
-    assert not np.take_along_axis(excluded, ids, axis=1).any()
-    untouched = torch.from_numpy(~excluded.any(axis=1))
-    view = torch.int32 if dtype is torch.float32 else torch.int16
-    assert torch.equal(rerouted.view(view)[untouched], logits.view(view)[untouched])
-    assert rerouted.dtype == logits.dtype
-
-
-def test_rows_without_a_mask_keep_even_nans_and_negative_zeros() -> None:
-    logits = torch.tensor([[float("nan"), -0.0, float("inf"), 1.0]])
-
-    rerouted = reroute_logits(logits, torch.zeros((1, 8), dtype=torch.bool))
-
-    assert torch.equal(rerouted.view(torch.int32), logits.view(torch.int32))
+    assert wanted.rerouted_TE.all()
+    assert not wanted.forced_TE.any()

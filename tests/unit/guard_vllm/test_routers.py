@@ -84,23 +84,6 @@ def test_a_mask_of_one_layer_leaves_the_others_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(route(routed[1].router), stock, strict=True))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"scoring_func": "sigmoid"},
-        {"use_grouped_topk": True, "num_expert_group": 2, "topk_group": 1},
-        {"e_score_correction_bias": torch.zeros(8)},
-        {"custom_routing_function": lambda *_: None},
-    ],
-)
-def test_routers_whose_choice_is_not_the_logits_are_refused_unless_only_watched(
-    options: dict[str, Any],
-) -> None:
-    with pytest.raises(UnsupportedHostError, match=r"layer\.0 routes with CPURouter.*observe-only"):
-        attach(Engine(MASKING).guard, layers(**options))
-    attach(Engine(MASKING, masking=False).guard, layers(**options))
-
-
 def test_the_topology_is_that_of_the_loaded_routers() -> None:
     assert topology_of("TestMoeForCausalLM", layers()) == TOPOLOGY
     assert topology_of("X", layers()).layers == (MoELayer(0, 8, 2), MoELayer(1, 8, 2))
