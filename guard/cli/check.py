@@ -11,8 +11,8 @@ import typer
 
 from guard.cli.output import fail, out
 from guard.policy import Fault, PolicyError, PolicySet, load_policies
-from guard.program.compile import check_against
 from guard.program.configuration import TopologyError, topology_from_folder
+from guard.program.fit import check_against
 from guard.program.topology import Topology
 
 

@@ -24,6 +24,7 @@ from guard.policy.model import (
     Observe,
     Persist,
     Policy,
+    Profile,
     Rule,
     Window,
 )
@@ -39,8 +40,8 @@ from guard.policy.schema import (
 _Path = tuple[str | int, ...]
 
 
-def build_policy(document: PolicyDocument, root: Node) -> Policy:
-    """Both are of one document, and `references` found nothing wrong with it."""
+def build_policy(document: PolicyDocument, root: Node, profile: Profile | None) -> Policy:
+    """All are of one document, and `references` found nothing wrong with it."""
     metadata, spec = document.metadata, document.spec
     sets = {
         name: ExpertSet(
@@ -71,6 +72,7 @@ def build_policy(document: PolicyDocument, root: Node) -> Policy:
         maturity=metadata.maturity,
         labels=metadata.labels,
         model=model,
+        profile=profile,
         experts=sets,
         rules=tuple(
             _RuleBuilder(root, ("spec", "rules", index), sets).build(rule, document)

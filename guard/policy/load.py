@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from guard.policy.build import build_policy
 from guard.policy.explain import explain, is_other_kind
 from guard.policy.fault import Fault, Location, PolicyError
-from guard.policy.model import PolicySet
-from guard.policy.nodes import Node, plain
+from guard.policy.model import PolicySet, Profile
+from guard.policy.never_mask import never_mask_faults
+from guard.policy.nodes import Node, ScalarNode, find, plain
+from guard.policy.profile import load_profile, profile_path
 from guard.policy.references import duplicate_policy_faults, reference_faults
 from guard.policy.revision import revision_of
 from guard.policy.schema import PolicyDocument
@@ -53,6 +55,7 @@ class _Text(NamedTuple):
 class _Document(NamedTuple):
     root: Node
     schema: PolicyDocument | None  # None: it did not validate
+    profile: Profile | None  # None: it names none, or a bad one
 
 
 def _load(texts: list[_Text], faults: list[Fault]) -> PolicySet:
@@ -72,12 +75,15 @@ def _load(texts: list[_Text], faults: list[Fault]) -> PolicySet:
     if faults:
         raise PolicyError(list(dict.fromkeys(faults)))
     policies = [
-        build_policy(document.schema, document.root)
+        build_policy(document.schema, document.root, document.profile)
         for document in documents
         if document.schema is not None
     ]
     policies.sort(key=lambda policy: (-policy.severity.rank, policy.name))
-    return PolicySet(tuple(policies), revision_of(policies))
+    loaded = PolicySet(tuple(policies), revision_of(policies))
+    if faults := never_mask_faults(loaded):
+        raise PolicyError(faults)
+    return loaded
 
 
 def _check(root: Node) -> tuple[_Document, list[Fault]]:
@@ -86,9 +92,21 @@ def _check(root: Node) -> tuple[_Document, list[Fault]]:
     except ValidationError as error:
         faults = explain(error, root)
         if not is_other_kind(error):
-            faults += reference_faults(root)
-        return _Document(root, None), faults
-    return _Document(root, schema), reference_faults(root)
+            faults += reference_faults(root) + _profile(root)[1]
+        return _Document(root, None, None), faults
+    profile, faults = _profile(root)
+    return _Document(root, schema, profile), reference_faults(root) + faults
+
+
+def _profile(root: Node) -> tuple[Profile | None, list[Fault]]:
+    match find(root, ("spec", "profile")):
+        case ScalarNode(str(named), location) if named:
+            try:
+                return load_profile(profile_path(named, location), location), []
+            except PolicyError as error:
+                return None, list(error.faults)
+        case _:
+            return None, []
 
 
 def _read(path: Path) -> tuple[list[_Text], list[Fault]]:

@@ -242,6 +242,26 @@ class ModelRequirement:
 
 
 @dataclass(frozen=True, slots=True)
+class NeverMask:
+    """Experts that a model cannot do without: the product of layers and experts."""
+
+    layers: tuple[int, ...]
+    experts: tuple[int, ...]
+    reason: str
+    location: Location  # in the profile
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What is known of one model."""
+
+    location: Location  # the file
+    named_at: Location  # where the policy names it
+    model: ModelRequirement
+    never_mask: tuple[NeverMask, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     name: str
     location: Location
@@ -251,6 +271,7 @@ class Policy:
     maturity: Maturity = Maturity.SANDBOX
     labels: Mapping[str, str] = field(default_factory=dict)
     model: ModelRequirement | None = None
+    profile: Profile | None = None
     experts: Mapping[str, ExpertSet] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 

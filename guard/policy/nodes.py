@@ -52,6 +52,20 @@ def plain(node: Node) -> object:
             return {key: plain(entry.node) for key, entry in entries.items()}
 
 
+def find(root: Node, path: Sequence[str | int]) -> Node | None:
+    """The node at `path`, if there is one."""
+    node: Node | None = root
+    for step in path:
+        match node:
+            case MapNode(entries) if step in entries:
+                node = entries[step].node
+            case ListNode(items) if isinstance(step, int) and step < len(items):
+                node = items[step]
+            case _:
+                return None
+    return node
+
+
 def locate(root: Node, path: Sequence[str | int], *, key: bool = False) -> Location:
     """Where the value at `path` stands, or its key; a path that ends early gives its last node."""
     node, key_location = root, root.location

@@ -6,7 +6,7 @@ one run; what is malformed they pass over, for the schema has said it.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from typing import Final
 
 from pydantic import ValidationError
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from guard.policy.explain import path_text
 from guard.policy.fault import Fault, Location
 from guard.policy.model import Expert
-from guard.policy.nodes import ListNode, MapNode, Node, ScalarNode, locate, plain
+from guard.policy.nodes import ListNode, MapNode, Node, ScalarNode, find, locate, plain
 from guard.policy.schema import EntrySpec
 from guard.policy.suggest import did_you_mean, quote
 
@@ -32,7 +32,7 @@ def reference_faults(root: Node) -> list[Fault]:
 
 def duplicate_policy_faults(roots: Iterable[Node]) -> list[Fault]:
     """A fault for each policy whose name an earlier document of the set has."""
-    names = ((_find(root, ("metadata", "name")), ("metadata", "name")) for root in roots)
+    names = ((find(root, ("metadata", "name")), ("metadata", "name")) for root in roots)
     return list(_duplicates(names, "the policy"))
 
 
@@ -51,9 +51,9 @@ def entry_layers(entry: EntrySpec) -> tuple[int, ...]:
 
 
 def _rule_name_faults(root: Node) -> Iterator[Fault]:
-    rules = _items(_find(root, ("spec", "rules")))
+    rules = _items(find(root, ("spec", "rules")))
     paths: list[_Path] = [("spec", "rules", index, "name") for index in range(len(rules))]
-    yield from _duplicates(((_find(root, path), path) for path in paths), "the rule")
+    yield from _duplicates(((find(root, path), path) for path in paths), "the rule")
 
 
 def _duplicates(names: Iterable[tuple[Node | None, _Path]], what: str) -> Iterator[Fault]:
@@ -73,7 +73,7 @@ def _duplicates(names: Iterable[tuple[Node | None, _Path]], what: str) -> Iterat
 
 
 def _set_faults(root: Node) -> Iterator[Fault]:
-    sets = _find(root, ("spec", "experts"))
+    sets = find(root, ("spec", "experts"))
     budget = MAX_EXPERTS
     for name in sets.entries if isinstance(sets, MapNode) else ():
         if isinstance(name, str) and budget >= 0:
@@ -83,7 +83,7 @@ def _set_faults(root: Node) -> Iterator[Fault]:
 def _one_set_faults(root: Node, path: _Path, budget: int) -> Generator[Fault, None, int]:
     """Returns what is left of `budget`, a number of experts; below zero once it is overdrawn."""
     weights: dict[Expert, float] = {}
-    for index, node in enumerate(_items(_find(root, path))):
+    for index, node in enumerate(_items(find(root, path))):
         here = (*path, index)
         try:
             entry = EntrySpec.model_validate(plain(node))
@@ -113,7 +113,7 @@ def _one_set_faults(root: Node, path: _Path, budget: int) -> Generator[Fault, No
 
 
 def _unknown_set_faults(root: Node) -> Iterator[Fault]:
-    sets = _find(root, ("spec", "experts"))
+    sets = find(root, ("spec", "experts"))
     if sets is not None and not isinstance(sets, MapNode):
         return
     names = [name for name in sets.entries if isinstance(name, str)] if sets else []
@@ -129,35 +129,22 @@ def _unknown_set_faults(root: Node) -> Iterator[Fault]:
 
 def _references(root: Node) -> Iterator[tuple[_Path, Node]]:
     """Every place where a rule names a set."""
-    for index in range(len(_items(_find(root, ("spec", "rules"))))):
+    for index in range(len(_items(find(root, ("spec", "rules"))))):
         rule = ("spec", "rules", index)
         pending: list[_Path] = [(*rule, "when")]
         paths: list[_Path] = []
         while pending:
             path = pending.pop(0)
             paths += [(*path, word, "experts") for word in _CONDITIONS]
-            if _find(root, (*path, "not")) is not None:
+            if find(root, (*path, "not")) is not None:
                 pending.append((*path, "not"))
             for word in ("all", "any"):
-                children = _items(_find(root, (*path, word)))
+                children = _items(find(root, (*path, word)))
                 pending += [(*path, word, child) for child in range(len(children))]
         for path in (*paths, (*rule, "then", "mask", "experts")):
-            node = _find(root, path)
+            node = find(root, path)
             if node is not None:
                 yield path, node
-
-
-def _find(root: Node, path: Sequence[str | int]) -> Node | None:
-    node: Node | None = root
-    for step in path:
-        match node:
-            case MapNode(entries) if step in entries:
-                node = entries[step].node
-            case ListNode(items) if isinstance(step, int) and step < len(items):
-                node = items[step]
-            case _:
-                return None
-    return node
 
 
 def _items(node: Node | None) -> tuple[Node, ...]:

@@ -162,11 +162,14 @@ class MetadataSpec(Spec):
 
 
 class PolicySpec(Spec):
-    LATER = frozenset({"profile", "exceptions"})
+    LATER = frozenset({"exceptions"})
 
     mode: ModeWord = Field(default=Mode.AUDIT, description="off, audit (the default) or enforce.")
     on_error: OnErrorWord = Field(
         default=OnError.OPEN, description="What a fault of the guard does to a request."
+    )
+    profile: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="The model's profile, relative to the folder of this file."
     )
     model: ModelSpec | None = Field(default=None, description="The model that this is for.")
     experts: dict[SetName, Annotated[tuple[EntrySpec, ...], Field(min_length=1)]] = Field(

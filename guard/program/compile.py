@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from fractions import Fraction
 
 import numpy as np
@@ -12,7 +11,6 @@ from guard.policy.model import (
     Block,
     Condition,
     ConditionKind,
-    ExpertSet,
     Mask,
     Mode,
     Observe,
@@ -22,6 +20,7 @@ from guard.policy.model import (
     Rule,
 )
 from guard.program.expressions import ExpressionBuilder
+from guard.program.fit import check_against
 from guard.program.program import (
     WORD_BITS,
     ActionKind,
@@ -227,103 +226,3 @@ def _program_rule(policy: Policy, rule: Rule) -> ProgramRule:
         condition_labels=tuple(condition.label for condition in conditions),
         thresholds=tuple(condition.threshold for condition in conditions),
     )
-
-
-def check_against(policies: PolicySet, topology: Topology) -> list[Fault]:
-    """What in the policies does not fit the model, each at the line at fault."""
-    faults = [
-        fault
-        for policy in policies.policies
-        for fault in (*_requirement_faults(policy, topology), *_expert_faults(policy, topology))
-    ]
-    return faults or _live_expert_faults(policies, topology)
-
-
-def _requirement_faults(policy: Policy, topology: Topology) -> list[Fault]:
-    required = policy.model
-    if required is None:
-        return []
-    experts: list[object] = [*sorted({layer.num_experts for layer in topology.layers})]
-    top_ks: list[object] = [*sorted({layer.top_k for layer in topology.layers})]
-    checks: list[tuple[str, object, list[object]]] = [
-        ("architecture", required.architecture, [topology.architecture]),
-        ("layers", required.layers, [len(topology.layers)]),
-        ("experts", required.experts, experts),
-        ("topK", required.top_k, top_ks),
-    ]
-    return [
-        Fault(
-            required.location,
-            f"policy {policy.name!r} is for a model with {key}: {wanted}, but the served model has "
-            f"{key}: {', '.join(map(str, found))}; serve that model or mend spec.model",
-        )
-        for key, wanted, found in checks
-        if wanted is not None and [wanted] != found
-    ]
-
-
-def _expert_faults(policy: Policy, topology: Topology) -> list[Fault]:
-    layers = {layer.number: layer for layer in topology.layers}
-    faults = []
-    for expert_set in policy.experts.values():
-        for entry in expert_set.entries:
-            for number in entry.layers:
-                if number not in layers:
-                    faults.append(
-                        Fault(
-                            entry.location,
-                            f"set {expert_set.name!r} names layer {number}, but the MoE layers of "
-                            f"this model are {_ranges(sorted(layers))}",
-                        )
-                    )
-                    continue
-                outside = [e for e in entry.weights if e >= layers[number].num_experts]
-                if outside:
-                    faults.append(
-                        Fault(
-                            entry.location,
-                            f"set {expert_set.name!r} names expert {outside[0]} of layer {number}, "
-                            f"but that layer has experts 0-{layers[number].num_experts - 1}",
-                        )
-                    )
-    return faults
-
-
-def _live_expert_faults(policies: PolicySet, topology: Topology) -> list[Fault]:
-    """Masks of different policies unite, so what counts is the union of all that can be in force."""
-    masked: dict[int, dict[int, list[tuple[str, Mask]]]] = defaultdict(lambda: defaultdict(list))
-    for policy, rule in policies.ordered_rules():
-        if isinstance(rule.then, Mask):
-            for layer, expert_id in rule.then.experts.weights:
-                masked[layer][expert_id].append((f"{policy.name}/{rule.name}", rule.then))
-    faults = []
-    for moe in topology.layers:
-        live = moe.num_experts - len(masked[moe.number])
-        if live >= moe.top_k:
-            continue
-        by_name = {name: mask for actions in masked[moe.number].values() for name, mask in actions}
-        mask = max(by_name.values(), key=lambda mask: _in_layer(mask.experts, moe.number))
-        faults.append(
-            Fault(
-                mask.location,
-                f"layer {moe.number} chooses {moe.top_k} of {moe.num_experts} experts for each "
-                f"token, but with the masks of {', '.join(sorted(by_name))} together only {live} are "
-                f"left; mask at most {moe.num_experts - moe.top_k} experts of that layer",
-            )
-        )
-    return faults
-
-
-def _in_layer(experts: ExpertSet, layer: int) -> int:
-    return sum(expert.layer == layer for expert in experts.weights)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """0, 2-5 for 0 2 3 4 5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"

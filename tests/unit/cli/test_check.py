@@ -112,3 +112,67 @@ def test_a_model_that_is_none_is_told_on_standard_error(good: Path, tmp_path: Pa
         code, out, err = run(good, "--model", folder)
         assert (code, out) == (1, "")
         assert message in err
+
+
+MASKING = GOOD.replace(
+    "{name: r, when: {count: {experts: f, over: token, atLeast: 1}}}",
+    "{name: r, when: always, then: {mask: {experts: f, method: METHOD}}}",
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "experts", "message"),
+    [
+        ("reroute", "0-6", "p/r together only 1 are left"),
+        ("force", "0-2", "p/r together force 3 in; force at most 2"),
+        ("drop", "8", "has experts 0-7; shared experts are not routed"),
+        ("reorute", "1", "expected reroute, drop_renorm, drop or force"),
+    ],
+)
+def test_masks_that_the_model_cannot_honour_are_lines_with_their_places(
+    tmp_path: Path, method: str, experts: str, message: str
+) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        MASKING.replace("NAME", "p").replace("[3]", f"[{experts}]").replace("METHOD", method)
+    )
+
+    code, out, _ = run(path, "--model", model(tmp_path / "model"))
+
+    assert code == 1
+    assert out.startswith(f"{path}:")
+    assert message in out
+    assert out.count("\n") == 1
+
+
+def test_a_mask_that_the_profile_forbids_needs_no_model_to_be_found(tmp_path: Path) -> None:
+    path, profile = tmp_path / "p.yaml", tmp_path / "profile.json"
+    path.write_text(
+        MASKING.replace("NAME", "p")
+        .replace("METHOD", "drop")
+        .replace("  experts:", "  profile: profile.json\n  experts:")
+    )
+    profile.write_text(
+        '{"apiVersion": "moe-guard/v1", "kind": "Profile", "model": {"architecture": "X"},\n'
+        '"neverMask": [{"layer": 1, "experts": [3], "reason": "super expert"}]}'
+    )
+
+    code, out, _ = run(path)
+
+    assert code == 1
+    assert f"p/r masks L1/E3, which the profile {profile}:2:15 says" in out
+
+
+def test_a_profile_of_another_model_is_a_fault_where_it_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        GOOD.replace("NAME", "p").replace("  experts:", "  profile: profile.json\n  experts:")
+    )
+    (tmp_path / "profile.json").write_text(
+        '{"apiVersion": "moe-guard/v1", "kind": "Profile", "model": {"architecture": "Y"}}'
+    )
+
+    code, out, _ = run(path, "--model", model(tmp_path / "model"))
+
+    assert code == 1
+    assert out.startswith(f"{path}:5:12: the profile {tmp_path}/profile.json of policy 'p' is for a")

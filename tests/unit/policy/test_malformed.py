@@ -64,7 +64,7 @@ CASES = [
     ("spec:", "spec:\n  mode:", 6, 3, "spec.mode: has no value"),
     ("spec:", "spec:\n  onerror: open", 6, 3, "unknown key 'onerror'; did you mean 'onError'?"),
     ("spec:", "spec:\n  onError: fail", 6, 12, "expected open or closed"),
-    ("spec:", "spec:\n  profile: a.json", 6, 3, "'profile' is not supported yet"),
+    ("spec:", "spec:\n  profile: a.json", 6, 12, "the profile a.json is no file"),
     ("spec:", "spec:\n  exceptions: []", 6, 3, "'exceptions' is not supported yet"),
     ("spec:", "spec:\n  model: {topK: 0}", 6, 17, "spec.model.topK: expected at least 1"),
     (

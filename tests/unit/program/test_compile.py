@@ -25,7 +25,8 @@ from guard.policy.model import (
     PolicySet,
     Rule,
 )
-from guard.program.compile import check_against, compile_policies
+from guard.program.compile import compile_policies
+from guard.program.fit import check_against
 from guard.program.program import MaskRelease
 from guard.program.topology import MoELayer, Topology
 

@@ -1,0 +1,168 @@
+"""A profile beside a policy: what it may say, where its faults are, and that its list is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guard.policy import Fault, PolicyError, PolicySet, load_policies
+from guard.policy.model import MaskMethod
+
+PROFILE: dict[str, Any] = {
+    "apiVersion": "moe-guard/v1",
+    "kind": "Profile",
+    "model": {"architecture": "Qwen3MoeForCausalLM", "layers": 48, "experts": 128, "topK": 8},
+    "neverMask": [{"layer": 12, "experts": [85, "90-95"], "reason": "super expert"}],
+}
+
+
+def policy(
+    experts: str = "{layer: 12, experts: [85]}",
+    *,
+    name: str = "p",
+    mode: str = "audit",
+    method: str = "reroute",
+    profile: str | None = "profiles/m.json",
+) -> str:
+    named = f"  profile: {profile}\n" if profile else ""
+    return (
+        f"apiVersion: moe-guard/v1\nkind: Policy\nmetadata: {{name: {name}}}\nspec:\n"
+        f"  mode: {mode}\n{named}"
+        f"  experts: {{flagged: [{experts}]}}\n"
+        "  rules:\n"
+        f"    - {{name: r, when: always, then: {{mask: {{experts: flagged, method: {method}}}}}}}\n"
+    )
+
+
+def load(folder: Path, *policies: str, profile: object = PROFILE) -> PolicySet:
+    (folder / "profiles").mkdir(exist_ok=True)
+    text = profile if isinstance(profile, str) else json.dumps(profile, indent=1)
+    (folder / "profiles" / "m.json").write_text(text)
+    (folder / "p.yaml").write_text("---\n".join(policies))
+    return load_policies(folder)
+
+
+def faults(folder: Path, *policies: str, profile: object = PROFILE) -> tuple[Fault, ...]:
+    with pytest.raises(PolicyError) as caught:
+        load(folder, *policies, profile=profile)
+    return caught.value.faults
+
+
+def test_a_profile_is_read_relative_to_the_folder_of_the_policy_that_names_it(tmp_path: Path) -> None:
+    (loaded,) = load(tmp_path, policy("{layer: 12, experts: [84]}")).policies
+
+    assert loaded.profile is not None
+    assert loaded.profile.location.file == str(tmp_path / "profiles" / "m.json")
+    assert (loaded.profile.model.architecture, loaded.profile.model.top_k) == ("Qwen3MoeForCausalLM", 8)
+    (entry,) = loaded.profile.never_mask
+    assert (entry.layers, entry.experts) == ((12,), (85, 90, 91, 92, 93, 94, 95))
+
+
+def test_a_profile_may_lie_beside_the_folder_of_policies(tmp_path: Path) -> None:
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "m.json").write_text(json.dumps(PROFILE))
+    (tmp_path / "policies" / "p.yaml").write_text(policy("{layer: 1, experts: 1}", profile="../m.json"))
+
+    assert load_policies(tmp_path / "policies").policies[0].profile is not None
+
+
+@pytest.mark.parametrize("method", ["reroute", "drop", "drop_renorm"])
+def test_a_mask_of_a_listed_expert_is_refused_with_all_who_are_concerned(
+    tmp_path: Path, method: str
+) -> None:
+    (fault,) = faults(tmp_path, policy("{layer: 12, experts: [1, 90-91]}", method=method))
+
+    assert fault.location == (str(tmp_path / "p.yaml"), 9, 38)
+    assert "p/r masks L12/E90, L12/E91, which" in fault.message
+    assert f"{tmp_path}/profiles/m.json:11:3 " in fault.message
+    assert "(super expert)" in fault.message
+
+
+def test_a_listed_expert_may_be_forced_watched_or_named_in_another_layer(tmp_path: Path) -> None:
+    load(
+        tmp_path,
+        policy(name="forces", method=MaskMethod.FORCE),
+        policy(name="elsewhere", experts="{layer: 13, experts: [85]}"),
+        policy(name="asleep", mode="off"),
+        policy(name="watches").replace(
+            "when: always, then: {mask: {experts: flagged, method: reroute}}",
+            "when: {count: {experts: flagged, atLeast: 1}}",
+        ),
+    )
+
+
+def test_a_profile_of_one_policy_binds_the_masks_of_its_neighbours(tmp_path: Path) -> None:
+    found = faults(tmp_path, policy("{layer: 1, experts: 1}"), policy(name="q", profile=None))
+
+    assert [fault.message.split(" masks")[0] for fault in found] == ["q/r"]
+
+
+def test_a_profile_of_a_policy_that_is_off_binds_nobody(tmp_path: Path) -> None:
+    load(tmp_path, policy(mode="off"), policy(name="q", profile=None))
+
+
+def test_parts_of_a_profile_that_later_versions_read_are_passed_over(tmp_path: Path) -> None:
+    later = {"sets": {"a": []}, "baselines": [0.1], "thresholds": {}, "probes": {"x": {"y": 1}}}
+
+    load(tmp_path, policy("{layer: 1, experts: 1}"), profile=PROFILE | later)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "message"),
+    [
+        ('"neverMask"', '"nevermask"', (10, 2), "unknown key 'nevermask'; did you mean 'neverMask'?"),
+        ('"kind": "Profile"', '"kind": "Policy"', (3, 10), "kind: expected Profile"),
+        ("moe-guard/v1", "moe-guard/v2", (2, 16), "did you mean 'moe-guard/v1'?"),
+        ('"layer": 12', '"layer": "x"', (12, 13), "neverMask[0].layer: expected a whole number"),
+        ('"90-95"', '"95-90"', (15, 5), "runs backwards"),
+        ('"layer": 12,', "", (11, 3), "exactly one of layer or layers"),
+        ('"topK": 8', '"topK": 0', (8, 11), "model.topK: expected at least 1"),
+        ('"topK": 8', '"topK": 8,', (9, 2), "not JSON"),
+        ('"topK": 8', '"topK": NaN', (0, 0), "NaN, which JSON does not know"),
+        ('"topK": 8', '"topK": 8, "experts": 1', (8, 14), "'experts' is already given at line 7"),
+        ('"super expert"', "[" * 70 + "]" * 70, (17, 76), "more than 64 deep"),
+    ],
+)
+def test_a_fault_of_a_profile_has_its_place_in_it(
+    tmp_path: Path, old: str, new: str, place: tuple[int, int], message: str
+) -> None:
+    text = json.dumps(PROFILE, indent=1)
+    assert old in text
+
+    found = faults(tmp_path, policy("{layer: 1, experts: 1}"), profile=text.replace(old, new, 1))
+
+    assert {fault.location.file for fault in found} == {str(tmp_path / "profiles" / "m.json")}
+    assert any(message in f.message and f.location[1:] == place for f in found), found
+
+
+def test_a_missing_profile_is_a_fault_where_it_is_named(tmp_path: Path) -> None:
+    (fault,) = faults(tmp_path, policy("{layer: 1, experts: 1}", profile="profiles/other.json"))
+
+    assert fault.location == (str(tmp_path / "p.yaml"), 6, 12)
+    assert f"the profile {tmp_path}/profiles/other.json is no file" in fault.message
+
+
+def test_a_profile_that_is_no_text_is_a_fault_where_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
+
+    (fault,) = faults(tmp_path, policy("{layer: 1, experts: 1}", profile="bad.json"))
+
+    assert (fault.location.line, fault.message.rpartition(" is ")[2]) == (
+        6,
+        "not UTF-8; save it as UTF-8",
+    )
+
+
+def test_the_revision_follows_what_a_profile_says_not_where_it_lies(tmp_path: Path) -> None:
+    harmless = policy("{layer: 1, experts: 1}")
+    longer = [*PROFILE["neverMask"], {"layers": "3-4", "experts": 7}]
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+
+    first = load(here, harmless).revision
+    assert load(elsewhere, "\n\n" + harmless).revision == first
+    assert load(here, harmless, profile=PROFILE | {"neverMask": longer}).revision != first
