@@ -16,6 +16,7 @@ class Stage(StrEnum):
     ADMIT = "admit"
     BEGIN_STEP = "begin_step"
     EVALUATE = "evaluate"
+    RANKS = "ranks"
     READBACK = "readback"
     LEDGER = "ledger"
     DELIVER = "deliver"

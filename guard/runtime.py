@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 import torch
 
+from guard.device.agreement import RankAgreement
 from guard.device.evaluate import StepEvaluator
 from guard.device.layout import NULL_SLOT, Capacity
 from guard.device.mask import ExpertMask
-from guard.device.readback import Readback
+from guard.device.readback import Readback, StepDecisions
 from guard.device.rows import StepBatch
 from guard.device.state import Admission, SlotState, host_to_device
 from guard.device.tap import RoutingTap
@@ -28,6 +29,7 @@ class Guard:
 
     blind: set it where not every layer reports: then nothing is judged, and every step says so
     tap: routing of the step, written by the model's routers
+    agreement: set it where several ranks compute the same rows; None where one rank does
     mask: what the routers must exclude; None where the server was started to observe only, and then
         the rules that mask are in audit for every request
     """
@@ -40,6 +42,7 @@ class Guard:
         self.device = device
         self.failures = Failures()
         self.blind = False
+        self.agreement: RankAgreement | None = None
         self.tap = RoutingTap(program.topology, capacity, device)
         self.mask = ExpertMask(program.topology, capacity, device) if masking else None
         self._state = SlotState(program, capacity, device)
@@ -120,27 +123,51 @@ class Guard:
 
         rejected_B: [B] on the device; draft rows at the end of each request that were not accepted
         """
-        if self._evaluator is None or not self._req_ids:
+        if self._evaluator is None:
             return None
         batch, req_ids = self._batch, self._req_ids
         self._batch, self._req_ids = None, ()
-        if batch is None or self.blind:
-            return self._failed_step(req_ids)
-        readback = None
+        if not req_ids or batch is None or self.blind:
+            self._report_fault()
+            return self._failed_step(req_ids) if req_ids else None
+        readback, evaluated = None, False
         with self.failures.caught(Stage.EVALUATE) as attempt:
-            if not self._missed.isdisjoint(req_ids):
-                start_B = batch.position_T[batch.query_start_B1[:-1]]
-                self._state.fill_gaps(batch.slots_B, start_B)
             signal_TX = self._evaluator.signals(self.tap, len(batch.position_T))
-            decisions = self._evaluator.evaluate(signal_TX, batch, self._state, rejected_B)
+            decisions = self._judge(req_ids, batch, signal_TX, rejected_B)
+            evaluated = True
+            if self.agreement is not None:
+                decisions = self.agreement.agree(decisions)
             readback = Readback(
                 self.program.revision, req_ids, decisions, self._copy_stream, self.failures.take()
             )
-            self._missed.difference_update(req_ids)
         if attempt.failed:
+            if not evaluated:
+                self._report_fault()
             with self.failures.caught(Stage.EVALUATE):
                 self._state.distrust(batch.slots_B)
         return self._failed_step(req_ids) if readback is None else readback
+
+    def _judge(
+        self,
+        req_ids: Sequence[str],
+        batch: StepBatch,
+        signal_TX: torch.Tensor,
+        rejected_B: torch.Tensor | None,
+    ) -> StepDecisions:
+        """Advance the slots by a step, all of whose signals are known."""
+        assert self._evaluator is not None
+        if not self._missed.isdisjoint(req_ids):
+            start_B = batch.position_T[batch.query_start_B1[:-1]]
+            self._state.fill_gaps(batch.slots_B, start_B)
+        decisions = self._evaluator.evaluate(signal_TX, batch, self._state, rejected_B)
+        self._missed.difference_update(req_ids)
+        return decisions
+
+    def _report_fault(self) -> None:
+        """The other ranks wait for this one's word, whatever happened to it."""
+        if self.agreement is not None:
+            with self.failures.caught(Stage.RANKS):
+                self.agreement.report_fault()
 
     def _failed_step(self, req_ids: Sequence[str]) -> StepReport:
         self._missed.update(req_id for req_id in req_ids if req_id in self._slot_of)

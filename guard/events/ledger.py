@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from guard.events.message import Decision, DecisionCount, Delta, EvidenceFacts, RuleFacts
 from guard.failures import Stage
 from guard.program.program import WORD_BITS
-from guard.program.step_report import NEVER, EventColumn, RequestColumn, StepReport
+from guard.program.step_report import NEVER, EventColumn, Judged, RequestColumn, StepReport
 
 MAX_PENDING_DECISIONS = 10_000
 """Decisions that may wait for delivery; more are dropped and counted, their counters are not."""
@@ -191,7 +191,10 @@ class Ledger:
                 yield req_id, row
 
     def _note_unseen(self, report: StepReport) -> None:
-        unjudged_B = report.requests_B[:, RequestColumn.JUDGED] == 0
+        judged_B = report.requests_B[:, RequestColumn.JUDGED]
+        if np.any(judged_B == Judged.RANKS_DIFFER):
+            self.note_failures({Stage.RANKS: 1})
+        unjudged_B = judged_B != Judged.YES
         for req_id, _ in self._counted_rows(report, unjudged_B):
             self._note_unjudged(req_id)
         unseen_B = report.requests_B[:, RequestColumn.UNSEEN] > 0

@@ -26,8 +26,16 @@ class RequestColumn:
     PROMPT_TOKENS = 2
     OUTPUT_TOKENS = 3
     UNSEEN = 4  # of the request so far
-    JUDGED = 5  # 0: the request has no slot
+    JUDGED = 5  # one of `Judged`
     NUM = 6
+
+
+class Judged:
+    """Whether a request was judged in a step."""
+
+    NO = 0  # it has no slot
+    YES = 1
+    RANKS_DIFFER = -1  # not all ranks saw its rows, or they did not decide alike
 
 
 class EventColumn:

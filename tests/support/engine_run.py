@@ -4,7 +4,8 @@
 
 Job: {"engines": [{"name", "engine": arguments of LLM, "config_only": false, "record": false,
 "cases": [{"name", "batches": [[{"prompt": token ids, "sampling": arguments of SamplingParams,
-"continues": [batch, request] whose whole text goes before the prompt; optional}]]}]}]}.
+"continues": [batch, request] whose whole text goes before the prompt; optional}]],
+"before_batch": of each batch a worker method with its arguments, or null; optional}]}]}.
 The batches of a case run one after another; the prefix cache is emptied before each case.
 
 Result: by engine name, "error" or "compile_key" and, by case name, what `run_case` returns. All
@@ -40,7 +41,8 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
             return {"compile_key": config.compute_hash()}
         from vllm import LLM
 
-        llm = LLM(**job["engine"], worker_extension_cls=_RECORDER if job.get("record") else "")
+        recorder = {"worker_extension_cls": _RECORDER} if job.get("record") else {}
+        llm = LLM(**recorder | job["engine"])
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what the test looks at
         # The error of a start that failed in another process is in that process's log only.
         return {"error": "".join(traceback.format_exception(error))}
@@ -65,7 +67,10 @@ def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, A
     if record:
         llm.collective_rpc("start_recording")
     batches: list[list[dict[str, Any]]] = []
-    for requests in case["batches"]:
+    calls = case.get("before_batch", [None] * len(case["batches"]))
+    for requests, call in zip(case["batches"], calls, strict=True):
+        if call is not None:
+            llm.collective_rpc(call[0], args=tuple(call[1:]))
         batches.append(run_batch(llm, [prompt_of(request, batches) for request in requests]))
     num_requests = sum(
         request["sampling"].get("n", 1) for requests in case["batches"] for request in requests

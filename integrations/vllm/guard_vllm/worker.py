@@ -17,6 +17,7 @@ from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_confi
 from guard.program.program import WORD_BITS, NamedSet, Program, ProgramRule
 from guard.program.topology import Topology
 from guard.runtime import Guard
+from guard_vllm.parallel import tensor_parallel_agreement
 from guard_vllm.proof import PROBE_ROWS, Proof, prove, require
 from guard_vllm.routers import attach, routed_layers, topology_of
 from guard_vllm.runners import hook_runner, run_probe_rows
@@ -74,6 +75,7 @@ class WorkerGuard:
             masking=not self._settings.observe_only,
         )
         attach(guard, layers)
+        guard.agreement = tensor_parallel_agreement(guard)
         is_v2 = bool(self._worker.use_v2_model_runner)
         self._hooks = hook_runner(runner, guard, is_v2=is_v2)
         return loaded

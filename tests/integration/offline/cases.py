@@ -117,3 +117,10 @@ CROWD = case(
 )
 """More than `CROWDED_BLOCKS` blocks hold: some are preempted and computed again."""
 CROWDED_BLOCKS = 20
+
+FAULT_ON_RANK_1 = case(
+    "fault",
+    [request(tokens(600 + i, 20), max_tokens=6) for i in range(2)],
+    [request(tokens(610, 20), max_tokens=6)],
+) | {"before_batch": [None, ["fail_next_evaluation", 1]]}
+"""Two requests that are judged, then one whose first step rank 1 cannot judge."""

@@ -37,11 +37,16 @@ _ENFORCING_MORE = [
 ]
 
 
+_TWO_RANKS = ("tp2",)
+RANKED_RECORDER = "tests.support.ranked_recorder.RankedRecorder"
+
+
 @dataclass
 class Engines:
     """Starts a group's process when a test first asks for it, and keeps its result.
 
-    The groups are `MODE-plain` (no plugin is loaded), `MODE-guarded`, `starts` and `processes`.
+    The groups are `MODE-plain` (no plugin is loaded), `MODE-guarded`, `starts`, `processes`, and for
+    two ranks `tp2`.
     """
 
     folder: Path
@@ -92,6 +97,8 @@ class Engines:
         if group.startswith("v2"):
             paths.insert(0, str(_SUPPORT / "v2_on_cpu"))
             env |= {"MOE_GUARD_TEST_V2": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+        if group in _TWO_RANKS:
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
         if group.endswith("-plain"):
             env["VLLM_PLUGINS"] = ""
         return env | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -101,6 +108,13 @@ class Engines:
         more = {"enforce_eager": mode != "compiled"}
         if group == "starts":
             return self._starts()
+        if group == "tp2":
+            cases_of_tp2 = [*_ENFORCING, cases.mask_midway(["late"]), cases.blocks(["stop"])]
+            two = {"tensor_parallel_size": 2, "worker_extension_cls": RANKED_RECORDER}
+            return [
+                self._engine("main", "main", cases_of_tp2, **two),
+                self._engine("faulty", "main", [cases.FAULT_ON_RANK_1], **two),
+            ]
         if group == "processes":
             return [self._engine("main", "main", _ENFORCING)]
         if kind == "plain":

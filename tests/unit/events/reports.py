@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from guard.events.message import Decision, EvidenceFacts, Hello, RuleFacts, SetFacts
-from guard.program.step_report import NEVER, EventColumn, RequestColumn, StepReport
+from guard.program.step_report import NEVER, EventColumn, Judged, RequestColumn, StepReport
 
 
 def rule(
@@ -37,7 +37,7 @@ class Row:
     masked_from: int = NEVER
     masks: Sequence[int] = ()
     unseen: int = 0
-    judged: bool = True
+    judged: int = Judged.YES
     selections: int = 0
     extreme: float = float("nan")
     events: Sequence[tuple[int, int, bool]] = field(default_factory=tuple)

@@ -10,7 +10,8 @@ import pytest
 from guard.events import ledger as ledger_module
 from guard.events.ledger import FLUSH_SECONDS, OUTCOMES, Ledger
 from guard.events.message import Delta, RuleFacts
-from guard.program.step_report import StepReport
+from guard.failures import Stage
+from guard.program.step_report import Judged, StepReport
 from tests.unit.events.reports import Row, failed, report, rule
 
 RULES = (rule("watch"), rule("steer", "mask"), rule("stop", "block"))
@@ -71,7 +72,7 @@ def ended(ledger: Ledger, *steps: StepReport) -> Delta:
         (Row("a", events=[(2, 3, False)]), "observed"),
         (Row("a", unseen=5), "unjudged"),
         (Row("a", unseen=5, events=[OBSERVED]), "unjudged"),
-        (Row("a", judged=False), "unjudged"),
+        (Row("a", judged=Judged.NO), "unjudged"),
         (Row("a", masks=[0]), "masked"),
         (Row("a", masks=[0], unseen=5), "masked"),
         (Row("a", events=[MASKED]), "masked"),
@@ -96,6 +97,20 @@ def test_a_request_that_ends_between_steps_keeps_its_unseen_prefix_in_mind() -> 
     ledger.finish("a")
 
     assert take(ledger).outcomes == {"unjudged": 1}
+
+
+def test_a_request_on_which_ranks_differ_is_unjudged_follows_the_fail_mode_and_is_counted() -> None:
+    ledger = make((rule("stop", "block", on_error="closed"),), mask_rules=())
+    differing = report(Row("a", judged=Judged.RANKS_DIFFER), Row("b"), num_rules=1)
+
+    assert ledger.begin_step(differing, everyone) == {"a": "moe_guard:p/stop"}
+    ledger.end_step()
+    for req_id in ("a", "b"):
+        ledger.finish(req_id)
+
+    delta = take(ledger)
+    assert delta.failures == {Stage.RANKS: 1}
+    assert delta.outcomes == {"blocked": 1, "passed": 1}
 
 
 def test_a_request_that_never_ran_passed() -> None:
@@ -204,11 +219,11 @@ def closed(mode: str = "enforce", action: str = "block") -> tuple[RuleFacts, ...
 def test_an_unjudged_request_passes_where_faults_are_open() -> None:
     ledger = make()
 
-    assert ledger.begin_step(report(Row("a", judged=False)), everyone) == {}
+    assert ledger.begin_step(report(Row("a", judged=Judged.NO)), everyone) == {}
     assert ledger.begin_step(failed("a"), everyone) == {}
 
 
-@pytest.mark.parametrize("step", [report(Row("a", judged=False)), failed("a")])
+@pytest.mark.parametrize("step", [report(Row("a", judged=Judged.NO)), failed("a")])
 def test_an_unjudged_request_is_blocked_where_an_enforced_rule_is_closed(step: StepReport) -> None:
     ledger = make(closed())
 

@@ -1,0 +1,58 @@
+"""Two tensor-parallel ranks decide as one does, say so once, and notice when one of them could not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.integration.offline.engines import Engines
+from tests.integration.offline.policies import STOP_AT
+from tests.integration.offline.reading import Case, counter, decisions, flagged, rows, samples
+
+pytestmark = pytest.mark.vllm
+
+CASES = ("unmasked", "masked", "midway", "blocks")
+
+
+def facts(case: Case) -> list[list[Any]]:
+    """By request, in order: what was decided where, on what evidence and with what outcome."""
+    return [
+        [
+            (d["policy"], d["rule"], d["mode"], d["position"], d["evidence"], d["outcome"])
+            for d in case["decisions"]
+            if d["request_id"] == output["request_id"]
+        ]
+        for batch in case["batches"]
+        for output in batch
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_decide_what_one_does_and_report_it_once(engines: Engines, name: str) -> None:
+    alone, two = engines.case("eager-guarded", "main", name), engines.case("tp2", "main", name)
+    assert [s["tokens"] for s in samples(two)] == [s["tokens"] for s in samples(alone)]
+    assert facts(two) == facts(alone)
+    assert any(facts(two)), "nothing was decided"
+    assert two["counters"] == alone["counters"]
+
+
+def test_masked_rows_use_no_masked_expert_and_the_others_do(engines: Engines) -> None:
+    case = engines.case("tp2", "main", "masked")
+    for i, output in enumerate(case["batches"][0]):
+        assert (flagged(rows(case, output)) == 0) == bool(i % 2)
+
+
+def test_a_blocked_request_ends_on_both_ranks(engines: Engines) -> None:
+    case = engines.case("tp2", "main", "blocks")
+    assert {s["finish_reason"] for s in samples(case)} == {"content_filter"}
+    for [output] in case["batches"]:
+        for fired in decisions(case, output, "stop"):
+            assert fired["evidence"][0]["value"] >= STOP_AT
+
+
+def test_a_fault_on_the_rank_that_reports_nothing_is_noticed(engines: Engines) -> None:
+    case = engines.case("tp2", "faulty", "fault")
+    assert counter(case, "failures_total", stage="ranks") >= 1
+    assert counter(case, "requests_total", outcome="unjudged") == 1
+    assert counter(case, "requests_total") == 3
