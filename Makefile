@@ -20,8 +20,8 @@ demo: install ## Serve the demo model under the demo policies, show what fires
 serve: install ## Leave the demo model running under the demo policies
 	$(BIN)/moe-guard serve demo/model --policies demo/policies $(ARGS)
 
-test: install ## Run the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: install ## Run the whole test suite, in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 check: install ## Lint, format, types, direction of imports
 	$(BIN)/ruff check .
