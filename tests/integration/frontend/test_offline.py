@@ -28,7 +28,7 @@ def params(extra_args, **more):
     return SamplingParams(max_tokens=9, ignore_eos=True, extra_args=extra_args, **more)
 
 if __name__ == "__main__":
-    llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=512)
+    llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=512, dtype="float32")
     report = {
         "blocked": attempt(llm.generate, ["hi"], params({"test_block_after": 3})),
         "unknown policy": attempt(llm.generate, ["hi"], params({"moe_guard_enforce": ["tinny"]})),
