@@ -1,4 +1,7 @@
-"""The pytest plugin behind the fixture `support_record`: keeps facts, compares them with docs/."""
+"""The pytest plugin behind the fixture `support_record`: keeps facts, compares them with docs/.
+
+Facts ride on a test's report, so that they reach the process that started pytest-xdist's others.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ import pytest
 
 from tests.support.support_docs import DOCS, FACTS, differing
 from tests.support.support_facts import Fact, Method, Mode, Runner, as_json, facts_of, from_json
+
+_PROPERTY = "support"
+"""Of a test's report."""
 
 
 class SupportRecord(Protocol):
@@ -49,21 +55,36 @@ class SupportRecorder:
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
-        if report.when == "call":
-            said = self._said.pop(item.nodeid, [])
-            self._facts[item.nodeid] = [
+        if report.when == "call" and (said := self._said.pop(item.nodeid, [])):
+            test = _without_group(item)
+            facts = [
                 fact
                 for arguments, words in said
-                for fact in facts_of(item.nodeid, report.passed, *arguments, **words)
+                for fact in facts_of(test, report.passed, *arguments, **words)
             ]
+            report.user_properties.append((_PROPERTY, as_json(facts)))
         return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, stored in report.user_properties:
+            if name == _PROPERTY and report.when == "call":
+                for fact in from_json(stored):  # type: ignore[arg-type]
+                    self._facts.setdefault(fact.test, []).append(fact)
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         self._whole = self._whole and not items
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """One of pytest-xdist's processes ended."""
+        self._whole = self._whole and error is None and node.workeroutput[_PROPERTY]
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         config = session.config
+        if hasattr(config, "workeroutput"):  # one of several processes; the first one stores
+            config.workeroutput[_PROPERTY] = self._whole
+            return
         ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
         by_testpaths = config.args_source is pytest.Config.ArgsSource.TESTPATHS
         whole = self._whole and ended and by_testpaths and not session.shouldstop
@@ -97,3 +118,11 @@ class SupportRecorder:
             terminalreporter.line(
                 f"FAILED: {names} are not what these tests showed; run make support and commit that"
             )
+
+
+def _without_group(item: pytest.Item) -> str:
+    """pytest-xdist puts a test's group behind its name, where there are several processes."""
+    test = item.nodeid
+    for mark in item.iter_markers("xdist_group"):
+        test = test.removesuffix(f"@{mark.args[0]}")
+    return test

@@ -133,6 +133,23 @@ def test_a_partial_run_adds_its_facts_and_judges_no_docs(pytester: pytest.Pytest
     assert _facts(pytester) == (True, {"drop": False, "force": True})
 
 
+def test_facts_of_several_processes_come_together(pytester: pytest.Pytester) -> None:
+    _suite(pytester)
+    inner = pytester.path / "inner" / "test_cells.py"
+    grouped = '@pytest.mark.xdist_group("cells")\ndef test_cell'
+    inner.write_text(inner.read_text().replace("def test_cell", grouped))
+    result = pytester.runpytest_inprocess("-n", "2", "--dist", "loadgroup")
+    result.stdout.fnmatch_lines(["*docs/support.json and docs/support.md are not what*"])
+    assert _facts(pytester) == (True, {"drop": True, "force": True})
+    stored = json.loads((pytester.path / "facts" / "facts.json").read_text())
+    assert {fact["test"] for fact in stored["facts"]} == {
+        "inner/test_cells.py::test_cell[drop]",
+        "inner/test_cells.py::test_cell[force]",
+    }
+    assert pytester.runpytest_inprocess("-n", "2", "-k", "drop").ret == 0
+    assert _facts(pytester)[0], "a partial run leaves the whole one's facts"
+
+
 def test_a_word_that_the_table_does_not_know_fails_its_test(tmp_path: Path) -> None:
     record = SupportRecorder(tmp_path / "facts.json").record("a.py::t")
     with pytest.raises(ValueError, match="eager, compiled"):
