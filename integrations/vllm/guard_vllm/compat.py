@@ -1,18 +1,31 @@
-"""What this plugin knows of vLLM's private names. No other file looks one up by itself."""
+"""The one module that knows vLLM's versions: every private name that the plugin hooks or reads.
+
+`SEAMS` says of each name what is relied on; how to add one stands beside it, in `seams.py`. `seam`
+looks up declared names only, so a name that is not in the table cannot be hooked; a test reads the
+plugin's source for names that go round it; and `make seams` reads the published wheels of vLLM and
+says in which versions each one holds.
+"""
 
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any
 
 from guard.errors import UnsupportedHostError
+from guard_vllm.seams import SEAMS, Seam
+
+__all__ = ["SEAMS", "Seam", "declares", "seam"]
 
 
 def seam(owner: object, name: str) -> Any:
     """The attribute of vLLM that the plugin hooks; `owner` is an object, or a module's dotted name.
 
-    Raises UnsupportedHostError where this vLLM has no such module or attribute.
+    Raises UnsupportedHostError where this vLLM has no such module or attribute, LookupError where
+    `SEAMS` does not declare it, which is a mistake in the plugin.
     """
+    if not _is_declared(owner, name):
+        raise LookupError(f"{_holder(owner)}.{name} is not in SEAMS; declare there what is relied on")
     if isinstance(owner, str):
         try:
             owner = importlib.import_module(owner)
@@ -21,8 +34,36 @@ def seam(owner: object, name: str) -> Any:
     try:
         return getattr(owner, name)
     except AttributeError as error:
-        holder = getattr(owner, "__qualname__", getattr(owner, "__name__", repr(owner)))
-        raise _missing(f"'{holder}.{name}'") from error
+        raise _missing(f"'{_holder(owner)}.{name}'") from error
+
+
+def declares(module: str, name: str) -> bool:
+    """Whether the table has this name of this module: itself, or something below it."""
+    return any(
+        declared.module == module and f"{declared.name}.".startswith(f"{name}." if name else "")
+        for declared in SEAMS
+    )
+
+
+def _is_declared(owner: object, name: str) -> bool:
+    if isinstance(owner, str | ModuleType):
+        return declares(owner if isinstance(owner, str) else owner.__name__, name)
+    classes = (owner if isinstance(owner, type) else type(owner)).__mro__
+    of_vllm = [kind for kind in classes if kind.__module__.partition(".")[0] == "vllm"]
+    if not of_vllm:  # something that stands in for a class of vLLM
+        return any(name == declared.attribute or name in declared.has for declared in SEAMS)
+    paths = {(kind.__module__, kind.__qualname__) for kind in of_vllm}
+    return any(
+        ((declared.module, declared.name) in paths and name in declared.has)
+        or (declared.attribute == name and (declared.module, declared.name.rpartition(".")[0]) in paths)
+        for declared in SEAMS
+    )
+
+
+def _holder(owner: object) -> str:
+    if isinstance(owner, str):
+        return owner
+    return str(getattr(owner, "__qualname__", getattr(owner, "__name__", repr(owner))))
 
 
 def _missing(what: str) -> UnsupportedHostError:

@@ -20,7 +20,7 @@ def install_messages() -> None:
 
 
 def _admit_refusal(model: Any) -> None:
-    field = seam(model, "model_fields")["stop_reason"]
+    field = model.model_fields["stop_reason"]
     if _REFUSAL not in str(field.annotation):
         field.annotation = field.annotation | Literal["refusal"]
         model.model_rebuild(force=True)

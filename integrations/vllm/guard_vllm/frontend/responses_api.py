@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from openai.types.responses import ResponseIncompleteEvent
 from pydantic import create_model
 
 from guard_vllm.compat import seam
@@ -76,7 +77,7 @@ def _streamed(original: Function) -> Function:
     context = Argument(original, "context")
     incomplete = create_model(
         "ResponseIncompleteEvent",
-        __base__=seam("openai.types.responses", "ResponseIncompleteEvent"),
+        __base__=ResponseIncompleteEvent,
         response=(seam("vllm.entrypoints.openai.responses.protocol", "ResponsesResponse"), ...),
     )
 

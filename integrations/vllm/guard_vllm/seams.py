@@ -1,0 +1,494 @@
+"""What the plugin relies on in vLLM: the table of private names, which `compat` looks up for it.
+
+To use another name of vLLM, add one line to `SEAMS`:
+
+    Seam("vllm.v1.engine.core", "EngineCore.post_step", "sends events", leading=("model_executed",)),
+
+and, where it was not in every supported version or the plugin does without it, `since="0.28"` or
+`optional=True`. A class or module of which only attributes are read has them in `has=(...)`. Then
+`make seams` checks it in the published versions and rewrites docs/vllm-versions.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """A name of vLLM and what is relied on.
+
+    module, name: dotted module, and the qualified name in it ("" for the module itself)
+    why: what the plugin does there
+    leading: a function's first parameters in this order, without self: they come by position
+    takes: parameters that are passed or read by name, at whatever position
+    exact: all parameters, where the plugin puts a function of its own signature in its place
+    has: attributes of a class, its instances or a module: methods, fields, enum members
+    returns: how many values the returned tuple has
+    since: the first version that has it; the plugin does without in those before
+    optional: the plugin does without wherever it is absent, but what is there must be as said
+    """
+
+    module: str
+    name: str
+    why: str
+    leading: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    exact: tuple[str, ...] | None = None
+    has: tuple[str, ...] = ()
+    returns: int = 0
+    since: str = ""
+    optional: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}:{self.name}" if self.name else self.module
+
+    @property
+    def attribute(self) -> str:
+        """The last part of the name: what is looked up on its owner."""
+        return self.name.rpartition(".")[2]
+
+
+_V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
+_OPENAI = "vllm.entrypoints.openai"
+_MOE = "vllm.model_executor.layers.fused_moe"
+
+SEAMS: tuple[Seam, ...] = (
+    # What starts: config, engine, worker.
+    Seam("vllm.version", "__version__", "names the version in errors"),
+    Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", "checks policies and host"),
+    Seam("vllm.v1.worker.worker_base", "WorkerBase.__init__", "the guard hangs on it"),
+    Seam("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", "workers are up, no scheduler yet"),
+    Seam("vllm.v1.engine.llm_engine", "LLMEngine.__init__", "opens the bus", leading=("vllm_config",)),
+    Seam("vllm.v1.engine.async_llm", "AsyncLLM.__init__", "opens the bus", leading=("vllm_config",)),
+    Seam("vllm.v1.engine.async_llm", "AsyncLLM.get_supported_tasks", "asked before it serves"),
+    # Configuration.
+    Seam(
+        "vllm.config.vllm",
+        "VllmConfig",
+        "what the server is",
+        has=(
+            "additional_config",
+            "compilation_config",
+            "kv_transfer_config",
+            "lora_config",
+            "model_config",
+            "parallel_config",
+            "scheduler_config",
+            "speculative_config",
+        ),
+    ),
+    Seam("vllm.config.vllm", "VllmConfig.compute_hash", "compile key with additional_config"),
+    Seam(
+        "vllm.config.model",
+        "ModelConfig",
+        "which model, and what of it is refused",
+        has=(
+            "enable_prompt_embeds",
+            "enable_sleep_mode",
+            "hf_config",
+            "is_diffusion",
+            "is_encoder_decoder",
+            "runner_type",
+            "served_model_name",
+        ),
+    ),
+    Seam(
+        "vllm.config.parallel",
+        "ParallelConfig",
+        "layouts that are handled or refused",
+        has=(
+            "data_parallel_size",
+            "decode_context_parallel_size",
+            "enable_dbo",
+            "enable_eplb",
+            "enable_expert_parallel",
+            "pipeline_parallel_size",
+            "prefill_context_parallel_size",
+            "tensor_parallel_size",
+        ),
+    ),
+    Seam(
+        "vllm.config.scheduler",
+        "SchedulerConfig",
+        "sizes of the guard's buffers",
+        has=("max_num_batched_tokens", "max_num_seqs", "policy"),
+    ),
+    Seam(
+        "vllm.config.compilation",
+        "CompilationConfig",
+        "the largest captured graph",
+        has=("cudagraph_capture_sizes",),
+    ),
+    # The worker.
+    Seam(
+        "vllm.v1.worker.gpu_worker",
+        "Worker",
+        "the guard of a worker",
+        has=("device", "model_config", "model_runner", "use_v2_model_runner", "vllm_config"),
+    ),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.load_model", "attaches to the loaded model"),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", "proves and arms"),
+    Seam("vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", "proves and arms"),
+    # Model runners. V1:
+    Seam(
+        _V1_RUNNER,
+        "GPUModelRunner",
+        "rows of a step",
+        has=("input_batch", "positions", "query_start_loc"),
+    ),
+    Seam(_V1_RUNNER, "GPUModelRunner.get_model", "where the routers are"),
+    Seam(_V1_RUNNER, "GPUModelRunner.execute_model", "admits", leading=("scheduler_output",)),
+    Seam(_V1_RUNNER, "GPUModelRunner.sample_tokens", "the output that carries the report"),
+    Seam(
+        _V1_RUNNER,
+        "GPUModelRunner._dummy_run",
+        "probe rows; counts nothing",
+        leading=("num_tokens",),
+        takes=("uniform_decode",),
+    ),
+    Seam(_V1_RUNNER, "GPUModelRunner._prepare_inputs", "rows are known", leading=("scheduler_output",)),
+    Seam(_V1_RUNNER, "GPUModelRunner._sample", "end of a step"),
+    Seam(
+        _V1_RUNNER,
+        "GPUModelRunner._prepare_padding_mask",
+        "probe rows are no padding; before, V1 marked none",
+        optional=True,
+    ),
+    Seam("vllm.v1.worker.gpu_input_batch", "InputBatch", "rows of V1", has=("num_reqs", "req_ids")),
+    # V2:
+    Seam(_V2_RUNNER, "GPUModelRunner.get_model", "where the routers are"),
+    Seam(
+        _V2_RUNNER,
+        "GPUModelRunner.execute_model",
+        "admits",
+        leading=("scheduler_output",),
+        takes=("dummy_run",),
+    ),
+    Seam(_V2_RUNNER, "GPUModelRunner.sample_tokens", "the output that carries the report"),
+    Seam(
+        _V2_RUNNER,
+        "GPUModelRunner._dummy_run",
+        "probe rows; counts nothing",
+        leading=("num_tokens",),
+        takes=("uniform_decode",),
+    ),
+    Seam(_V2_RUNNER, "GPUModelRunner.prepare_inputs", "rows are known", leading=("scheduler_output",)),
+    Seam(_V2_RUNNER, "GPUModelRunner.sample", "end of a step", returns=3),
+    Seam(_V2_RUNNER, "InputBatch", "the class that makes dummy batches"),
+    Seam(
+        "vllm.v1.worker.gpu.input_batch",
+        "InputBatch",
+        "rows of V2",
+        has=("is_padding", "num_reqs", "num_tokens", "positions", "query_start_loc", "req_ids"),
+    ),
+    Seam("vllm.v1.worker.gpu.input_batch", "InputBatch.make_dummy", "probe rows are no padding"),
+    # What the scheduler sends, and what comes back.
+    Seam(
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        "who comes and goes",
+        has=(
+            "finished_req_ids",
+            "num_scheduled_tokens",
+            "scheduled_new_reqs",
+            "total_num_scheduled_tokens",
+        ),
+    ),
+    Seam(
+        "vllm.v1.core.sched.output",
+        "NewRequestData",
+        "a request's slot",
+        has=("prompt_token_ids", "req_id", "sampling_params"),
+    ),
+    Seam(
+        "vllm.sampling_params", "SamplingParams", "what a caller asks", has=("extra_args", "n", "stop")
+    ),
+    Seam("vllm.v1.outputs", "ModelRunnerOutput", "carries the report"),
+    Seam("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output", "carries the report"),
+    Seam("vllm.v1.outputs", "AsyncModelRunnerOutput", "an output on its way"),
+    # The engine core.
+    Seam(
+        "vllm.v1.engine.core",
+        "EngineCore",
+        "the ledger",
+        has=("model_executor", "scheduler", "vllm_config"),
+    ),
+    Seam("vllm.v1.engine.core", "EngineCore.add_request", "hooks the scheduler", leading=("request",)),
+    Seam("vllm.v1.engine.core", "EngineCore.post_step", "sends events"),
+    Seam(
+        "vllm.v1.engine.core",
+        "EngineCoreProc",
+        "the socket to the API servers",
+        has=("addresses", "engine_index", "output_queue"),
+    ),
+    Seam("vllm.v1.engine.utils", "EngineZmqAddresses", "which API servers", has=("outputs",)),
+    Seam("vllm.v1.executor.abstract", "Executor.collective_rpc", "asks workers", leading=("method",)),
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        "which requests are running",
+        has=("has_unfinished_requests", "requests"),
+    ),
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        "takes the report",
+        exact=("scheduler_output", "model_runner_output"),
+    ),
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._update_request_with_output",
+        "ends a blocked request",
+        leading=("request", "new_token_ids"),
+        returns=2,
+    ),
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._free_request",
+        "a request ends",
+        leading=("request",),
+    ),
+    Seam(
+        "vllm.v1.request",
+        "Request",
+        "blocked, isolated, judged",
+        has=(
+            "is_finished",
+            "num_prompt_tokens",
+            "request_id",
+            "resumable",
+            "sampling_params",
+            "skip_reading_prefix_cache",
+            "status",
+            "stop_reason",
+        ),
+    ),
+    Seam("vllm.v1.request", "RequestStatus", "a blocked request is stopped", has=("FINISHED_STOPPED",)),
+    Seam(
+        "vllm.v1.core.kv_cache_utils",
+        "generate_block_hash_extra_keys",
+        "KV of masked positions is kept apart",
+        exact=("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
+        returns=2,
+    ),
+    # Messages to the API servers.
+    Seam("vllm.v1.engine", "EngineCoreOutputs", "a message", has=("engine_index", "utility_output")),
+    Seam("vllm.v1.engine", "UtilityOutput", "a message", has=("call_id", "result")),
+    Seam("vllm.v1.serial_utils", "UtilityResult.__init__", "a message's body", exact=("r",)),
+    Seam("vllm.v1.serial_utils", "UtilityResult", "a message's body", has=("result",)),
+    Seam(
+        "vllm.v1.engine.core_client",
+        "_process_utility_output",
+        "receives messages",
+        exact=("output", "utility_results"),
+    ),
+    # Routers.
+    Seam(
+        f"{_MOE}.runner.moe_runner",
+        "MoERunner",
+        "finds the MoE layers",
+        has=("is_monolithic", "layer_id", "layer_name", "router"),
+    ),
+    Seam(
+        f"{_MOE}.router.base_router",
+        "BaseRouter",
+        "a layer's routing",
+        has=("global_num_experts", "top_k"),
+    ),
+    Seam(
+        f"{_MOE}.router.base_router",
+        "BaseRouter._compute_routing",
+        "tap and masks: logits in, logical ids out",
+        leading=("hidden_states", "router_logits", "indices_type"),
+        takes=("input_ids",),
+        returns=2,
+    ),
+    Seam(
+        f"{_MOE}.router.fused_topk_router",
+        "FusedTopKRouter",
+        "plain routing",
+        has=("renormalize", "scoring_func"),
+    ),
+    Seam(
+        f"{_MOE}.router.cpu_router",
+        "CPURouter",
+        "routing on a CPU",
+        has=(
+            "custom_routing_function",
+            "e_score_correction_bias",
+            "renormalize",
+            "scoring_func",
+            "use_grouped_topk",
+        ),
+    ),
+    # The front end.
+    Seam(
+        "vllm.v1.engine.output_processor",
+        "RequestState._new_completion_output",
+        "content_filter",
+    ),
+    Seam(
+        "vllm.v1.engine.output_processor",
+        "RequestState.make_request_output",
+        "keeps the last text",
+        takes=("new_token_ids", "stop_reason"),
+    ),
+    Seam(
+        "vllm.v1.engine.output_processor", "RequestState", "keeps the last text", has=("detokenizer",)
+    ),
+    Seam(
+        "vllm.v1.engine.detokenizer",
+        "BaseIncrementalDetokenizer",
+        "keeps the last text",
+        has=("decode_next", "include_stop_str_in_output", "output_text"),
+    ),
+    Seam(
+        "vllm.outputs",
+        "CompletionOutput",
+        "how a choice ended",
+        has=("finish_reason", "index", "stop_reason"),
+    ),
+    Seam("vllm.outputs", "RequestOutput", "how a request ended", has=("outputs",)),
+    Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM.generate",
+        "checks what a caller asks",
+        takes=("sampling_params",),
+    ),
+    Seam(
+        "vllm.v1.engine.input_processor",
+        "InputProcessor.process_inputs",
+        "checks what a caller asks",
+        takes=("params",),
+    ),
+    Seam(
+        "vllm.entrypoints.generate.beam_search.online",
+        "BeamSearchOnlineMixin.beam_search",
+        "refuses beam search",
+    ),
+    Seam(
+        "vllm.entrypoints.generate.beam_search.offline",
+        "BeamSearchOfflineMixin.beam_search",
+        "refuses beam search",
+    ),
+    Seam(
+        "vllm.entrypoints.launchers.grpc_server",
+        "",
+        "tells that gRPC was asked for, by being imported",
+        optional=True,
+    ),
+    Seam(
+        "vllm.entrypoints.grpc_server",
+        "",
+        "tells that gRPC was asked for, by being imported",
+        optional=True,
+    ),
+    Seam(
+        f"{_OPENAI}.completion.serving",
+        "OpenAIServingCompletion.completion_stream_generator",
+        "ends a blocked stream",
+        takes=("request", "result_generator", "request_id", "created_time", "model_name"),
+    ),
+    Seam(
+        f"{_OPENAI}.chat_completion.serving",
+        "OpenAIServingChat.chat_completion_full_generator",
+        "refusal",
+    ),
+    Seam(
+        f"{_OPENAI}.chat_completion.serving",
+        "OpenAIServingChat.chat_completion_stream_generator",
+        "refusal, streamed",
+        takes=("result_generator",),
+    ),
+    Seam(
+        f"{_OPENAI}.chat_completion.batch_serving",
+        "OpenAIServingChatBatch.chat_completion_full_generator_batch",
+        "refusal",
+    ),
+    Seam(
+        f"{_OPENAI}.chat_completion.protocol",
+        "ChatCompletionResponse",
+        "refusal",
+        has=("choices",),
+    ),
+    Seam(
+        f"{_OPENAI}.chat_completion.protocol",
+        "ChatCompletionResponseChoice",
+        "refusal",
+        has=("finish_reason", "message", "stop_reason"),
+    ),
+    Seam(
+        f"{_OPENAI}.chat_completion.protocol", "ChatMessage", "refusal", has=("refusal", "tool_calls")
+    ),
+    Seam(
+        f"{_OPENAI}.responses.serving",
+        "OpenAIServingResponses._generate_with_builtin_tools",
+        "checks what a caller asks",
+        takes=("sampling_params",),
+    ),
+    Seam(
+        f"{_OPENAI}.responses.serving",
+        "OpenAIServingResponses.responses_full_generator",
+        "incomplete",
+        takes=("context",),
+    ),
+    Seam(
+        f"{_OPENAI}.responses.serving",
+        "OpenAIServingResponses.responses_stream_generator",
+        "incomplete, streamed",
+        takes=("context",),
+    ),
+    Seam(
+        f"{_OPENAI}.responses.serving",
+        "OpenAIServingResponses.responses_background_stream_generator",
+        "incomplete, in the background",
+    ),
+    Seam(
+        f"{_OPENAI}.responses.context",
+        "ParsableContext.need_builtin_tool_call",
+        "no tool after a block",
+        exact=(),
+    ),
+    Seam(
+        f"{_OPENAI}.responses.context",
+        "HarmonyContext.need_builtin_tool_call",
+        "no tool after a block",
+        exact=(),
+    ),
+    Seam(f"{_OPENAI}.responses.context", "ParsableContext", "how it ended", has=("finish_reason",)),
+    Seam(f"{_OPENAI}.responses.context", "HarmonyContext", "how it ended", has=("finish_reason",)),
+    Seam(f"{_OPENAI}.responses.context", "SimpleContext", "how it ended", has=("last_output",)),
+    Seam(f"{_OPENAI}.responses.protocol", "IncompleteDetails", "incomplete"),
+    Seam(
+        f"{_OPENAI}.responses.protocol",
+        "ResponsesResponse",
+        "incomplete",
+        has=("incomplete_details", "output", "status"),
+    ),
+    Seam("vllm.entrypoints.anthropic.protocol", "AnthropicDelta", "refusal", has=("stop_reason",)),
+    Seam(
+        "vllm.entrypoints.anthropic.protocol",
+        "AnthropicMessagesResponse",
+        "refusal",
+        has=("stop_reason",),
+    ),
+    Seam("vllm.entrypoints.anthropic.protocol", "AnthropicStreamEvent", "refusal"),
+    Seam(
+        "vllm.entrypoints.anthropic.serving",
+        "_to_anthropic_stop_reason",
+        "refusal",
+        takes=("finish_reason",),
+        returns=2,
+    ),
+    Seam("vllm.entrypoints.cohere.serving", "_FINISH_REASON_MAP", "ERROR, for want of a word"),
+    Seam("vllm.renderers.online_derenderer", "OnlineDerenderer.derender_chat", "refusal, from tokens"),
+    Seam(
+        "vllm.renderers.online_derenderer",
+        "OnlineDerenderer.derender_chat_stream",
+        "refusal, from tokens",
+        returns=2,
+    ),
+)
