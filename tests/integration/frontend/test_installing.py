@@ -38,12 +38,18 @@ def test_a_block_is_told_by_its_stop_reason(stop_reason: object, expected: bool)
     assert is_blocked(stop_reason) is expected
 
 
-@pytest.mark.parametrize("owner", [Host, "vllm.sampling_params", "vllm.no_such_module"])
-def test_a_missing_seam_names_the_version_and_the_attribute(owner: object) -> None:
+@pytest.mark.parametrize("owner", [Host, "vllm.v1.request", "vllm.v1.engine.detokenizer"])
+def test_a_missing_seam_names_the_version_and_the_attribute(
+    owner: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a version of vLLM without the class, or without the whole module."""
+    monkeypatch.delattr("vllm.v1.request.RequestStatus")
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.detokenizer", None)
+    name = "BaseIncrementalDetokenizer" if "detokenizer" in str(owner) else "RequestStatus"
     with pytest.raises(UnsupportedHostError) as raised:
-        seam(owner, "no_such_name")
+        seam(owner, name)
     assert "vLLM 0." in str(raised.value)
-    assert "no_such" in str(raised.value)
+    assert ("detokenizer" if "detokenizer" in str(owner) else name) in str(raised.value)
 
 
 def test_a_function_is_wrapped_once() -> None:

@@ -61,9 +61,8 @@ def _used(tree: ast.Module, own: frozenset[str] | set[str]) -> Iterator[tuple[in
                 yield node.lineno, _text(node)
         elif isinstance(node, ast.Call):
             yield from _looked_up(node, own)
-        elif isinstance(node, ast.Attribute) and not _is_own(node):
-            if PRIVATE.match(node.attr) and node.attr not in DECLARED | own:
-                yield node.lineno, node.attr
+        elif isinstance(node, ast.Attribute) and _is_foreign(node, own):
+            yield node.lineno, node.attr
 
 
 def _looked_up(node: ast.Call, own: frozenset[str] | set[str]) -> Iterator[tuple[int, str]]:
@@ -84,6 +83,10 @@ def _text(node: ast.expr) -> str:
 
 def _is_of_vllm(module: object) -> bool:
     return isinstance(module, str) and module.partition(".")[0] == "vllm"
+
+
+def _is_foreign(node: ast.Attribute, own: frozenset[str] | set[str]) -> bool:
+    return not _is_own(node) and bool(PRIVATE.match(node.attr)) and node.attr not in DECLARED | own
 
 
 def _is_own(node: ast.Attribute) -> bool:

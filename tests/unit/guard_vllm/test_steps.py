@@ -165,5 +165,5 @@ def test_a_wrapped_method_is_the_instances_alone() -> None:
     wrap(first, "_dummy_run", lambda stock, rows: stock(rows) + 1)
 
     assert (first._dummy_run(1), second._dummy_run(1)) == (2, 1)
-    with pytest.raises(UnsupportedHostError, match="_prepare_inputs"):
-        wrap(first, "_prepare_inputs", lambda stock: None)
+    with pytest.raises(UnsupportedHostError, match="no_such_method"):
+        wrap(first, "no_such_method", lambda stock: None)
