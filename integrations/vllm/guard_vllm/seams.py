@@ -53,6 +53,7 @@ class Seam:
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
 _V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 _OPENAI = "vllm.entrypoints.openai"
+_MODELS = "vllm.model_executor.models"
 _MOE = "vllm.model_executor.layers.fused_moe"
 
 SEAMS: tuple[Seam, ...] = (
@@ -317,12 +318,106 @@ SEAMS: tuple[Seam, ...] = (
         "CPURouter",
         "routing on a CPU",
         has=(
+            "_hash_indices_table",
             "custom_routing_function",
             "e_score_correction_bias",
+            "num_expert_group",
             "renormalize",
+            "routed_scaling_factor",
             "scoring_func",
+            "topk_group",
             "use_grouped_topk",
         ),
+    ),
+    Seam(
+        f"{_MOE}.router.fused_topk_bias_router",
+        "FusedTopKBiasRouter",
+        "routing with a bias",
+        has=(
+            "_hash_indices_table",
+            "e_score_correction_bias",
+            "renormalize",
+            "routed_scaling_factor",
+            "scoring_func",
+        ),
+    ),
+    Seam(
+        f"{_MOE}.router.fused_topk_bias_router",
+        "FusedTopKBiasRouter.bias_vl",
+        "a bias of its own for image tokens",
+        optional=True,
+    ),
+    Seam(
+        f"{_MOE}.router.fused_topk_bias_router",
+        "FusedTopKBiasRouter.image_sentinel_lo",
+        "a bias of its own for image tokens",
+        optional=True,
+    ),
+    Seam(
+        f"{_MOE}.router.grouped_topk_router",
+        "GroupedTopKRouter",
+        "routing by groups",
+        has=(
+            "e_score_correction_bias",
+            "num_expert_group",
+            "renormalize",
+            "routed_scaling_factor",
+            "scoring_func",
+            "topk_group",
+        ),
+    ),
+    Seam(
+        f"{_MOE}.router.zero_expert_router",
+        "ZeroExpertRouter",
+        "routing with zero experts",
+        has=(
+            "_zero_expert_output",
+            "e_score_correction_bias",
+            "renormalize",
+            "routed_scaling_factor",
+            "scoring_func",
+            "zero_expert_type",
+        ),
+    ),
+    Seam(
+        f"{_MOE}.router.custom_routing_router",
+        "CustomRoutingRouter",
+        "routing by a model's own function",
+        has=("custom_routing_function", "renormalize"),
+    ),
+    Seam(
+        f"{_MOE}.router.aiter_shared_routed_fused_moe_router",
+        "AiterSharedRoutedFusedMoERouter",
+        "plain routing, on AMD",
+        has=("renormalize", "scoring_func"),
+    ),
+    Seam(f"{_MOE}.router.routing_simulator_router", "RoutingSimulatorRouter", "refused"),
+    Seam(f"{_MOE}.config", "FusedMoEConfig", "experts without copies", has=("num_logical_experts",)),
+    Seam(f"{_MODELS}.cohere2_moe", "token_choice_with_bias", "a known routing", optional=True),
+    Seam(f"{_MODELS}.gemma4", "Gemma4Router.routing_function", "a known routing", optional=True),
+    Seam(f"{_MODELS}.gemma4", "Gemma4Router.per_expert_scale", "of that routing", optional=True),
+    Seam(
+        f"{_MODELS}.interns1_pro",
+        "InternS1ProMoeSparseMoeBlock._custom_routing_function",
+        "a known routing",
+        optional=True,
+    ),
+    Seam(
+        f"{_MODELS}.interns1_pro",
+        "InternS1ProMoeSparseMoeBlock",
+        "of that routing",
+        has=("n_groups",),
+        optional=True,
+    ),
+    Seam(f"{_MODELS}.llama4", "Llama4MoE.custom_routing_function", "a known routing"),
+    Seam(f"{_MODELS}.phimoe", "phimoe_routing_function", "a known routing", optional=True),
+    # Ranks.
+    Seam("vllm.distributed.parallel_state", "get_tp_group", "ranks agree on a verdict"),
+    Seam(
+        "vllm.distributed.parallel_state",
+        "GroupCoordinator",
+        "ranks agree on a verdict",
+        has=("device_group", "world_size"),
     ),
     # The front end.
     Seam(

@@ -57,7 +57,7 @@ def _used(tree: ast.Module, own: frozenset[str] | set[str]) -> Iterator[tuple[in
                 if not is_module and not declares(node.module, alias.name):
                     yield node.lineno, f"{node.module}.{alias.name}"
         elif isinstance(node, ast.Constant):
-            if MODULE.fullmatch(_text(node)) and not declares(_text(node), ""):
+            if MODULE.fullmatch(_text(node)) and not _holds_declared(_text(node)):
                 yield node.lineno, _text(node)
         elif isinstance(node, ast.Call):
             yield from _looked_up(node, own)
@@ -75,6 +75,10 @@ def _looked_up(node: ast.Call, own: frozenset[str] | set[str]) -> Iterator[tuple
     is_known = declares(owner, looked_up) if owner else looked_up in DECLARED | OF_OPENAI | own
     if not is_known:
         yield node.lineno, looked_up
+
+
+def _holds_declared(package: str) -> bool:
+    return any(f"{declared.module}.".startswith(f"{package}.") for declared in SEAMS)
 
 
 def _text(node: ast.expr) -> str:
