@@ -30,6 +30,7 @@ from guard.policy.model import (
     ExpertSet,
     Expression,
     Mask,
+    MaskMethod,
     MaskUntil,
     Mode,
     NamedWindow,
@@ -162,11 +163,16 @@ def _expert_set(draw: st.DrawFn, topology: Topology, name: str) -> ExpertSet:
     return ExpertSet(name, tuple(entries), LOCATION)
 
 
-def _maskable_set(draw: st.DrawFn, topology: Topology, name: str) -> ExpertSet:
-    """Any number of such sets together, masked, leave every layer its top_k live experts."""
+def _mask_set(draw: st.DrawFn, topology: Topology, name: str, method: MaskMethod) -> ExpertSet:
+    """Any number of such sets together can be honoured: rerouted ones leave every layer its top_k
+    live experts, forced ones are at most top_k, and any expert may be dropped."""
     entries = []
     for layer in _subset(draw, topology.layers):
-        ids = _subset(draw, range(layer.top_k, layer.num_experts))
+        maskable = {
+            MaskMethod.REROUTE: range(layer.top_k, layer.num_experts),
+            MaskMethod.FORCE: range(layer.top_k),
+        }
+        ids = _subset(draw, maskable.get(method, range(layer.num_experts)))
         entries.append(ExpertEntry((layer.number,), dict.fromkeys(ids, 1.0), LOCATION))
     return ExpertSet(name, tuple(entries), LOCATION)
 
@@ -246,19 +252,21 @@ def _labelled(node: Expression, seen: Counter[str]) -> Expression:
             return Not(_labelled(child, seen))
 
 
-def _action(draw: st.DrawFn, mask_sets: Sequence[ExpertSet]) -> Action:
+_MaskSets = Sequence[tuple[MaskMethod, ExpertSet]]
+
+
+def _action(draw: st.DrawFn, mask_sets: _MaskSets) -> Action:
     # Blocks are rare: each hides what the other rules would have done behind it.
     name = _pick(draw, ["mask", "mask", "mask", "mask", "observe", "block"])
     if name == "observe":
         return Observe()
     if name == "block":
         return Block("Stopped.")
-    return Mask(_pick(draw, mask_sets), LOCATION, until=_pick(draw, MASK_UNTILS))
+    method, experts = _pick(draw, mask_sets)
+    return Mask(experts, LOCATION, method=method, until=_pick(draw, MASK_UNTILS))
 
 
-def _rule(
-    draw: st.DrawFn, name: str, experts: Sequence[ExpertSet], mask_sets: Sequence[ExpertSet]
-) -> Rule:
+def _rule(draw: st.DrawFn, name: str, experts: Sequence[ExpertSet], mask_sets: _MaskSets) -> Rule:
     of = draw(st.integers(1, 8)) if _pick(draw, ONE_IN_FOUR) else 1
     return Rule(
         name=name,
@@ -276,14 +284,20 @@ def policy_sets(draw: st.DrawFn, topology: Topology) -> PolicySet:
     policies = []
     for number in range(draw(st.integers(1, 4))):
         experts = [_expert_set(draw, topology, f"read-{n}") for n in range(draw(st.integers(1, 3)))]
-        mask_sets = [_maskable_set(draw, topology, f"masked-{n}") for n in range(2)]
+        methods = [_pick(draw, MaskMethod) for _ in range(2)]
+        mask_sets = [
+            (method, _mask_set(draw, topology, f"masked-{n}", method))
+            for n, method in enumerate(methods)
+        ]
         policies.append(
             Policy(
                 name=f"policy-{number}",
                 location=LOCATION,
                 mode=_pick(draw, [Mode.ENFORCE, Mode.ENFORCE, Mode.AUDIT, Mode.OFF]),
                 severity=_pick(draw, Severity),
-                experts={expert_set.name: expert_set for expert_set in [*experts, *mask_sets]},
+                experts={
+                    expert_set.name: expert_set for expert_set in [*experts, *(s for _, s in mask_sets)]
+                },
                 rules=tuple(
                     _rule(draw, f"rule-{n}", experts, mask_sets) for n in range(draw(st.integers(1, 3)))
                 ),
