@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from guard.errors import GuardError
+from guard.program.router_facts import router_of
 from guard.program.topology import MoELayer, Topology
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -22,12 +23,24 @@ EXACT_ARCHITECTURES = frozenset(
     {
         "DeepseekV2ForCausalLM",
         "DeepseekV3ForCausalLM",
+        "Ernie4_5_MoeForCausalLM",
+        "Gemma4ForCausalLM",
+        "Glm4MoeForCausalLM",
         "GptOssForCausalLM",
         "GraniteMoeForCausalLM",
+        "GraniteMoeHybridForCausalLM",
+        "GraniteMoeSharedForCausalLM",
+        "JambaForCausalLM",
+        "Lfm2MoeForCausalLM",
+        "Llama4ForCausalLM",
+        "MiniMaxM2ForCausalLM",
         "MixtralForCausalLM",
+        "NemotronHForCausalLM",
         "OlmoeForCausalLM",
+        "PhiMoEForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen3MoeForCausalLM",
+        "Qwen3NextForCausalLM",
     }
 )
 """Families whose configurations are read exactly: for others only the loaded model is believed."""
@@ -59,7 +72,7 @@ def topology_from_config(config: Mapping[str, Any]) -> Topology:
     text = config.get("text_config") or config
     num_experts = _first(text, _NUM_EXPERTS)
     top_k = _first(text, _TOP_K)
-    num_layers = text.get("num_hidden_layers")
+    num_layers = _num_layers(architectures[0], text)
     if not num_experts or not top_k or not num_layers:
         raise TopologyError(
             f"{architectures[0]} has no routed experts in its configuration, so it is not a "
@@ -67,7 +80,12 @@ def topology_from_config(config: Mapping[str, Any]) -> Topology:
             "policies"
         )
     layers = tuple(
-        MoELayer(number, _of_layer(num_experts, number), _of_layer(top_k, number))
+        MoELayer(
+            number,
+            _of_layer(num_experts, number),
+            _of_layer(top_k, number),
+            router_of(architectures[0], text, number),
+        )
         for number in range(int(num_layers))
         if _is_moe(text, number)
     )
@@ -87,8 +105,28 @@ def _of_layer(value: Any, number: int) -> int:
     return int(value[number] if isinstance(value, list) else value)
 
 
+def _num_layers(architecture: str, config: Mapping[str, Any]) -> int:
+    """Layers as the model numbers them: a hybrid stack counts its mixers, and LongCat's layer has two
+    attentions, which `num_hidden_layers` counts."""
+    if kinds := _hybrid_kinds(config):
+        return len(kinds)
+    if architecture.startswith("LongcatFlash"):
+        return int(config.get("num_layers") or 0)
+    return int(config.get("num_hidden_layers") or 0)
+
+
+def _hybrid_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What each layer of a Nemotron-H stack is; "E" or "moe" has the experts."""
+    return tuple(config.get("hybrid_override_pattern") or config.get("layers_block_type") or ())
+
+
 def _is_moe(config: Mapping[str, Any], number: int) -> bool:
     """The keys by which families say which of their layers are dense."""
+    kinds = _hybrid_kinds(config)
+    if "E" in kinds or "moe" in kinds:
+        return kinds[number] in ("E", "moe")
+    if number < len(kinds := config.get("mlp_layer_types") or ()) and kinds[number] == "dense":
+        return False
     if number in (config.get("mlp_only_layers") or ()):
         return False
     if number < max(config.get(key) or 0 for key in _NUM_DENSE):
@@ -108,5 +146,5 @@ def _is_moe(config: Mapping[str, Any], number: int) -> bool:
     moe_layers = config.get("moe_layers")
     if isinstance(moe_layers, list):
         return number in moe_layers
-    every = config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step") or 1
-    return (number + 1) % int(every) == 0
+    every = config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step", 1)
+    return every > 0 and (number + 1) % int(every) == 0

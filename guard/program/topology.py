@@ -14,8 +14,8 @@ class Router:
     kind: what sort of choice it is
         "topk": the k experts of the highest score
         "sparsemixer": two passes, each a masked softmax over what is close to the best (Phi-3.5-MoE)
-        "llama4": the best expert, its weight the sigmoid of its logit (Llama 4)
         "hash": a table from token id to experts; no choice is made, so none can be masked
+        "unknown": one that can be watched, but not masked
     scoring: what the logits become: "softmax", "sigmoid", "sqrtsoftplus"
     renormalize: the weights of the k chosen are divided by their sum
     num_groups, topk_groups: experts lie in equal groups in order of id, of which the best are kept
