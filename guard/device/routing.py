@@ -155,9 +155,9 @@ def _sparsemixer(
     Each is weighed by a softmax over the live experts near to it, the second one without the first.
     Nearness is measured in the logits' own precision, as the model's code does.
     """
-    pair_T2, order_T2 = logits_TE.gather(1, topk_ids).sort(dim=-1, descending=True)
-    topk_ids = topk_ids.gather(1, order_T2)
     pool_TE = logits_TE.masked_fill(masked.rerouted_TE, _NEVER)
+    pair_T2, order_T2 = pool_TE.gather(1, topk_ids).sort(dim=-1, descending=True)
+    topk_ids = topk_ids.gather(1, order_T2)
     log_weights = []
     for nth in range(2):
         pivot_T1 = own_logits.gather(1, topk_ids[:, nth : nth + 1])
