@@ -15,7 +15,14 @@ from guard.program.router_facts import router_of
 from guard.program.topology import MoELayer, Topology
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+)
 _NUM_DENSE = ("first_k_dense_replace", "num_dense_layers")
 
 
@@ -70,6 +77,7 @@ def topology_from_config(config: Mapping[str, Any]) -> Topology:
     """From a Hugging Face configuration. Raises TopologyError for a model without routed experts."""
     architectures = config.get("architectures") or ["unknown"]
     text = config.get("text_config") or config
+    text = {**text, **(text.get("ffn_config") or {})}  # DBRX keeps its experts apart
     num_experts = _first(text, _NUM_EXPERTS)
     top_k = _first(text, _TOP_K)
     num_layers = _num_layers(architectures[0], text)
@@ -112,7 +120,7 @@ def _num_layers(architecture: str, config: Mapping[str, Any]) -> int:
         return len(kinds)
     if architecture.startswith("LongcatFlash"):
         return int(config.get("num_layers") or 0)
-    return int(config.get("num_hidden_layers") or 0)
+    return int(config.get("num_hidden_layers") or config.get("n_layers") or 0)
 
 
 def _hybrid_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -146,5 +154,7 @@ def _is_moe(config: Mapping[str, Any], number: int) -> bool:
     moe_layers = config.get("moe_layers")
     if isinstance(moe_layers, list):
         return number in moe_layers
+    if isinstance(enumerated := config.get("moe_layers_enum"), str):
+        return number in map(int, enumerated.split(","))
     every = config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step", 1)
     return every > 0 and (number + 1) % int(every) == 0

@@ -47,8 +47,11 @@ def _sigmoid_grouped(config: Config, _: int) -> Router:
 
 
 def _grouped(config: Config, *, scoring: str, has_bias: bool, renormalize: bool) -> Router:
-    """renormalize: where the configuration leaves it out"""
-    num_groups = int(config.get("n_group") or 1)
+    """renormalize: where the configuration leaves it out. Groups that do not divide the experts, or
+    hold one each, are no groups to vLLM."""
+    num_groups, num_experts = int(config.get("n_group") or 1), int(config.get("n_routed_experts") or 0)
+    if num_experts % num_groups or num_experts <= num_groups:
+        num_groups = 1
     return Router(
         scoring,
         renormalize=bool(config.get("norm_topk_prob", renormalize)),
@@ -104,11 +107,17 @@ def _minimax_m2(config: Config, _: int) -> Router:
     )
 
 
+def _step3p5(config: Config, _: int) -> Router:
+    scoring = config.get("moe_router_activation") or "sigmoid"
+    return Router(scoring, bool(config.get("norm_expert_weight", True)), has_bias=True)
+
+
 def _phi(_: Config, __: int) -> Router:
     return Router("softmax", renormalize=False, kind="sparsemixer")
 
 
 _FAMILIES: Final[Mapping[str, Callable[[Config, int], Router]]] = {
+    "DbrxForCausalLM": _softmax(renormalize=True),
     "DeepseekV2ForCausalLM": _deepseek,
     "DeepseekV3ForCausalLM": _deepseek,
     "DeepseekV32ForCausalLM": _deepseek,
@@ -136,4 +145,5 @@ _FAMILIES: Final[Mapping[str, Callable[[Config, int], Router]]] = {
     "Qwen3MoeForCausalLM": _softmax_as_said(default=False),
     "Qwen3NextForCausalLM": _softmax_as_said(default=True),
     "Qwen3VLMoeForConditionalGeneration": _softmax_as_said(default=False),
+    "Step3p5ForCausalLM": _step3p5,
 }
