@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +61,7 @@ class _Document(NamedTuple):
 
 def _load(texts: list[_Text], faults: list[Fault]) -> PolicySet:
     documents: list[_Document] = []
+    profiles: _Profiles = {}
     for file, text in texts:
         roots, yaml_faults = read_documents(text, file)
         faults += yaml_faults
@@ -68,7 +70,7 @@ def _load(texts: list[_Text], faults: list[Fault]) -> PolicySet:
                 Fault(Location(file, 1, 1), "the file holds no policy; write one or remove it")
             )
         for root in roots:
-            document, document_faults = _check(root)
+            document, document_faults = _check(root, profiles)
             documents.append(document)
             faults += document_faults
     faults += duplicate_policy_faults(document.root for document in documents)
@@ -86,25 +88,32 @@ def _load(texts: list[_Text], faults: list[Fault]) -> PolicySet:
     return loaded
 
 
-def _check(root: Node) -> tuple[_Document, list[Fault]]:
+_Profiles = dict[Path, Profile]
+"""Those that were read already: policies of one set usually share their model's."""
+
+
+def _check(root: Node, profiles: _Profiles) -> tuple[_Document, list[Fault]]:
     try:
         schema = PolicyDocument.model_validate(plain(root))
     except ValidationError as error:
         faults = explain(error, root)
         if not is_other_kind(error):
-            faults += reference_faults(root) + _profile(root)[1]
+            faults += reference_faults(root) + _profile(root, profiles)[1]
         return _Document(root, None, None), faults
-    profile, faults = _profile(root)
+    profile, faults = _profile(root, profiles)
     return _Document(root, schema, profile), reference_faults(root) + faults
 
 
-def _profile(root: Node) -> tuple[Profile | None, list[Fault]]:
+def _profile(root: Node, profiles: _Profiles) -> tuple[Profile | None, list[Fault]]:
     match find(root, ("spec", "profile")):
         case ScalarNode(str(named), location) if named:
+            path = profile_path(named, location)
             try:
-                return load_profile(profile_path(named, location), location), []
+                profile = profiles.get(path) or load_profile(path, location)
             except PolicyError as error:
                 return None, list(error.faults)
+            profiles[path] = profile
+            return replace(profile, named_at=location), []
         case _:
             return None, []
 
