@@ -46,7 +46,9 @@ class Guard:
         self.tap = RoutingTap(program.topology, capacity, device)
         self.mask = ExpertMask(program.topology, capacity, device) if masking else None
         self._state = SlotState(program, capacity, device)
-        self._evaluator = StepEvaluator(program, device) if program.rules else None
+        self._evaluator = (
+            StepEvaluator(program, device, capacity.max_draft_tokens) if program.rules else None
+        )
         self._slot_of: dict[str, int] = {}
         self._free_slots = list(range(capacity.max_slots, NULL_SLOT, -1))
         self._missed: set[str] = set()  # requests of failed steps, until their next good one

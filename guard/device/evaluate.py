@@ -6,6 +6,7 @@ import torch
 
 from guard.device.actions import StepActions
 from guard.device.conditions import ConditionEvaluator, ConditionValues, ExpressionEvaluator
+from guard.device.drafts import DraftDecisions, split_drafts
 from guard.device.evidence import SignalReducer
 from guard.device.readback import StepDecisions
 from guard.device.rows import FreshRows, StepBatch
@@ -24,7 +25,8 @@ class StepEvaluator:
     row's signals come from: this step's tap, or what was kept of a token whose KV came from a cache.
     """
 
-    def __init__(self, program: Program, device: torch.device) -> None:
+    def __init__(self, program: Program, device: torch.device, max_draft_tokens: int = 0) -> None:
+        """max_draft_tokens: that a request can have in a step; 0 where nothing is speculated."""
         readings = program.readings
         self._signals = SignalReducer(program.signals, program.topology, device)
         self._windows = WindowReader(readings, device)
@@ -36,6 +38,10 @@ class StepEvaluator:
         self._actions = StepActions(program, device)
         self._sign_C = torch.from_numpy(program.conditions.sign).to(device)
         self._rule_of_condition_C = _rule_of_condition(program).to(device)
+        self._max_draft_tokens = max_draft_tokens
+        self._set_signal_N = torch.tensor(
+            [named.signal for named in program.sets], dtype=torch.int64, device=device
+        )
 
     def signals(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
         """int64 [T, X]: the signals of the tap's first `num_rows` rows."""
@@ -64,18 +70,41 @@ class StepEvaluator:
         values = self._conditions.evaluate(self._windows.read(sums, batch, fresh, state))
         holds_TR = self._expressions.holds(values.truth_TC)
         results = self._rules.evaluate(holds_TR, batch, fresh, state)
-        self._keep_extremes(values, results, fresh, state)
+        signed_TC = self._signed(values, results)
+        drafts = None
+        if self._max_draft_tokens:
+            drafts = self._split_drafts(signal_TX, signed_TC, batch, fresh, state)
+        self._keep_extremes(signed_TC, fresh, state)
         before_BX = state.sum_SX[batch.slots_B]
         sums.keep()
         seen_BX = state.sum_SX[batch.slots_B] - before_BX
-        return self._actions.apply(results, values.value_TC, seen_BX, batch, fresh, state, computed_B)
+        decisions = self._actions.apply(
+            results, values.value_TC, seen_BX, batch, fresh, state, computed_B
+        )
+        return decisions._replace(drafts=drafts)
 
-    def _keep_extremes(
-        self, values: ConditionValues, results: RuleResults, fresh: FreshRows, state: SlotState
-    ) -> None:
+    def _signed(self, values: ConditionValues, results: RuleResults) -> torch.Tensor:
+        """float64 [T, C]: turned so that the largest is furthest beyond; -inf where not known."""
         evaluated_TC = results.evaluated_TR[:, self._rule_of_condition_C]
         known_TC = evaluated_TC & ~values.value_TC.isnan()
-        signed_TC = (values.value_TC * self._sign_C).where(known_TC, float("-inf"))
+        return (values.value_TC * self._sign_C).where(known_TC, float("-inf"))
+
+    def _split_drafts(
+        self,
+        signal_TX: torch.Tensor,
+        signed_TC: torch.Tensor,
+        batch: StepBatch,
+        fresh: FreshRows,
+        state: SlotState,
+    ) -> DraftDecisions:
+        before_BC = (state.extreme_SC[batch.slots_B] * self._sign_C).nan_to_num_(nan=float("-inf"))
+        sets_TN = signal_TX[:, self._set_signal_N]
+        drafts = split_drafts(self._max_draft_tokens, sets_TN, signed_TC, before_BC, batch, fresh)
+        signed_BKC = drafts.extremes_BKC
+        extremes_BKC = (signed_BKC * self._sign_C).where(signed_BKC != float("-inf"), float("nan"))
+        return drafts._replace(extremes_BKC=extremes_BKC.to(torch.float32))
+
+    def _keep_extremes(self, signed_TC: torch.Tensor, fresh: FreshRows, state: SlotState) -> None:
         signed_SC = (state.extreme_SC * self._sign_C).nan_to_num_(nan=float("-inf"))
         signed_SC.scatter_reduce_(0, fresh.slot_T[:, None].expand_as(signed_TC), signed_TC, "amax")
         state.extreme_SC.copy_(

@@ -28,8 +28,10 @@ class Capacity:
     max_rows: rows of the largest step, padding included
     max_slots: requests that can have state at once, the null slot not among them
     mask_words: 64-bit words of mask actions for each row
+    max_draft_tokens: draft tokens of speculative decoding that a request can have in a step
     """
 
     max_rows: int
     max_slots: int
     mask_words: int = 1
+    max_draft_tokens: int = 0

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from guard.program.step_report import EventColumn, StepReport
+from guard.device.drafts import DraftDecisions
+from guard.program.step_report import DraftReport, EventColumn, StepReport
 
 
 class StepDecisions(NamedTuple):
@@ -20,6 +21,7 @@ class StepDecisions(NamedTuple):
     events_V: torch.Tensor
     values_V: torch.Tensor
     num_events: torch.Tensor
+    drafts: DraftDecisions | None = None
 
 
 class Readback:
@@ -48,7 +50,7 @@ class Readback:
         self._keep_alive = decisions  # until the copy stream has read it
         copy_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(copy_stream):
-            self._host = StepDecisions(*(_to_pinned(tensor) for tensor in decisions))
+            self._host = _pinned(decisions)
             self._done = torch.cuda.Event(blocking=True)
             self._done.record(copy_stream)
 
@@ -72,7 +74,14 @@ class Readback:
             values_V[order],
             num_events,
             self._failures,
+            drafts=None if host.drafts is None else DraftReport(*(a.numpy() for a in host.drafts)),
         )
+
+
+def _pinned(decisions: StepDecisions) -> StepDecisions:
+    *tensors, drafts = decisions
+    pinned_drafts = None if drafts is None else DraftDecisions(*map(_to_pinned, drafts))
+    return StepDecisions._make([*map(_to_pinned, tensors), pinned_drafts])
 
 
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +32,21 @@ OUTCOMES = ("passed", "observed", "unjudged", "masked", "blocked")
 _RANK = {outcome: rank for rank, outcome in enumerate(OUTCOMES)}
 
 
+class Ending(NamedTuple):
+    """How the guard ends a request.
+
+    reason: what clients get
+    position: of the block; the token sampled at it is withheld, and all after it. None where all
+        of the step's tokens are, because the step was not judged
+    """
+
+    reason: str
+    position: int | None = None
+
+
 class Ledger:
-    """One engine's. `begin_step`, then `finish` for each request that ends, then `end_step`.
+    """One engine's. `begin_step`, then `accept` for each request that got tokens and `finish` for
+    each that ends, then `end_step`.
 
     rules: in deciding order
     mask_rules: rule of each mask action, in the order of its bits
@@ -64,6 +78,8 @@ class Ledger:
         self._closed_rules = [rule for rule in self._rules if rule.on_error == "closed"]
         self._report: StepReport | None = None
         self._row_of: dict[str, int] = {}
+        self._open: dict[str, int] = {}  # requests of this step whose accepted drafts may be cut
+        self._num_cut: dict[str, int] = {}
         self._outcome: dict[str, str] = {}
         self._owed: dict[str, str] = {}  # blocks for a fault, until the request ends
         self._masked_by: dict[str, frozenset[int]] = {}
@@ -74,12 +90,13 @@ class Ledger:
         self._moved = False
         self._flushed_at = 0.0
 
-    def begin_step(self, report: StepReport, is_counted: Callable[[str], bool]) -> dict[str, str]:
-        """Take a step's report. Returns the requests to end, with the reason that clients get.
+    def begin_step(self, report: StepReport, is_counted: Callable[[str], bool]) -> dict[str, Ending]:
+        """Take a step's report. Returns the requests to end.
 
         is_counted: whether the engine accepts this step's result for a request
         """
         self._report = report
+        self._open, self._num_cut = {}, {}
         self._row_of = {req_id: row for row, req_id in enumerate(report.req_ids) if is_counted(req_id)}
         self._count(self._delta.failures, report.failures)
         self._moved = self._moved or bool(report.failures)
@@ -87,16 +104,47 @@ class Ledger:
             for req_id in self._row_of:
                 self._note_unjudged(req_id)
             return self._owed_blocks()
-        rows = list(self._row_of.values())
-        counted_B = report.requests_B[rows]
-        self._count_tokens(counted_B)
+        if report.drafts is not None:
+            self._open = {
+                req_id: row for req_id, row in self._row_of.items() if report.drafts.num_rows_B[row]
+            }
+        rows = [row for req_id, row in self._row_of.items() if req_id not in self._open]
+        self._count_tokens(report.requests_B[rows])
         self._note_masks(report)
         self._note_unseen(report)
-        blocked = self._owed_blocks() | self._blocks(report)
+        blocked = self._blocks(report)
+        for req_id, owed in self._owed_blocks().items():
+            reason = blocked.get(req_id, owed).reason
+            blocked[req_id] = Ending(reason)  # none of this step's tokens was to come out
         self._note_events(report)
         if report.num_events > len(report.events_V):
             self._drop(Stage.EVALUATE, report.num_events - len(report.events_V))
         return blocked
+
+    def accept(self, req_id: str, last_position: int) -> None:
+        """The engine kept a request's tokens of this step as far as the one fed back at a position:
+        what was computed behind it does not count."""
+        row, report = self._open.pop(req_id, None), self._report
+        if row is None or report is None or report.drafts is None:
+            return
+        num_rows = int(report.drafts.num_rows_B[row])
+        num_cut = min(max(int(report.drafts.next_B[row]) - 1 - last_position, 0), num_rows)
+        counted = report.requests_B[row].copy()
+        if num_cut:
+            self._num_cut[req_id] = num_cut
+            counted[RequestColumn.OUTPUT_TOKENS] -= num_cut
+            counted[RequestColumn.NUM : RequestColumn.NUM + self._num_sets] -= report.drafts.sets_BKN[
+                row, num_cut - 1
+            ]
+        elif req_id in self._masked_by:
+            self._raise_outcome(req_id, "masked")
+        self._count_tokens(counted[None])
+        block_key = int(report.requests_B[row, RequestColumn.BLOCK_KEY])
+        if block_key < NEVER and block_key // len(self._rules) <= last_position:
+            self._raise_outcome(req_id, "blocked")
+        for event, values in zip(report.events_V, report.values_V, strict=True):
+            if event[EventColumn.REQUEST] == row and event[EventColumn.POSITION] <= last_position:
+                self._note_decision(report, req_id, row, event, values)
 
     def note_failures(self, failures: Mapping[str, int]) -> None:
         """Faults in the engine core itself, by stage."""
@@ -115,7 +163,12 @@ class Ledger:
         """A request ended, whether by itself or by a client that went away."""
         row = self._row_of.get(req_id)
         if row is not None and self._report is not None and not self._report.failed:
-            self._observe_values(self._report.extremes_BC[row])
+            self.accept(req_id, NEVER)
+            num_cut = self._num_cut.get(req_id)
+            if num_cut is None or self._report.drafts is None:
+                self._observe_values(self._report.extremes_BC[row])
+            else:
+                self._observe_values(self._report.drafts.extremes_BKC[row, num_cut - 1])
         outcome = self._outcome.pop(req_id, "passed")
         self._masked_by.pop(req_id, None)
         self._owed.pop(req_id, None)
@@ -123,6 +176,8 @@ class Ledger:
         self._moved = True
 
     def end_step(self) -> None:
+        for req_id in tuple(self._open):
+            self.accept(req_id, NEVER)
         self._report, self._row_of = None, {}
 
     def take(self, *, idle: bool) -> Delta | None:
@@ -170,15 +225,17 @@ class Ledger:
                 for action, rule in enumerate(self._mask_rules)
                 if words[action // WORD_BITS] >> (action % WORD_BITS) & 1
             )
-            self._raise_outcome(req_id, "masked")
+            if req_id not in self._open:
+                self._raise_outcome(req_id, "masked")
 
-    def _blocks(self, report: StepReport) -> dict[str, str]:
+    def _blocks(self, report: StepReport) -> dict[str, Ending]:
         blocked = {}
         keys_B = report.requests_B[:, RequestColumn.BLOCK_KEY]
         for req_id, row in self._counted_rows(report, keys_B < NEVER):
-            rule = self._rules[int(keys_B[row]) % len(self._rules)]
-            blocked[req_id] = self._reason(rule)
-            self._raise_outcome(req_id, "blocked")
+            position, rule = divmod(int(keys_B[row]), len(self._rules))
+            blocked[req_id] = Ending(self._reason(self._rules[rule]), position)
+            if req_id not in self._open:
+                self._raise_outcome(req_id, "blocked")
         return blocked
 
     def _counted_rows(
@@ -213,10 +270,10 @@ class Ledger:
                 self._owed[req_id] = self._reason(rule)
                 return
 
-    def _owed_blocks(self) -> dict[str, str]:
+    def _owed_blocks(self) -> dict[str, Ending]:
         if not self._owed:
             return {}
-        return {req_id: self._owed[req_id] for req_id in self._row_of if req_id in self._owed}
+        return {req_id: Ending(self._owed[req_id]) for req_id in self._row_of if req_id in self._owed}
 
     def _reason(self, rule: RuleFacts) -> str:
         return "moe_guard" if self._redacted else rule.reason
@@ -225,7 +282,7 @@ class Ledger:
         for event, values in zip(report.events_V, report.values_V, strict=True):
             row = int(event[EventColumn.REQUEST])
             req_id = report.req_ids[row]
-            if req_id not in self._row_of:
+            if req_id not in self._row_of or req_id in self._open:
                 continue
             block_key = int(report.requests_B[row, RequestColumn.BLOCK_KEY])
             position = int(event[EventColumn.POSITION])

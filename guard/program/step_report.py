@@ -50,6 +50,23 @@ class EventColumn:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftReport:
+    """What accepted draft tokens added, where a step verified some: the engine may end a request at
+    one of them, by a stop or a block, and then those behind it do not count.
+
+    next_B: the position after the last one that was evaluated
+    num_rows_B: rows, the request's last ones, to which a draft token was fed
+    sets_BKN: int64; selections of each named set in the last 1, 2, … K of them
+    extremes_BKC: as `StepReport.extremes_BC`, without the last 1, 2, … K of them
+    """
+
+    next_B: NDArray[np.int64]
+    num_rows_B: NDArray[np.int64]
+    sets_BKN: NDArray[np.int64]
+    extremes_BKC: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """The decisions of one step.
 
@@ -64,6 +81,7 @@ class StepReport:
     num_events: firings in this step; more than V where some did not fit
     failures: faults since the last report, by stage
     failed: this step was not judged at all; every array is empty
+    drafts: where the server decodes speculatively
     """
 
     revision: str
@@ -76,6 +94,7 @@ class StepReport:
     num_events: int
     failures: Mapping[str, int] = field(default_factory=dict)
     failed: bool = False
+    drafts: DraftReport | None = None
 
     @staticmethod
     def of_failed_step(

@@ -3,7 +3,7 @@
     python engine_run.py JOB.json RESULT.json
 
 Job: {"engines": [{"name", "engine": arguments of LLM, "config_only": false, "record": false,
-"cases": [{"name", "batches": [[{"prompt": token ids, "sampling": arguments of SamplingParams,
+"async": false, "cases": [{"name", "batches": [[{"prompt": token ids, "sampling": of SamplingParams,
 "continues": [batch, request] whose whole text goes before the prompt; optional}]],
 "before_batch": of each batch a worker method with its arguments, or null; optional}]}]}.
 The batches of a case run one after another; the prefix cache is emptied before each case.
@@ -19,6 +19,7 @@ import json
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,11 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
             return {"compile_key": config.compute_hash()}
         from vllm import LLM
 
+        from tests.support.async_on_cpu import async_scheduling
+
         recorder = {"worker_extension_cls": _RECORDER} if job.get("record") else {}
-        llm = LLM(**recorder | job["engine"])
+        with async_scheduling() if job.get("async") else nullcontext():
+            llm = LLM(**recorder | job["engine"])
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what the test looks at
         # The error of a start that failed in another process is in that process's log only.
         return {"error": "".join(traceback.format_exception(error))}

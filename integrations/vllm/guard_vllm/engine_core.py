@@ -12,7 +12,7 @@ from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import UtilityResult
 
 from guard.errors import NotLiveError
-from guard.events.ledger import Ledger
+from guard.events.ledger import Ending, Ledger
 from guard.events.message import Delta, Hello, RuleFacts, SetFacts, encode
 from guard.failures import Failures, Stage
 from guard.policy.model import Mode, OnError
@@ -46,7 +46,7 @@ class EngineCoreGuard:
         self._core = core
         self._engine = int(getattr(core, "engine_index", 0))
         self._failures = Failures()
-        self._blocked: Mapping[str, str] = {}
+        self._blocked: Mapping[str, Ending] = {}
         statuses = core.model_executor.collective_rpc(STATUS_METHOD)
         status = _agreed(statuses)
         rules = tuple(_rule_facts(rule) for rule in status.rules)
@@ -123,15 +123,29 @@ class EngineCoreGuard:
     def _update_request_with_output(
         self, stock: Any, request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> Any:
-        reason = self._blocked.get(request.request_id)
-        if reason is None:
-            return stock(request, new_token_ids, *args, **kwargs)
-        # The sampled tokens are dropped before anything sees them: grammar, logprobs, usage.
-        new_token_ids.clear()
+        ending = self._blocked.get(request.request_id)
+        if ending is not None:
+            # Tokens are dropped before anything sees them: grammar, logprobs, usage. Those that
+            # accepted drafts gave ahead of the block are the client's.
+            position = -1 if ending.position is None else ending.position
+            del new_token_ids[max(position + 1 - request.num_tokens, 0) :]
+        stopped = False
+        if new_token_ids:
+            new_token_ids, stopped = stock(request, new_token_ids, *args, **kwargs)
+        if ending is None or stopped:
+            # The last token was not fed back, so nothing was decided at it.
+            self._accept(request, request.num_tokens - 2)
+            return new_token_ids, stopped
+        if ending.position is not None:
+            self._accept(request, ending.position)
         request.status = RequestStatus.FINISHED_STOPPED
-        request.stop_reason = reason
+        request.stop_reason = ending.reason
         request.resumable = False
         return new_token_ids, True
+
+    def _accept(self, request: Any, last_position: int) -> None:
+        with self._failures.caught(Stage.LEDGER):
+            self._ledger.accept(request.request_id, last_position)
 
     def _free_request(self, stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         with self._failures.caught(Stage.LEDGER):

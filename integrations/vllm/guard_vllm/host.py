@@ -42,29 +42,70 @@ def _reasons(config: Any) -> list[str | None]:
             not getattr(parallel, "enable_expert_parallel", False),
             "expert parallelism (--enable-expert-parallel) is not supported yet",
         ),
-        unless(
-            config.scheduler_config.policy == "fcfs",
-            "scheduling by priority is not supported yet: it can leave more requests preempted than "
-            "the guard has slots for",
+        *_serving_reasons(config),
+    ]
+
+
+JUDGED_DRAFTS = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa")
+"""Ways to speculate whose drafts the target model verifies, one token of the output after the other."""
+
+
+def _serving_reasons(config: Any) -> list[str | None]:
+    model, drafts = config.model_config, config.speculative_config
+
+    def has(owner: Any, name: str) -> bool:
+        return bool(getattr(owner, name, None))
+
+    def when(bad: bool, reason: str) -> str | None:
+        return reason if bad else None
+
+    method = getattr(drafts, "method", None)
+    return [
+        when(
+            drafts is not None and method not in JUDGED_DRAFTS,
+            f"speculative decoding by {method!r} is not supported; choose one of "
+            + ", ".join(JUDGED_DRAFTS),
         ),
-        unless(not getattr(model, "is_diffusion", False), "diffusion models are not supported yet"),
-        unless(config.lora_config is None, "LoRA adapters (--enable-lora) are not supported yet"),
-        unless(config.speculative_config is None, "speculative decoding is not supported yet"),
-        unless(
-            config.kv_transfer_config is None,
-            "KV connectors are not supported yet: they bring KV that was never routed here",
+        when(
+            has(drafts, "enable_adaptive_verification"),
+            "adaptive verification of drafts (enable_adaptive_verification) is not supported: the host "
+            "does not know how many drafts of a step are verified",
         ),
-        unless(model.runner_type == "generate", "only text generation is supported, not pooling"),
-        unless(
-            not getattr(model, "is_encoder_decoder", False),
-            "encoder-decoder models are not supported",
+        when(
+            getattr(drafts, "rejection_sample_method", "standard") == "synthetic",
+            "rejection_sample_method 'synthetic' is not supported: it accepts drafts that the model "
+            "would not have said",
         ),
-        unless(
-            not getattr(model, "enable_prompt_embeds", False),
-            "prompt embeddings (--enable-prompt-embeds) are not supported yet",
+        when(has(model, "is_diffusion"), "diffusion models are not supported yet"),
+        when(
+            config.lora_config is not None,
+            "LoRA adapters (--enable-lora) are not supported yet: an adapter changes what experts "
+            "mean, and the proof covers the base model alone",
         ),
-        unless(
-            not getattr(model, "enable_sleep_mode", False),
+        when(
+            config.kv_transfer_config is not None,
+            "KV connectors and offloading are not supported yet: they bring KV that was never routed "
+            "here",
+        ),
+        when(
+            has(getattr(config, "cache_config", None), "kv_sharing_fast_prefill"),
+            "--kv-sharing-fast-prefill is not supported: later layers compute fewer rows than earlier "
+            "ones",
+        ),
+        when(model.runner_type != "generate", "only text generation is supported, not pooling"),
+        when(has(model, "is_encoder_decoder"), "encoder-decoder models are not supported"),
+        when(
+            has(model, "enable_prompt_embeds"),
+            "prompt embeddings (--enable-prompt-embeds) are not supported yet: such prompts have no "
+            "tokens to cache or to count by",
+        ),
+        when(
+            has(model, "enable_sleep_mode"),
             "sleep mode is not supported yet: the proof would have to be repeated",
+        ),
+        when(
+            getattr(config, "weight_transfer_config", None) is not None,
+            "weight transfer (--weight-transfer-config) is not supported: new weights have not been "
+            "proved",
         ),
     ]

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from guard.failures import Stage
 from guard.runtime import Guard
 from guard_vllm.compat import seam
@@ -59,14 +61,32 @@ def _hook_v1(runner: Any, hooks: StepHooks) -> None:
                 )
         return prepared
 
-    def sample(stock: Any, *args: Any, **kwargs: Any) -> Any:
-        sampler_output = stock(*args, **kwargs)
+    def sample(stock: Any, logits: Any, drafts: Any, *args: Any, **kwargs: Any) -> Any:
+        sampler_output = stock(logits, drafts, *args, **kwargs)
         if hooks.armed:
-            hooks.pending = hooks.guard.end_step()
+            rejected_B = None
+            if drafts is not None:
+                rejected_B = _num_rejected(
+                    sampler_output.sampled_token_ids,
+                    drafts.cu_num_draft_tokens,
+                    runner.input_batch.vocab_size,
+                )
+            hooks.pending = hooks.guard.end_step(rejected_B)
         return sampler_output
 
     wrap(runner, "_prepare_inputs", prepare_inputs)
     wrap(runner, "_sample", sample)
+
+
+def _num_rejected(
+    sampled_ids_BJ: torch.Tensor, cu_drafts_B: torch.Tensor, vocabulary: int
+) -> torch.Tensor:
+    """int64 [B] draft tokens that were not accepted: a request gets one token more than it accepts,
+    and the places of the others hold an id that is none (-1)."""
+    num_drafts_B = cu_drafts_B.diff(prepend=cu_drafts_B.new_zeros(1))
+    is_token_BJ = (sampled_ids_BJ >= 0) & (sampled_ids_BJ < vocabulary)
+    num_accepted_B = (is_token_BJ.sum(dim=1) - 1).clamp(min=0)
+    return num_drafts_B - num_accepted_B
 
 
 def run_probe_rows(runner: Any, rows: int, *, is_v2: bool, uniform_decode: bool) -> None:

@@ -96,11 +96,13 @@ class WorkerGuard:
         scheduler, compilation = config.scheduler_config, config.compilation_config
         captured = max(compilation.cudagraph_capture_sizes or [0])
         tensor_parallel = config.parallel_config.tensor_parallel_size
+        speculative = config.speculative_config
         rows = max(scheduler.max_num_batched_tokens, captured, scheduler.max_num_seqs)
         return Capacity(
             max_rows=rows + tensor_parallel,  # sequence parallelism pads to a multiple of it
             max_slots=SLOTS_PER_SEQUENCE * scheduler.max_num_seqs,
             mask_words=max(1, self._settings.mask_words),
+            max_draft_tokens=0 if speculative is None else int(speculative.num_speculative_tokens or 0),
         )
 
     def _compile_or_warm_up_model(self, stock: Any, *args: Any, **kwargs: Any) -> Any:

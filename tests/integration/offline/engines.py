@@ -147,13 +147,12 @@ class Engines:
             return engine
 
         folder = str(self.folder / "main")
-        same = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
         starts = [
             start("dense", model=str(self.folder / "dense")),
             start("out-of-range", {"policies": str(self.folder / "range")}),
             start("missing", {"policies": str(self.folder / "nowhere")}),
             start("unknown-key", {"policies": folder, "observe_onyl": True}),
-            start("speculative", speculative_config=same),
+            start("prompt-embeds", enable_prompt_embeds=True),
             start("pipeline", pipeline_parallel_size=2),
         ]
         keys = [self._engine("key-off", None, []), self._engine("key-off-again", None, [])]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.vllm
         ),
         ("missing", "PolicyError", "there is no such file or folder"),
         ("unknown-key", "SettingsError", "did you mean 'observe_only'?"),
-        ("speculative", "UnsupportedHostError", "speculative decoding is not supported yet"),
+        ("prompt-embeds", "UnsupportedHostError", "prompt embeddings"),
         ("pipeline", "UnsupportedHostError", "pipeline parallelism is not supported yet"),
     ],
 )

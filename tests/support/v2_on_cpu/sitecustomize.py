@@ -23,11 +23,15 @@ if os.environ.get("MOE_GUARD_TEST_V2"):
 
     triton.backends.backends["cpu"] = SimpleNamespace(driver=_AlwaysActive, compiler=None)
 
-    # The interpreter wants a boolean mask; vLLM's grammar kernel gives it an integer one.
-    stock_masked_store = InterpreterBuilder.create_masked_store
+    # The interpreter wants boolean masks; vLLM's grammar and draft kernels give it integers.
+    def with_boolean_mask(name: str, place: int) -> None:
+        stock = getattr(InterpreterBuilder, name)
 
-    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        mask.data = mask.data.astype(bool)
-        return stock_masked_store(self, pointers, value, mask, *rest)
+        def wrapper(self: Any, *args: Any) -> Any:
+            args[place].data = args[place].data.astype(bool)
+            return stock(self, *args)
 
-    InterpreterBuilder.create_masked_store = create_masked_store
+        setattr(InterpreterBuilder, name, wrapper)
+
+    with_boolean_mask("create_masked_store", 2)
+    with_boolean_mask("create_masked_load", 1)

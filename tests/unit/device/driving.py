@@ -43,9 +43,11 @@ BLOCK = "{block: {message: Stopped.}}"
 class Engine:
     """Runs a guard's steps. Rows go to the expert named for them, and to expert 7, in each layer."""
 
-    def __init__(self, text: str, *, max_slots: int = 4, masking: bool = True) -> None:
+    def __init__(
+        self, text: str, *, max_slots: int = 4, masking: bool = True, max_draft_tokens: int = 0
+    ) -> None:
         self.program = compile_policies(parse_policies(text), TOPOLOGY)
-        capacity = Capacity(2048, max_slots, max(1, self.program.masks.num_words))
+        capacity = Capacity(2048, max_slots, max(1, self.program.masks.num_words), max_draft_tokens)
         self.guard = Guard(self.program, capacity, torch.device("cpu"), masking=masking)
 
     def step(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from guard.events import ledger as ledger_module
-from guard.events.ledger import FLUSH_SECONDS, OUTCOMES, Ledger
+from guard.events.ledger import FLUSH_SECONDS, OUTCOMES, Ending, Ledger
 from guard.events.message import Delta, RuleFacts
 from guard.failures import Stage
 from guard.program.step_report import Judged, StepReport
@@ -159,7 +159,7 @@ def test_decisions_behind_a_block_are_dropped_and_those_at_it_are_kept() -> None
     blocked = ledger.begin_step(report(Row("a", block=(4, 2), events=events)), everyone)
 
     delta = take(ledger)
-    assert blocked == {"a": STOPPED}
+    assert blocked == {"a": Ending(STOPPED, 4)}
     assert [(d.rule, d.position) for d in delta.decisions] == [
         ("watch", 3),
         ("stop", 4),
@@ -203,7 +203,7 @@ def test_redaction_hides_names_from_clients_and_not_from_the_log() -> None:
     ledger = make(redacted=True)
 
     assert ledger.begin_step(report(Row("a", block=(3, 2), events=[BLOCKED])), everyone) == {
-        "a": "moe_guard"
+        "a": Ending("moe_guard", 3)
     }
     assert take(ledger).decisions[0].policy == "p"
 
@@ -227,7 +227,7 @@ def test_an_unjudged_request_passes_where_faults_are_open() -> None:
 def test_an_unjudged_request_is_blocked_where_an_enforced_rule_is_closed(step: StepReport) -> None:
     ledger = make(closed())
 
-    assert ledger.begin_step(step, everyone) == {"a": "moe_guard:p/shut"}
+    assert ledger.begin_step(step, everyone) == {"a": Ending("moe_guard:p/shut")}
     ledger.finish("a")
     assert take(ledger).outcomes == {"blocked": 1}
 
@@ -235,7 +235,7 @@ def test_an_unjudged_request_is_blocked_where_an_enforced_rule_is_closed(step: S
 def test_a_closed_rule_in_audit_blocks_a_request_that_tightened_it() -> None:
     ledger = make(closed("audit"), tightened=lambda req_id: ("p",) if req_id == "a" else ())
 
-    assert ledger.begin_step(failed("a", "b"), everyone) == {"a": "moe_guard:p/shut"}
+    assert ledger.begin_step(failed("a", "b"), everyone) == {"a": Ending("moe_guard:p/shut")}
 
 
 def test_a_closed_rule_in_audit_withholds_its_block() -> None:
@@ -247,7 +247,7 @@ def test_a_block_for_a_fault_in_the_middle_of_a_prompt_waits_for_the_first_token
     ledger.begin_step(failed("a"), everyone)  # a chunk of a prompt: the engine has no token to drop
     ledger.end_step()
 
-    assert ledger.begin_step(report(Row("a"), Row("b")), everyone) == {"a": "moe_guard:p/shut"}
+    assert ledger.begin_step(report(Row("a"), Row("b")), everyone) == {"a": Ending("moe_guard:p/shut")}
     ledger.finish("a")
     ledger.end_step()
     assert ledger.begin_step(report(Row("a")), everyone) == {}, "that is another request"

@@ -21,7 +21,7 @@ from guard.events.message import Delta, Hello, decode
 from guard.policy import parse_policies
 from guard.program.compile import compile_policies
 from guard.program.step_report import StepReport
-from tests.unit.device.driving import BLOCK, COUNT, FLAGGED, OTHER, Engine, policy_text, rule_text
+from tests.unit.device.driving import BLOCK, COUNT, FLAGGED, MASK, OTHER, Engine, policy_text, rule_text
 
 CLOSED = "  onError: closed\n"
 HOLDS = Proof(2, (), 2, ())
@@ -43,9 +43,12 @@ def status_of(text: str, proof: Proof = HOLDS) -> WorkerStatus:
 
 
 class Scheduler:
-    """Accepts every step's tokens, 7 for each request."""
+    """Accepts every step's tokens, 7 for each request where `sampled` has no others."""
+
+    stop_token = 99
 
     def __init__(self) -> None:
+        self.sampled: dict[str, list[int]] = {}
         self.requests: dict[str, Any] = {}
         self.got: dict[str, tuple[list[int], bool]] = {}
 
@@ -55,13 +58,15 @@ class Scheduler:
     def update_from_output(self, scheduler_output: Any, output: Any) -> str:
         for req_id in scheduler_output.num_scheduled_tokens:
             request = self.requests[req_id]
-            self.got[req_id] = self._update_request_with_output(request, [7])
+            self.got[req_id] = self._update_request_with_output(request, self.sampled.get(req_id, [7]))
             if self.got[req_id][1]:
                 self._free_request(request)
         return "outputs"
 
     def _update_request_with_output(self, request: Any, tokens: list[int]) -> tuple[list[int], bool]:
-        return tokens, False
+        kept = [t for i, t in enumerate(tokens) if self.stop_token not in tokens[:i]]
+        request.num_tokens += len(kept)
+        return kept, self.stop_token in kept
 
     def _free_request(self, request: Any) -> None:
         del self.requests[request.request_id]
@@ -92,6 +97,7 @@ class Core:
 def request(req_id: str, *enforce: str) -> Any:
     return SimpleNamespace(
         request_id=req_id,
+        num_tokens=1,
         status=None,
         stop_reason=None,
         resumable=False,
@@ -204,6 +210,100 @@ def test_a_step_without_a_report_follows_the_fail_mode(
     assert one.skip_reading_prefix_cache is blocked, "its prefix must be judged too"
     deltas = [message for _, message in core.sent()]
     assert sum(delta.failures.get("readback", 0) for delta in deltas) == 1
+
+
+def drafting(
+    sampled: list[int], rows: list[int], rejected: int = 0, rule: str = COUNT, then: str = BLOCK
+) -> tuple[Any, tuple[list[int], bool], Delta]:
+    """A request of two prompt tokens whose second step verifies drafts.
+
+    rows: the experts of the rows from position 2 on
+    """
+    text = policy_text(rule_text(rule, then, rest=", match: {phase: output}"))
+    engine = Engine(text, max_draft_tokens=3)
+    core, scheduler = guarded(text)
+    one = request("cmpl-a-01234567")
+    one.num_tokens = 2
+    core.add_request(one)
+    engine.guard.add_request(one.request_id, 2)
+    step(core, engine.step({one.request_id: (0, [OTHER, OTHER])}, [0]), one.request_id)
+    assert one.num_tokens == 3
+    core.sent()
+    scheduler.sampled[one.request_id] = list(sampled)
+    step(core, engine.step({one.request_id: (2, rows)}, [rejected]), one.request_id)
+    got = scheduler.got[one.request_id]
+    if not got[1]:
+        core.scheduler._free_request(one)
+        core.post_step(model_executed=False)
+    deltas = [message for _, message in core.sent()]
+    merged = deltas[0]
+    for delta in deltas[1:]:
+        merged.outcomes.update(delta.outcomes)
+        merged.values.extend(delta.values)
+    return one, got, merged
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_a_block_among_accepted_drafts_keeps_the_tokens_sampled_before_it(first: int) -> None:
+    """Positions 2 to 5 sample the tokens 10 to 13; the one at the block and all after it go."""
+    rows = [OTHER] * first + [FLAGGED] * (4 - first)
+
+    one, got, delta = drafting([10, 11, 12, 13], rows)
+
+    assert got == ([10, 11, 12, 13][:first], True)
+    assert one.num_tokens == 3 + first
+    assert one.stop_reason == "moe_guard:p/r"
+    assert [(d.position, d.outcome) for d in delta.decisions] == [(2 + first, "blocked")]
+    assert delta.outcomes == {"blocked": 1}
+    assert delta.tokens == {"prompt": 0, "output": first + 1}
+    assert delta.selections == [1], "what was computed behind the block does not count"
+
+
+def test_a_stop_among_accepted_drafts_comes_before_a_block_behind_it() -> None:
+    one, got, delta = drafting([10, Scheduler.stop_token, 12, 13], [OTHER, OTHER, FLAGGED, FLAGGED])
+
+    assert got == ([10, Scheduler.stop_token], True)
+    assert one.stop_reason is None
+    assert delta.decisions == []
+    assert delta.outcomes == {"passed": 1}
+    assert delta.tokens == {"prompt": 0, "output": 2}
+    assert delta.selections == [0]
+
+
+def test_a_block_ahead_of_a_stop_among_accepted_drafts_wins() -> None:
+    one, got, _ = drafting([10, 11, Scheduler.stop_token], [OTHER, FLAGGED, OTHER], rejected=0)
+
+    assert got == ([10], True)
+    assert one.stop_reason == "moe_guard:p/r"
+
+
+def test_a_rejected_draft_blocks_nobody() -> None:
+    one, got, delta = drafting([10, 11], [OTHER, OTHER, FLAGGED, FLAGGED], rejected=2)
+
+    assert got == ([10, 11], False)
+    assert one.stop_reason is None
+    assert delta.decisions == []
+    assert delta.tokens == {"prompt": 0, "output": 2}
+
+
+def test_a_mask_that_fires_behind_a_stop_among_accepted_drafts_masked_nothing() -> None:
+    _, _, delta = drafting([10, Scheduler.stop_token, 12], [OTHER, OTHER, FLAGGED], then=MASK)
+
+    assert delta.decisions == []
+    assert delta.outcomes == {"passed": 1}
+
+
+@pytest.mark.parametrize(("stop_at", "furthest"), [(0, []), (1, [0.0]), (2, [0.5]), (3, [1.0])])
+def test_the_value_furthest_beyond_is_that_of_the_tokens_that_count(
+    stop_at: int, furthest: list[float]
+) -> None:
+    tokens = [10, 11, 12, 13]
+    tokens[stop_at] = Scheduler.stop_token
+    when = "{rate: {experts: f, over: 2, minTokens: 2, above: 0.9}}"
+
+    _, _, delta = drafting(tokens, [OTHER, OTHER, FLAGGED, FLAGGED], rule=when, then="")
+
+    assert [value for _, _, values in delta.values for value in values] == furthest
 
 
 def test_the_client_knows_its_request_by_the_id_in_the_log() -> None:

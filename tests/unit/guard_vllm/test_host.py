@@ -25,6 +25,19 @@ def config(parallel: dict[str, Any], model: dict[str, Any], rest: dict[str, Any]
     )
 
 
+def drafts(method: str, **rest: Any) -> Any:
+    return SimpleNamespace(method=method, **rest)
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle", "mtp"])
+def test_drafts_that_the_model_verifies_are_served(method: str) -> None:
+    check_host(config({}, {}, {"speculative_config": drafts(method)}))
+
+
+def test_requests_may_be_scheduled_by_priority() -> None:
+    check_host(config({}, {}, {"scheduler_config": SimpleNamespace(policy="priority")}))
+
+
 def test_a_plain_server_passes() -> None:
     check_host(config({"tensor_parallel_size": 4}, {}, {}))
 
@@ -40,9 +53,23 @@ def test_a_plain_server_passes() -> None:
         ({"enable_eplb": True}, {}, {}, "--enable-eplb"),
         ({"enable_expert_parallel": True}, {}, {}, "--enable-expert-parallel"),
         ({}, {}, {"lora_config": object()}, "--enable-lora"),
-        ({}, {}, {"speculative_config": object()}, "speculative"),
+        ({}, {}, {"speculative_config": drafts("dspark")}, "by 'dspark' is not supported"),
+        ({}, {}, {"speculative_config": drafts("custom_class")}, "choose one of ngram, "),
+        (
+            {},
+            {},
+            {"speculative_config": drafts("mtp", enable_adaptive_verification=True)},
+            "adaptive verification",
+        ),
+        (
+            {},
+            {},
+            {"speculative_config": drafts("eagle3", rejection_sample_method="synthetic")},
+            "'synthetic'",
+        ),
+        ({}, {}, {"cache_config": SimpleNamespace(kv_sharing_fast_prefill=True)}, "fast-prefill"),
+        ({}, {}, {"weight_transfer_config": object()}, "weight transfer"),
         ({}, {}, {"kv_transfer_config": object()}, "KV connectors"),
-        ({}, {}, {"scheduler_config": SimpleNamespace(policy="priority")}, "by priority"),
         ({}, {"is_diffusion": True}, {}, "diffusion"),
         ({}, {"runner_type": "pooling"}, {}, "pooling"),
         ({}, {"is_encoder_decoder": True}, {}, "encoder-decoder"),
