@@ -18,7 +18,7 @@ def check_host(config: Any) -> None:
 
 
 def _reasons(config: Any) -> list[str | None]:
-    parallel, model = config.parallel_config, config.model_config
+    parallel = config.parallel_config
 
     def unless(fine: bool, reason: str) -> str | None:
         return None if fine else reason

@@ -72,6 +72,7 @@ SEAMS: tuple[Seam, ...] = (
         "what the server is",
         has=(
             "additional_config",
+            "cache_config",
             "compilation_config",
             "kv_transfer_config",
             "lora_config",
@@ -80,6 +81,36 @@ SEAMS: tuple[Seam, ...] = (
             "scheduler_config",
             "speculative_config",
         ),
+    ),
+    Seam(
+        "vllm.config.vllm",
+        "VllmConfig.weight_transfer_config",
+        "no weights from elsewhere",
+        optional=True,
+    ),
+    Seam(
+        "vllm.config.cache",
+        "CacheConfig.kv_sharing_fast_prefill",
+        "no prefill that leaves rows out",
+        optional=True,
+    ),
+    Seam(
+        "vllm.config.speculative",
+        "SpeculativeConfig",
+        "drafts that are verified",
+        has=("method", "num_speculative_tokens"),
+    ),
+    Seam(
+        "vllm.config.speculative",
+        "SpeculativeConfig.enable_adaptive_verification",
+        "every draft is verified",
+        optional=True,
+    ),
+    Seam(
+        "vllm.config.speculative",
+        "SpeculativeConfig.rejection_sample_method",
+        "verified in earnest",
+        optional=True,
     ),
     Seam("vllm.config.vllm", "VllmConfig.compute_hash", "compile key with additional_config"),
     Seam(
@@ -158,7 +189,19 @@ SEAMS: tuple[Seam, ...] = (
         "probe rows are no padding; before, V1 marked none",
         optional=True,
     ),
-    Seam("vllm.v1.worker.gpu_input_batch", "InputBatch", "rows of V1", has=("num_reqs", "req_ids")),
+    Seam(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch",
+        "rows of V1",
+        has=("num_reqs", "req_ids", "vocab_size"),
+    ),
+    Seam(
+        "vllm.v1.spec_decode.metadata",
+        "SpecDecodeMetadata",
+        "drafts of a step",
+        has=("cu_num_draft_tokens",),
+    ),
+    Seam("vllm.v1.outputs", "SamplerOutput", "accepted drafts", has=("sampled_token_ids",)),
     # V2:
     Seam(_V2_RUNNER, "GPUModelRunner.get_model", "where the routers are"),
     Seam(
@@ -259,6 +302,7 @@ SEAMS: tuple[Seam, ...] = (
         has=(
             "is_finished",
             "num_prompt_tokens",
+            "num_tokens",
             "request_id",
             "resumable",
             "sampling_params",

@@ -103,7 +103,7 @@ def test_a_request_on_which_ranks_differ_is_unjudged_follows_the_fail_mode_and_i
     ledger = make((rule("stop", "block", on_error="closed"),), mask_rules=())
     differing = report(Row("a", judged=Judged.RANKS_DIFFER), Row("b"), num_rules=1)
 
-    assert ledger.begin_step(differing, everyone) == {"a": "moe_guard:p/stop"}
+    assert ledger.begin_step(differing, everyone) == {"a": Ending("moe_guard:p/stop")}
     ledger.end_step()
     for req_id in ("a", "b"):
         ledger.finish(req_id)
