@@ -24,7 +24,7 @@ from guard.runtime import Guard
 
 
 class Turn(IntEnum):
-    """What a row is for. `_named` says which k experts it is about."""
+    """What a row is for. `_named` says which k experts it is about; `_masked` is exact."""
 
     REROUTE = 0  # only the k named are live
     DROP_RENORM = 1  # the same, and the first of them is dropped
@@ -194,17 +194,15 @@ def _obeys(layer: MoELayer, turn: Turn, named: Sequence[int], routing: _Routing)
     ids_TK, weights_TK = routing.ids_TK, routing.weights_TK
     if layer.router.num_zero_experts and turn is not Turn.FORCE:
         # Zero experts, which no mask can name, may take any place; they show as no weight.
-        chosen = np.isin(ids_TK, named) | (weights_TK == 0)
-        if not chosen.all():
-            return False
-    elif not _all_choose(routing, named):
+        live = named if turn is Turn.REROUTE else []
+        return bool((np.isin(ids_TK, live) | (weights_TK == 0)).all())
+    if not _all_choose(routing, named):
         return False
     if turn not in (Turn.DROP, Turn.DROP_RENORM):
         return True
     if (weights_TK[ids_TK == named[0]] != 0).any():
         return False
-    router = layer.router
-    if turn is Turn.DROP or not router.renormalize or router.num_zero_experts:
+    if turn is Turn.DROP or not layer.router.renormalize:
         return True
     sum_T = weights_TK.sum(axis=1)
     return bool(((sum_T == 0) | (np.abs(sum_T - 1) < _RESTORED_SUM_TOLERANCE)).all())
@@ -220,16 +218,23 @@ def _all_choose(routing: _Routing, experts: Sequence[int]) -> bool:
     return all(sorted(row) == sorted(experts) for row in routing.ids_TK.tolist())
 
 
+def _masked(layer: MoELayer, turn: Turn, method: MaskMethodCode, named: Sequence[int]) -> Sequence[int]:
+    """The experts that a probe's action masks. Beside zero experts none is sure to be chosen, unless it
+    is forced: so all are dropped there."""
+    drops = turn in (Turn.DROP, Turn.DROP_RENORM)
+    if layer.router.num_zero_experts and drops:
+        return [] if method is MaskMethodCode.REROUTE else range(layer.num_experts)
+    if method is MaskMethodCode.REROUTE:
+        return [expert for expert in range(layer.num_experts) if expert not in named]
+    return named if method is MaskMethodCode.FORCE else named[:1]
+
+
 def _probe_masks(topology: Topology, round_: int) -> MaskTable:
     bits = np.zeros((len(topology.layers), topology.max_experts, 1), dtype=np.int64)
     for index, layer in enumerate(topology.layers):
         for action, (turn, method) in enumerate(_ACTIONS):
-            named = _named(index, layer, turn, round_)
-            if method is MaskMethodCode.REROUTE:
-                masked = np.setdiff1d(np.arange(layer.num_experts), named)
-            else:
-                masked = np.array(named if method is MaskMethodCode.FORCE else named[:1])
-            bits[index, masked] |= 1 << action
+            masked = _masked(layer, turn, method, _named(index, layer, turn, round_))
+            bits[index, list(masked)] |= 1 << action
     num_actions = len(_ACTIONS)
     return MaskTable(
         rule=np.zeros(num_actions, dtype=np.int64),

@@ -4,22 +4,46 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Protocol
 
 import pytest
 import torch
-from guard_vllm.proof import PROBE_ROWS, Turn, prove, require
+from guard_vllm.proof import LEAK_ROUNDS, PROBE_ROWS, Turn, prove, require
 
+from guard.device.layout import Capacity
 from guard.device.mask import MaskedExperts
 from guard.device.routing import route_masked
 from guard.errors import NotLiveError
+from guard.policy import parse_policies
+from guard.program.compile import compile_policies
+from guard.program.topology import MoELayer, Router, Topology
+from guard.runtime import Guard
 from tests.unit.device.driving import MASK, Engine, policy_text, rule_text
+from tests.unit.device.test_routing import FAMILIES, Family
 
 MASKING = policy_text(rule_text("{always: {}}", MASK))
+
+
+class HasGuard(Protocol):
+    guard: Guard
+
+
+class Bare:
+    """A guard of a topology, with one policy that masks nothing."""
+
+    def __init__(self, *layers: MoELayer) -> None:
+        program = compile_policies(
+            parse_policies(policy_text(rule_text("{always: {}}"))), Topology("T", layers)
+        )
+        self.guard = Guard(program, Capacity(64, 2, 1), torch.device("cpu"))
+
+
 Change = Callable[[int, MaskedExperts], MaskedExperts]
 
 
 def model(
-    engine: Engine, change: Change, blind: tuple[int, ...] = (), seeds: Iterator[int] | None = None
+    engine: HasGuard, change: Change, blind: tuple[int, ...] = (), seeds: Iterator[int] | None = None
 ) -> Callable[[int], None]:
     """Runs dummy rows, each the same token: what a warm-up gives. change: (layer, as asked)."""
     guard = engine.guard
@@ -147,3 +171,69 @@ def test_a_fault_during_the_proof_leaves_the_programs_masks_installed() -> None:
     assert calls == [PROBE_ROWS] * 2
     assert torch.equal(engine.guard.mask.expert_bits_LEW, installed)
     assert not engine.guard.mask.row_bits_TW.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_that_obeys_is_proved_and_one_that_ignores_a_method_is_not(
+    family: Family,
+) -> None:
+    layers = (family.layer, family.layer._replace(number=1))
+
+    bare = Bare(*layers)
+    assert prove(bare.guard, model(bare, obey)).holds
+    for method in ("rerouted", "dropped", "forced"):
+        bare = Bare(*layers)
+        assert prove(bare.guard, model(bare, without(method))).faults, method
+
+
+def test_a_layer_that_a_table_routes_is_proved_to_report_and_nothing_more() -> None:
+    bare = Bare(MoELayer(0, 8, 2, Router(kind="hash")), MoELayer(1, 8, 2))
+
+    proof = prove(bare.guard, model(bare, obey))
+
+    assert proof.holds
+    assert (proof.num_layers, proof.masked_layers) == (2, 1)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 4])
+def test_with_fewer_rows_than_turns_every_method_is_proved_all_the_same(num_rows: int) -> None:
+    bare = Bare(MoELayer(0, 8, 2), MoELayer(1, 8, 2))
+    assert prove(bare.guard, model(bare, obey), num_rows).holds
+
+    for method in ("rerouted", "drop_renormed", "dropped", "forced"):
+        assert not prove(bare.guard, model(bare, without(method)), num_rows).holds
+
+
+@pytest.mark.parametrize("seeds", [None, count()], ids=["rows repeat", "rows do not repeat"])
+def test_a_free_row_that_chooses_by_chance_what_is_named_is_no_leak(
+    seeds: Iterator[int] | None,
+) -> None:
+    bare = Bare(*(MoELayer(number, 16, 1) for number in range(8)))
+
+    assert prove(bare.guard, model(bare, obey, seeds=seeds)).holds
+
+
+def test_a_leak_is_told_from_chance_where_one_expert_is_chosen() -> None:
+    bare = Bare(*(MoELayer(number, 4, 1) for number in range(2)))
+    runs: list[int] = []
+    run = model(bare, leak)
+
+    def counted(num_rows: int) -> None:
+        runs.append(num_rows)
+        run(num_rows)
+
+    assert prove(bare.guard, counted).faults == tuple(
+        f"layer {number} masks rows that no mask is for" for number in range(2)
+    )
+    assert len(runs) == 1 + LEAK_ROUNDS
+
+
+def test_weights_that_are_no_numbers_under_a_mask_are_a_fault() -> None:
+    bare = Bare(MoELayer(0, 8, 2))
+    run = model(bare, obey)
+
+    def broken(num_rows: int) -> None:
+        run(num_rows)
+        bare.guard.tap.topk_weights_TLK[Turn.DROP] = float("nan")
+
+    assert "no numbers under a mask (drop)" in prove(bare.guard, broken).faults[0]

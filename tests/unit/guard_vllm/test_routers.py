@@ -1,13 +1,18 @@
-"""The tap and the mask in vLLM's own routers on a CPU, and the routers that are refused."""
+"""Finding the routers of a model; the tap and the mask in vLLM's own plain ones on a CPU."""
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from guard_vllm.routers import RoutedLayer, attach, routed_layers, topology_of
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import (
+    RoutingSimulatorRouter,
+)
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from guard.errors import UnsupportedHostError
 from guard.program.topology import MoELayer
@@ -92,3 +97,65 @@ def test_the_topology_is_that_of_the_loaded_routers() -> None:
 def test_a_model_without_moe_layers_is_refused() -> None:
     with pytest.raises(UnsupportedHostError, match="Linear has no MoE layers"):
         routed_layers(torch.nn.Linear(1, 1))
+
+
+def runner(name: str, router: Any, *, num_experts: int = 8, monolithic: bool = False) -> MoERunner:
+    """As vLLM builds one, with as much of it as the guard reads."""
+    made: Any = MoERunner.__new__(MoERunner)
+    torch.nn.Module.__init__(made)
+    made.layer_name, made.router = name, router
+    made.moe_config = SimpleNamespace(num_logical_experts=num_experts)
+    made.routed_experts = MoEExperts()
+    made.routed_experts.quant_method = SimpleNamespace(is_monolithic=monolithic)
+    return cast(MoERunner, made)
+
+
+class MoEExperts(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(8, 4, 4))
+
+
+class DeepseekV4MegaMoEExperts(torch.nn.Module):
+    """Its weights are in buffers of its own making."""
+
+
+class ShortConvolution(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(8, 1, 4))
+
+
+def cpu_router(num_experts: int = 8) -> CPURouter:
+    return CPURouter(top_k=2, global_num_experts=num_experts)
+
+
+def test_layers_come_by_number_and_copies_of_experts_are_not_counted() -> None:
+    model = torch.nn.ModuleList(
+        [
+            runner("model.layers.7.mlp.experts", cpu_router(10)),
+            ShortConvolution(),
+            runner("model.layers.3.mlp.experts", cpu_router()),
+        ]
+    )
+
+    found = routed_layers(model)
+
+    assert topology_of("X", found).sizes == ((3, 8, 2), (7, 8, 2))
+
+
+@pytest.mark.parametrize("outside", [MoEExperts, DeepseekV4MegaMoEExperts])
+def test_experts_that_no_runner_of_vllm_runs_are_refused(outside: type[torch.nn.Module]) -> None:
+    model = torch.nn.ModuleList([runner("model.layers.0.mlp.experts", cpu_router()), outside()])
+
+    with pytest.raises(
+        UnsupportedHostError, match=f"the experts in {outside.__name__} are run outside"
+    ):
+        routed_layers(model)
+
+
+def test_routing_by_chance_is_refused() -> None:
+    router = RoutingSimulatorRouter(top_k=2, global_num_experts=8)
+
+    with pytest.raises(UnsupportedHostError, match="unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY"):
+        routed_layers(runner("model.layers.0.mlp.experts", router))
