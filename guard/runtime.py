@@ -9,10 +9,12 @@ import torch
 
 from guard.device.agreement import RankAgreement
 from guard.device.evaluate import StepEvaluator
+from guard.device.kept_evidence import KeptEvidence
 from guard.device.layout import NULL_SLOT, Capacity
 from guard.device.mask import ExpertMask
-from guard.device.readback import Readback, StepDecisions
-from guard.device.rows import StepBatch
+from guard.device.readback import Readback, ReplayedDecisions, StepDecisions
+from guard.device.replay import CachedPrefix, replay_chunks
+from guard.device.rows import StepBatch, last_rows
 from guard.device.state import Admission, SlotState, host_to_device
 from guard.device.tap import RoutingTap
 from guard.failures import Failures, Stage
@@ -54,6 +56,9 @@ class Guard:
         self._missed: set[str] = set()  # requests of failed steps, until their next good one
         self._batch: StepBatch | None = None
         self._req_ids: Sequence[str] = ()
+        self.kept: KeptEvidence | None = None
+        self._cached: dict[str, tuple[Sequence[int], int]] = {}  # prefixes that await their step
+        self._kv_slot_T: torch.Tensor | None = None
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.mask is not None:
             self.mask.install(program.masks)
@@ -91,8 +96,25 @@ class Guard:
         for req_id in req_ids:
             slot = self._slot_of.pop(req_id, None)
             self._missed.discard(req_id)
+            self._cached.pop(req_id, None)
             if slot is not None:
                 self._free_slots.append(slot)
+
+    def keep_evidence(self, num_blocks: int, block_size: int) -> KeptEvidence | None:
+        """From now on keep what is seen of each token beside its KV, so that a prefix taken from the
+        cache counts as if it had been computed. None where no rule asks for evidence."""
+        if self._evaluator is not None:
+            program = self.program
+            self.kept = KeptEvidence(
+                program.signals, program.topology, num_blocks, block_size, self.device
+            )
+        return self.kept
+
+    def take_from_cache(self, req_id: str, blocks: Sequence[int], num_tokens: int) -> None:
+        """The first `num_tokens` positions of a request of the next step come from the cache: the step
+        does not compute them. Their KV lies in `blocks`, in order."""
+        if self.kept is not None and num_tokens > 0:
+            self._cached[req_id] = (blocks, num_tokens)
 
     @torch.inference_mode()
     def begin_step(
@@ -105,6 +127,7 @@ class Guard:
         position_T: [T] on the device; position of each row in its request
         """
         self._batch = None
+        self._kv_slot_T = None
         if self._evaluator is None:
             return
         self._req_ids = tuple(req_ids)
@@ -117,7 +140,13 @@ class Guard:
             batch = StepBatch.of(slots_B, query_start_B1, position_T)
             if self.mask is not None and self.program.masks.num_actions:
                 self.mask.set_rows(self._state.masks_at(batch.slot_T, batch.position_T))
+            if self.kept is not None:
+                self.kept.apply_staged_writes()
             self._batch = batch
+
+    def place_rows(self, kv_slot_T: torch.Tensor) -> None:
+        """Where the step that was begun writes its rows' KV: [rows or more] on the device."""
+        self._kv_slot_T = kv_slot_T
 
     @torch.inference_mode()
     def end_step(self, rejected_B: torch.Tensor | None = None) -> Readback | StepReport | None:
@@ -129,18 +158,27 @@ class Guard:
             return None
         batch, req_ids = self._batch, self._req_ids
         self._batch, self._req_ids = None, ()
+        prefixes = self._cached_prefixes(req_ids)
         if not req_ids or batch is None or self.blind:
             self._report_fault()
             return self._failed_step(req_ids) if req_ids else None
         readback, evaluated = None, False
         with self.failures.caught(Stage.EVALUATE) as attempt:
             signal_TX = self._evaluator.signals(self.tap, len(batch.position_T))
+            self._keep(signal_TX, batch, rejected_B)
+            # Behind it: a prefix may lie in blocks that this very step computes.
+            replayed = self._replay(prefixes, batch, rejected_B)
             decisions = self._judge(req_ids, batch, signal_TX, rejected_B)
             evaluated = True
             if self.agreement is not None:
                 decisions = self.agreement.agree(decisions)
             readback = Readback(
-                self.program.revision, req_ids, decisions, self._copy_stream, self.failures.take()
+                self.program.revision,
+                req_ids,
+                decisions,
+                self._copy_stream,
+                self.failures.take(),
+                replayed,
             )
         if attempt.failed:
             if not evaluated:
@@ -170,6 +208,55 @@ class Guard:
         if self.agreement is not None:
             with self.failures.caught(Stage.RANKS):
                 self.agreement.report_fault()
+
+    def _cached_prefixes(self, req_ids: Sequence[str]) -> list[CachedPrefix]:
+        """Of the requests of a step; what a failed step took from the cache stays unseen."""
+        if not self._cached:
+            return []
+        taken = [(row, req_id, self._cached.pop(req_id, None)) for row, req_id in enumerate(req_ids)]
+        return [
+            CachedPrefix(row, self._slot_of[req_id], *prefix)
+            for row, req_id, prefix in taken
+            if prefix is not None and req_id in self._slot_of
+        ]
+
+    def _keep(self, signal_TX: torch.Tensor, batch: StepBatch, rejected_B: torch.Tensor | None) -> None:
+        if self.kept is None:
+            return
+        if self._kv_slot_T is None:
+            raise RuntimeError("where the step's KV is written was not said: `place_rows` is missing")
+        num_rows = len(signal_TX)
+        kv_slot_T = self._kv_slot_T[:num_rows]
+        if rejected_B is not None:
+            accepted_T = (
+                torch.arange(num_rows, device=self.device)
+                <= (last_rows(batch, rejected_B)[batch.request_T])
+            )
+            kv_slot_T = kv_slot_T.where(accepted_T, -1)
+        self.kept.write(kv_slot_T, signal_TX)
+
+    def _replay(
+        self,
+        prefixes: Sequence[CachedPrefix],
+        batch: StepBatch,
+        rejected_B: torch.Tensor | None,
+    ) -> list[ReplayedDecisions]:
+        if self.kept is None or self._evaluator is None or not prefixes:
+            return []
+        computed_B = batch.position_T[last_rows(batch, rejected_B)] + 1
+        replayed = []
+        for chunk in replay_chunks(
+            prefixes, self.kept.block_size, self.capacity.replay_rows, self.device
+        ):
+            requests = host_to_device(chunk.requests_np, self.device)
+            decisions = self._evaluator.evaluate(
+                self.kept.read(chunk.kv_slot_T),
+                chunk.batch,
+                self._state,
+                computed_B=computed_B[requests],
+            )
+            replayed.append(ReplayedDecisions(chunk.requests_np, decisions._replace(drafts=None)))
+        return replayed
 
     def _failed_step(self, req_ids: Sequence[str]) -> StepReport:
         self._missed.update(req_id for req_id in req_ids if req_id in self._slot_of)

@@ -29,9 +29,11 @@ class Capacity:
     max_slots: requests that can have state at once, the null slot not among them
     mask_words: 64-bit words of mask actions for each row
     max_draft_tokens: draft tokens of speculative decoding that a request can have in a step
+    replay_rows: cached tokens that are evaluated at once; it bounds the memory that a long prefix takes
     """
 
     max_rows: int
     max_slots: int
     mask_words: int = 1
     max_draft_tokens: int = 0
+    replay_rows: int = 2048

@@ -7,9 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from guard.device.drafts import DraftDecisions
-from guard.program.step_report import DraftReport, EventColumn, StepReport
+from guard.program.step_report import DraftReport, EventColumn, RequestColumn, StepReport
+
+_ADDED = np.array([RequestColumn.PROMPT_TOKENS, RequestColumn.OUTPUT_TOKENS])
+"""What a report counts of the step alone, beside the selections of named sets."""
 
 
 class StepDecisions(NamedTuple):
@@ -22,6 +26,14 @@ class StepDecisions(NamedTuple):
     values_V: torch.Tensor
     num_events: torch.Tensor
     drafts: DraftDecisions | None = None
+
+
+class ReplayedDecisions(NamedTuple):
+    """What was decided on cached rows, before the step's own. requests_np: the places in the step of
+    the requests that `decisions` counts."""
+
+    requests_np: NDArray[np.int64]
+    decisions: StepDecisions
 
 
 class Readback:
@@ -38,19 +50,22 @@ class Readback:
         decisions: StepDecisions,
         copy_stream: torch.cuda.Stream | None,
         failures: Mapping[str, int],
+        replayed: Sequence[ReplayedDecisions] = (),
     ) -> None:
         self._revision = revision
         self._req_ids = tuple(req_ids)
         self._failures = failures
         self._done: torch.cuda.Event | None = None
-        self._keep_alive: StepDecisions | None = None
+        self._keep_alive: list[StepDecisions] | None = None
+        self._replayed_requests = [part.requests_np for part in replayed]
+        parts = [*(part.decisions for part in replayed), decisions]
         if copy_stream is None:
-            self._host = decisions
+            self._host = parts
             return
-        self._keep_alive = decisions  # until the copy stream has read it
+        self._keep_alive = parts  # until the copy stream has read them
         copy_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(copy_stream):
-            self._host = _pinned(decisions)
+            self._host = [_pinned(part) for part in parts]
             self._done = torch.cuda.Event(blocking=True)
             self._done.record(copy_stream)
 
@@ -58,23 +73,36 @@ class Readback:
         if self._done is not None:
             self._done.synchronize()
             self._done = self._keep_alive = None
-        host = self._host
-        num_events = int(host.num_events)
-        kept = min(num_events, len(host.events_V))
-        events_V, values_V = host.events_V[:kept].numpy(), host.values_V[:kept].numpy()
+        own = self._host[-1]
+        requests_B = own.requests_B.numpy()
+        events, values, num_events = [], [], 0
+        for part, requests_np in zip(self._host, [*self._replayed_requests, None], strict=True):
+            num_events += int(part.num_events)
+            kept = min(int(part.num_events), len(part.events_V))
+            events_V = part.events_V[:kept].numpy()
+            if requests_np is not None:
+                # The rest of a request's facts are as of its last row, which is in the step itself.
+                requests_B[requests_np[:, None], _ADDED] += part.requests_B.numpy()[:, _ADDED]
+                requests_B[requests_np, RequestColumn.NUM :] += part.requests_B.numpy()[
+                    :, RequestColumn.NUM :
+                ]
+                events_V[:, EventColumn.REQUEST] = requests_np[events_V[:, EventColumn.REQUEST]]
+            events.append(events_V)
+            values.append(part.values_V[:kept].numpy())
+        events_V, values_V = np.concatenate(events), np.concatenate(values)
         columns = (EventColumn.RULE, EventColumn.POSITION, EventColumn.REQUEST)
         order = np.lexsort([events_V[:, column] for column in columns])
         return StepReport(
             self._revision,
             self._req_ids,
-            host.requests_B.numpy(),
-            host.masked_BW.numpy(),
-            host.extremes_BC.numpy(),
+            requests_B,
+            own.masked_BW.numpy(),
+            own.extremes_BC.numpy(),
             events_V[order],
             values_V[order],
             num_events,
             self._failures,
-            drafts=None if host.drafts is None else DraftReport(*(a.numpy() for a in host.drafts)),
+            drafts=None if own.drafts is None else DraftReport(*(a.numpy() for a in own.drafts)),
         )
 
 

@@ -36,6 +36,12 @@ class StepBatch(NamedTuple):
         return StepBatch(slots_B, query_start_B1, position_T.to(torch.int64), request_T)
 
 
+def last_rows(batch: StepBatch, rejected_B: torch.Tensor | None) -> torch.Tensor:
+    """int64 [B]: the last accepted row of each request."""
+    last_row_B = batch.query_start_B1[1:] - 1
+    return last_row_B if rejected_B is None else last_row_B - rejected_B
+
+
 class FreshRows(NamedTuple):
     """The rows that are evaluated: real, accepted, and not evaluated in an earlier step.
 
@@ -75,9 +81,7 @@ class FreshRows(NamedTuple):
         request_T, position_T = batch.request_T, batch.position_T
         row_T = torch.arange(len(position_T), device=position_T.device)
         start_B = batch.query_start_B1[:-1]
-        last_row_B = batch.query_start_B1[1:] - 1
-        if rejected_B is not None:
-            last_row_B = last_row_B - rejected_B
+        last_row_B = last_rows(batch, rejected_B)
         next_B = state.next_position_S[batch.slots_B]
         position_of_start_B = position_T[start_B]
         begin_B = torch.maximum(next_B, position_of_start_B)

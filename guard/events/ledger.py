@@ -256,10 +256,10 @@ class Ledger:
             self._note_unjudged(req_id)
         unseen_B = report.requests_B[:, RequestColumn.UNSEEN] > 0
         for req_id, _ in self._counted_rows(report, unseen_B & ~unjudged_B):
-            self._raise_outcome(req_id, "unjudged")
+            self._note_unjudged(req_id)
 
     def _note_unjudged(self, req_id: str) -> None:
-        """A request that could not be judged follows the fail mode of the enforced rules.
+        """A request that could not be judged in full follows the fail mode of the enforced rules.
 
         In the middle of a prompt there is no token to withhold, so the block is owed until there is.
         """

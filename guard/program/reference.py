@@ -68,6 +68,9 @@ def evaluate(
         for order, state in enumerate(states):
             if not _evaluates(state.rule.phase, position, prompt):
                 continue
+            if not routing.is_seen(position):
+                state.evaluations.append(False)  # one that was not made is a miss; the result stays
+                continue
             turn = state.step(position, topology, routing)
             if turn is True:
                 firings.append(state.firing(position, topology, routing))
@@ -265,7 +268,7 @@ def _seen_tokens(condition: Condition, phase: Phase, position: int, routing: Rou
         case int(length):
             start = prompt if phase is Phase.OUTPUT else 0
             window = range(max(start, position - length + 1), position + 1)
-    return [token for token in window if token >= routing.first_seen]
+    return [token for token in window if routing.is_seen(token)]
 
 
 def _weights_in(topology: Topology, experts: ExpertSet) -> dict[Expert, Fraction]:

@@ -96,6 +96,13 @@ class StepReport:
     failed: bool = False
     drafts: DraftReport | None = None
 
+    def unjudged(self) -> set[str]:
+        """Requests that the step computed without judging, or surely masking, them."""
+        if self.failed:
+            return set(self.req_ids)
+        judged_B = self.requests_B[:, RequestColumn.JUDGED]
+        return {self.req_ids[row] for row in np.flatnonzero(judged_B != Judged.YES).tolist()}
+
     @staticmethod
     def of_failed_step(
         revision: str, req_ids: Sequence[str], failures: Mapping[str, int]

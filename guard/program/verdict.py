@@ -15,12 +15,17 @@ class Routing(NamedTuple):
     topk_weights: float32 [positions, L, K], after renormalisation, before routed scaling
     num_prompt_tokens: P; positions 0..P-1 are the prompt
     first_seen: positions below it were not routed here (a cached prefix); their rows are ignored
+    unseen: other positions that were not seen, or of which no evidence was kept
     """
 
     topk_ids: NDArray[np.int32]
     topk_weights: NDArray[np.float32]
     num_prompt_tokens: int
     first_seen: int = 0
+    unseen: frozenset[int] = frozenset()
+
+    def is_seen(self, position: int) -> bool:
+        return position >= self.first_seen and position not in self.unseen
 
 
 class Evidence(NamedTuple):

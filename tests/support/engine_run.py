@@ -4,8 +4,8 @@
 
 Job: {"engines": [{"name", "engine": arguments of LLM, "config_only": false, "record": false,
 "async": false, "cases": [{"name", "batches": [[{"prompt": token ids, "sampling": of SamplingParams,
-"continues": [batch, request] whose whole text goes before the prompt; optional}]],
-"before_batch": of each batch a worker method with its arguments, or null; optional}]}]}.
+"continues": [batch, request] whose whole text goes before the prompt, "salt": keeps its KV apart;
+optional}]], "before_batch": of each batch a worker method with its arguments, or null; optional}]}]}.
 The batches of a case run one after another; the prefix cache is emptied before each case.
 
 Result: by engine name, "error" or "compile_key" and, by case name, what `run_case` returns. All
@@ -96,14 +96,18 @@ def prompt_of(request: dict[str, Any], batches: list[list[dict[str, Any]]]) -> d
     batch, number = request["continues"]
     earlier = batches[batch][number]
     text = [*earlier["prompt"], *earlier["samples"][0]["tokens"]]
-    return {"prompt": text + request["prompt"], "sampling": request["sampling"]}
+    return request | {"prompt": text + request["prompt"]}
 
 
 def run_batch(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
     outputs = llm.generate(
-        [{"prompt_token_ids": request["prompt"]} for request in requests],
+        [
+            {"prompt_token_ids": request["prompt"]}
+            | ({"cache_salt": request["salt"]} if "salt" in request else {})
+            for request in requests
+        ],
         [SamplingParams(detokenize=False, **request["sampling"]) for request in requests],
         use_tqdm=False,
     )

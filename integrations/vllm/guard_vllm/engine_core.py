@@ -20,6 +20,7 @@ from guard.program.program import ProgramRule
 from guard.program.step_report import StepReport
 from guard_vllm import kv_isolation
 from guard_vllm.client import MESSAGE_CALL_ID, deliver
+from guard_vllm.kv_blocks import KVBlocks, step_starts
 from guard_vllm.settings import Settings
 from guard_vllm.steps import REPORT_ATTRIBUTE, enforced_policies, wrap
 from guard_vllm.worker import STATUS_METHOD, WorkerStatus
@@ -53,6 +54,10 @@ class EngineCoreGuard:
         self._revision = status.revision
         self._has_rules = bool(rules)
         self._hooked = False
+        self._kept_group = status.kept_group
+        self._kv_blocks: KVBlocks | None = None
+        self._can_confirm = False
+        self._isolation = kv_isolation.Isolation(status) if status.masking else None
         self._closed_policies = {
             rule.policy: rule.mode is Mode.ENFORCE
             for rule in status.rules
@@ -69,8 +74,8 @@ class EngineCoreGuard:
         )
         wrap(core, "add_request", self._add_request)
         wrap(core, "post_step", self._post_step)
-        if status.masking:
-            kv_isolation.install(status)
+        if self._isolation is not None:
+            self._isolation.install()
         self._broadcast(_hello(self._engine, statuses, rules))
 
     def _add_request(self, stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,10 +86,21 @@ class EngineCoreGuard:
             wrap(scheduler, "update_from_output", self._update_from_output)
             wrap(scheduler, "_update_request_with_output", self._update_request_with_output)
             wrap(scheduler, "_free_request", self._free_request)
-        if self._closed_policies and self._is_closed_for(request):
-            # Evidence of a cached prefix is not to be had, and this request must not go unjudged.
+            self._hook_kv_blocks(scheduler)
+        if self._closed_policies and not self._can_confirm and self._is_closed_for(request):
+            # Whether a cached prefix was seen is not known, and this request must not go unjudged.
             request.skip_reading_prefix_cache = True
         return stock(request, *args, **kwargs)
+
+    def _hook_kv_blocks(self, scheduler: Any) -> None:
+        if self._kept_group is None:
+            return
+        # What a connector brings was seen by nobody here.
+        self._can_confirm = scheduler.connector is None
+        confirms = self._can_confirm and bool(self._closed_policies)
+        self._kv_blocks = KVBlocks(
+            scheduler, self._kept_group, self._failures, self._is_closed_for if confirms else None
+        )
 
     def _tightened(self, req_id: str) -> tuple[str, ...]:
         request = self._core.scheduler.requests.get(req_id)
@@ -96,12 +112,14 @@ class EngineCoreGuard:
 
     def _update_from_output(self, stock: Any, scheduler_output: Any, output: Any) -> Any:
         self._blocked = {}
+        if self._kv_blocks is not None:
+            self._kv_blocks.note_step(scheduler_output, getattr(output, REPORT_ATTRIBUTE, None))
         req_ids = tuple(scheduler_output.num_scheduled_tokens)
         if self._has_rules and req_ids:
             with self._failures.caught(Stage.LEDGER) as attempt:
                 report = getattr(output, REPORT_ATTRIBUTE, None) or self._unreported(req_ids)
                 self._blocked = self._ledger.begin_step(report, self._is_counted)
-                self._isolate_kv(report.req_ids)  # before this step's tokens fill a block
+                self._isolate_kv(report, scheduler_output)  # before this step's tokens fill a block
             if attempt.failed:
                 with self._failures.caught(Stage.LEDGER):
                     failed = self._unreported(req_ids)
@@ -150,14 +168,25 @@ class EngineCoreGuard:
     def _free_request(self, stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         with self._failures.caught(Stage.LEDGER):
             self._ledger.finish(request.request_id)
+            if self._kv_blocks is not None:
+                self._kv_blocks.finish(request.request_id)
         return stock(request, *args, **kwargs)
 
-    def _isolate_kv(self, req_ids: tuple[str, ...]) -> None:
-        for req_id in req_ids:
+    def _isolate_kv(self, report: StepReport, scheduler_output: Any) -> None:
+        if self._isolation is None:
+            return
+        scheduler = self._core.scheduler
+        for req_id in report.req_ids:
             start = self._ledger.mask_start(req_id)
-            request = self._core.scheduler.requests.get(req_id)
+            request = scheduler.requests.get(req_id)
             if start is not None and request is not None:
-                kv_isolation.isolate_from(request, start)
+                self._isolation.isolate_from(request, start)
+        unjudged = report.unjudged() if self._isolation.shares_masked else set()
+        if unjudged:
+            # Whether these rows were masked as they should have been is not known.
+            starts = step_starts(scheduler_output)
+            for req_id in unjudged & starts.keys() & scheduler.requests.keys():
+                self._isolation.distrust(scheduler, scheduler.requests[req_id], starts[req_id])
 
     def _post_step(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)

@@ -38,6 +38,11 @@ def _hook_v2(runner: Any, hooks: StepHooks) -> None:
                 )
         return batch
 
+    def prepare_attn(stock: Any, *args: Any, **kwargs: Any) -> Any:
+        block_tables, slot_mappings = stock(*args, **kwargs)
+        hooks.place_rows(lambda group: slot_mappings[group])
+        return block_tables, slot_mappings
+
     def sample(stock: Any, *args: Any, **kwargs: Any) -> Any:
         sampler_output, num_sampled, num_rejected = stock(*args, **kwargs)
         if hooks.armed:
@@ -45,6 +50,7 @@ def _hook_v2(runner: Any, hooks: StepHooks) -> None:
         return sampler_output, num_sampled, num_rejected
 
     wrap(runner, "prepare_inputs", prepare_inputs)
+    wrap(runner, "prepare_attn", prepare_attn)
     wrap(runner, "sample", sample)
 
 
@@ -59,6 +65,7 @@ def _hook_v1(runner: Any, hooks: StepHooks) -> None:
                     runner.query_start_loc.gpu[: num_reqs + 1],
                     runner.positions[: scheduler_output.total_num_scheduled_tokens],
                 )
+            hooks.place_rows(lambda group: runner.input_batch.block_table[group].slot_mapping.gpu)
         return prepared
 
     def sample(stock: Any, logits: Any, drafts: Any, *args: Any, **kwargs: Any) -> Any:

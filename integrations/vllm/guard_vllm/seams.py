@@ -164,14 +164,17 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.worker.gpu_worker", "Worker.load_model", "attaches to the loaded model"),
     Seam("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", "proves and arms"),
     Seam("vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", "proves and arms"),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory", "room for evidence"),
+    Seam("vllm.v1.worker.cpu_worker", "CPUWorker.determine_available_memory", "room for evidence"),
     # Model runners. V1:
     Seam(
         _V1_RUNNER,
         "GPUModelRunner",
         "rows of a step",
-        has=("input_batch", "positions", "query_start_loc"),
+        has=("input_batch", "kv_cache_config", "positions", "query_start_loc"),
     ),
     Seam(_V1_RUNNER, "GPUModelRunner.get_model", "where the routers are"),
+    Seam(_V1_RUNNER, "GPUModelRunner.get_kv_cache_spec", "room for evidence"),
     Seam(_V1_RUNNER, "GPUModelRunner.execute_model", "admits", leading=("scheduler_output",)),
     Seam(_V1_RUNNER, "GPUModelRunner.sample_tokens", "the output that carries the report"),
     Seam(
@@ -193,8 +196,9 @@ SEAMS: tuple[Seam, ...] = (
         "vllm.v1.worker.gpu_input_batch",
         "InputBatch",
         "rows of V1",
-        has=("num_reqs", "req_ids", "vocab_size"),
+        has=("block_table", "num_reqs", "req_ids", "vocab_size"),
     ),
+    Seam("vllm.v1.worker.block_table", "BlockTable", "where rows' KV goes", has=("slot_mapping",)),
     Seam(
         "vllm.v1.spec_decode.metadata",
         "SpecDecodeMetadata",
@@ -204,6 +208,9 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.outputs", "SamplerOutput", "accepted drafts", has=("sampled_token_ids",)),
     # V2:
     Seam(_V2_RUNNER, "GPUModelRunner.get_model", "where the routers are"),
+    Seam(_V2_RUNNER, "GPUModelRunner.get_kv_cache_spec", "room for evidence"),
+    Seam(_V2_RUNNER, "GPUModelRunner", "the KV cache", has=("kv_cache_config",)),
+    Seam(_V2_RUNNER, "GPUModelRunner.prepare_attn", "where rows' KV goes", returns=2),
     Seam(
         _V2_RUNNER,
         "GPUModelRunner.execute_model",
@@ -237,15 +244,28 @@ SEAMS: tuple[Seam, ...] = (
         has=(
             "finished_req_ids",
             "num_scheduled_tokens",
+            "scheduled_cached_reqs",
             "scheduled_new_reqs",
             "total_num_scheduled_tokens",
         ),
     ),
     Seam(
         "vllm.v1.core.sched.output",
+        "SchedulerOutput.kv_cache_block_copies",
+        "evidence is copied with blocks",
+        optional=True,
+    ),
+    Seam(
+        "vllm.v1.core.sched.output",
         "NewRequestData",
         "a request's slot",
-        has=("prompt_token_ids", "req_id", "sampling_params"),
+        has=("block_ids", "num_computed_tokens", "prompt_token_ids", "req_id", "sampling_params"),
+    ),
+    Seam(
+        "vllm.v1.core.sched.output",
+        "CachedRequestData",
+        "requests that go on after preemption",
+        has=("new_block_ids", "num_computed_tokens", "req_ids", "resumed_req_ids"),
     ),
     Seam(
         "vllm.sampling_params", "SamplingParams", "what a caller asks", has=("extra_args", "n", "stop")
@@ -274,8 +294,15 @@ SEAMS: tuple[Seam, ...] = (
         "vllm.v1.core.sched.scheduler",
         "Scheduler",
         "which requests are running",
-        has=("has_unfinished_requests", "requests"),
+        has=(
+            "connector",
+            "has_unfinished_requests",
+            "hash_block_size",
+            "kv_cache_manager",
+            "requests",
+        ),
     ),
+    Seam("vllm.v1.core.sched.scheduler", "Scheduler.schedule", "tells workers of KV blocks"),
     Seam(
         "vllm.v1.core.sched.scheduler",
         "Scheduler.update_from_output",
@@ -300,7 +327,9 @@ SEAMS: tuple[Seam, ...] = (
         "Request",
         "blocked, isolated, judged",
         has=(
+            "block_hashes",
             "is_finished",
+            "num_computed_tokens",
             "num_prompt_tokens",
             "num_tokens",
             "request_id",
@@ -309,6 +338,7 @@ SEAMS: tuple[Seam, ...] = (
             "skip_reading_prefix_cache",
             "status",
             "stop_reason",
+            "update_block_hashes",
         ),
     ),
     Seam("vllm.v1.request", "RequestStatus", "a blocked request is stopped", has=("FINISHED_STOPPED",)),
@@ -318,6 +348,67 @@ SEAMS: tuple[Seam, ...] = (
         "KV of masked positions is kept apart",
         exact=("request", "start_token_idx", "end_token_idx", "start_mm_idx"),
         returns=2,
+    ),
+    # KV blocks.
+    Seam(
+        "vllm.config.cache",
+        "CacheConfig",
+        "whether prefixes come from a cache",
+        has=("enable_prefix_caching", "kv_cache_memory_bytes"),
+    ),
+    Seam(
+        "vllm.v1.kv_cache_interface",
+        "KVCacheConfig",
+        "the blocks that carry evidence",
+        has=("kv_cache_groups", "num_blocks"),
+    ),
+    Seam("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", "a group", has=("kv_cache_spec",)),
+    Seam(
+        "vllm.v1.kv_cache_interface",
+        "FullAttentionSpec",
+        "a group that holds all tokens",
+        has=("block_size", "page_size_bytes"),
+    ),
+    Seam("vllm.v1.kv_cache_interface", "UniformTypeKVCacheSpecs", "layers", has=("kv_cache_specs",)),
+    Seam(
+        "vllm.v1.core.kv_cache_manager",
+        "KVCacheManager",
+        "which blocks are found",
+        has=(
+            "block_pool",
+            "coordinator",
+            "create_kv_cache_blocks",
+            "evict_blocks",
+            "num_kv_cache_groups",
+        ),
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_manager",
+        "KVCacheManager.get_computed_blocks",
+        "a request takes only what was seen",
+        leading=("request",),
+        returns=3,
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_coordinator",
+        "KVCacheCoordinator.find_longest_cache_hit",
+        "a shorter hit",
+        leading=("block_hashes", "max_cache_hit_length"),
+    ),
+    Seam("vllm.v1.core.block_pool", "BlockPool", "cached blocks", has=("get_cached_block",)),
+    Seam("vllm.v1.core.block_pool", "BlockPool.get_new_blocks", "blocks change hands"),
+    Seam(
+        "vllm.v1.core.block_pool",
+        "BlockPool.cache_full_blocks",
+        "blocks that can be found",
+        leading=(
+            "request",
+            "blocks",
+            "num_cached_blocks",
+            "num_full_blocks",
+            "block_size",
+            "kv_cache_group_id",
+        ),
     ),
     # Messages to the API servers.
     Seam("vllm.v1.engine", "EngineCoreOutputs", "a message", has=("engine_index", "utility_output")),

@@ -28,6 +28,8 @@ class Settings:
     observe_only: provision no masking, so that models whose routers cannot be masked are served too
     strict: refuse to start where the guard is not live; else serve, and report the guard as blind
     redact_reasons: tell clients "moe_guard" instead of which policy and rule stopped a request
+    prefix_evidence: keep the evidence of cached tokens, so that prefixes taken from the cache count as
+        if they had been computed; without it they are reported as unseen. Costs memory, see the log
     decision_log: file that gets one JSON line a decision
     mask_words, format: filled in by the plugin; they decide the shape of the compiled graph
     """
@@ -36,6 +38,7 @@ class Settings:
     observe_only: bool = False
     strict: bool = True
     redact_reasons: bool = False
+    prefix_evidence: bool = True
     decision_log: str | None = None
     mask_words: int = 0
     format: int = FORMAT
@@ -72,6 +75,7 @@ class Settings:
             "observe_only": flag,
             "strict": flag,
             "redact_reasons": flag,
+            "prefix_evidence": flag,
             "decision_log": path,
             "mask_words": number,
             "format": number,

@@ -12,6 +12,7 @@ from guard.failures import Stage
 from guard.program.step_report import StepReport
 from guard.runtime import Guard
 from guard_vllm.compat import seam
+from guard_vllm.prefix_evidence import PrefixEvidence
 
 REPORT_ATTRIBUTE = "moe_guard_report"
 ENFORCE_ARGUMENT = "moe_guard_enforce"
@@ -24,6 +25,7 @@ class StepHooks:
         self.guard = guard
         self.armed = False
         self.pending: Readback | StepReport | None = None
+        self.prefixes: PrefixEvidence | None = None
 
     def install(self, runner: Any) -> None:
         """Wrap the parts that the runners have in common."""
@@ -60,6 +62,18 @@ class StepHooks:
                 len(request.prompt_token_ids or ()),
                 tightened=enforced_policies(request.sampling_params),
             )
+        if self.prefixes is not None:
+            with self.guard.failures.caught(Stage.ADMIT) as attempt:
+                self.prefixes.admit(scheduler_output)
+            if attempt.failed:
+                with self.guard.failures.caught(Stage.ADMIT):
+                    self.prefixes.lose_track()
+
+    def place_rows(self, slot_mappings: Callable[[int], Any]) -> None:
+        """slot_mappings: of a KV cache group, where the step writes the KV of its rows."""
+        if self.armed and self.prefixes is not None:
+            with self.guard.failures.caught(Stage.BEGIN_STEP):
+                self.guard.place_rows(slot_mappings(self.prefixes.group))
 
 
 def enforced_policies(sampling_params: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from guard.device.kept_evidence import KeptEvidence
 from guard.device.layout import Capacity
 from guard.errors import UnsupportedHostError
 from guard.policy.load import load_policies
@@ -18,6 +19,7 @@ from guard.program.program import WORD_BITS, NamedSet, Program, ProgramRule
 from guard.program.topology import Topology
 from guard.runtime import Guard
 from guard_vllm.parallel import tensor_parallel_agreement
+from guard_vllm.prefix_evidence import KeptGroup, PrefixEvidence, kept_group, memory_share
 from guard_vllm.proof import PROBE_ROWS, Proof, prove, require
 from guard_vllm.routers import attach, routed_layers, topology_of
 from guard_vllm.runners import hook_runner, run_probe_rows
@@ -44,6 +46,7 @@ class WorkerStatus:
     masked_experts: dict[str, int]
     masking: bool
     proof: Proof
+    kept_group: KeptGroup | None = None
 
 
 class WorkerGuard:
@@ -54,7 +57,9 @@ class WorkerGuard:
         self._settings = settings
         self._hooks: StepHooks | None = None
         self._proof: Proof | None = None
+        self._kept_group: KeptGroup | None = None
         wrap(worker, "load_model", self._load_model)
+        wrap(worker, "determine_available_memory", self._determine_available_memory)
         wrap(worker, "compile_or_warm_up_model", self._compile_or_warm_up_model)
         setattr(worker, STATUS_METHOD, self.status)
 
@@ -105,9 +110,49 @@ class WorkerGuard:
             max_draft_tokens=0 if speculative is None else int(speculative.num_speculative_tokens or 0),
         )
 
+    def _keeps_evidence(self) -> bool:
+        assert self._hooks is not None, "the model is loaded first"
+        caching = self._worker.vllm_config.cache_config.enable_prefix_caching
+        return bool(caching and self._settings.prefix_evidence and self._hooks.guard.program.rules)
+
+    def _determine_available_memory(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        """Leaves room for the evidence beside the KV, unless the operator said how much KV there is."""
+        available = stock(*args, **kwargs)
+        explicit = self._worker.vllm_config.cache_config.kv_cache_memory_bytes is not None
+        if explicit or self._hooks is None or not self._keeps_evidence():
+            return available
+        program = self._hooks.guard.program
+        token_bytes = KeptEvidence.token_bytes(program.signals, program.topology)
+        specs = self._worker.model_runner.get_kv_cache_spec()
+        return int(available * (1.0 - memory_share(specs, token_bytes)))
+
+    def _keep_evidence(self) -> KeptGroup | None:
+        """Make room for the evidence of cached tokens, now that the KV cache has its size."""
+        if self._hooks is None or not self._keeps_evidence():
+            return None
+        group = kept_group(self._worker.model_runner.kv_cache_config)
+        if group is None:
+            logger.warning(
+                "No KV cache group of this model holds all tokens of a request: MoE Guard cannot keep "
+                "evidence of prefixes that come from the cache and reports their tokens as unseen"
+            )
+            return None
+        kept = self._hooks.guard.keep_evidence(group.num_blocks, group.block_size)
+        if kept is None:
+            return None
+        self._hooks.prefixes = PrefixEvidence(self._hooks.guard, kept, group.group)
+        logger.info(
+            "MoE Guard keeps evidence for cached prefixes: %.1f MiB for %d blocks of %d tokens",
+            kept.num_bytes / 2**20,
+            group.num_blocks,
+            group.block_size,
+        )
+        return group
+
     def _compile_or_warm_up_model(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)
         assert self._hooks is not None, "the model is loaded before it is warmed up"
+        self._kept_group = self._keep_evidence()
         self._proof = self._prove(self._hooks.guard)
         if self._settings.strict:
             require(self._proof)
@@ -165,6 +210,7 @@ class WorkerGuard:
             masked_experts=_masked_experts(guard.program),
             masking=guard.mask is not None,
             proof=self._proof,
+            kept_group=self._kept_group,
         )
 
 

@@ -98,6 +98,31 @@ PREFIX = case(
     _shared(304, ["isolate"]),
     _shared(305),
 )
+PREFIX_CLOSED = case("prefix-closed", _shared(301), _shared(306, ["closed"]))
+
+
+def _chain(enforce: Sequence[str] = ()) -> list[Request]:
+    """Prompts of one step: the second goes on from the first one's blocks, the third from its."""
+    first = tokens(300, SHARED_TOKENS)
+    second = first[:CACHED_TOKENS] + tokens(307, 70)
+    return [
+        request(prompt, max_tokens=6, enforce=enforce)
+        for prompt in (first, second, second[: 5 * BLOCK_SIZE] + tokens(308, 40))
+    ]
+
+
+PREFIX_IN_STEP = case("prefix-in-step", _chain(), _chain(["stop-prompt"]))
+
+
+def alone(shared: Case) -> Case:
+    """The same requests, none of which finds anything in the cache."""
+    batches = [
+        [one | {"salt": f"{number}-{i}"} for i, one in enumerate(batch)]
+        for number, batch in enumerate(shared["batches"])
+    ]
+    return case(f"{shared['name']}-alone", *batches)
+
+
 PREFIX_MASKED_FIRST = case("prefix-masked-first", _shared(301, ["isolate"]), _shared(302))
 
 LONG_PROMPTS = case(

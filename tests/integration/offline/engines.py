@@ -27,6 +27,11 @@ _ENFORCING = [
 ]
 _PLAIN = [cases.case("unmasked", cases.batch_of_16())]
 _PLAIN_MORE = [*_PLAIN, cases.mask_midway(), cases.blocks()]
+_CACHED_AND_ALONE = [
+    cases.PREFIX_IN_STEP,
+    cases.alone(cases.PREFIX),
+    cases.alone(cases.PREFIX_IN_STEP),
+]
 _ENFORCING_MORE = [
     *_ENFORCING,
     cases.mask_midway(["late"]),
@@ -34,6 +39,9 @@ _ENFORCING_MORE = [
     cases.blocks(["stop-prompt"]) | {"name": "prompt-blocks"},
     cases.PREFIX,
     cases.PREFIX_MASKED_FIRST,
+    cases.PREFIX_CLOSED,
+    *_CACHED_AND_ALONE,
+    cases.CROWD,
 ]
 
 
@@ -132,9 +140,16 @@ class Engines:
         if mode == "eager":
             main = [*main, cases.LONG_PROMPTS]
         engines.append(self._engine("main", "main", main, **more))
+        if mode == "eager":
+            unseen = self._engine("unseen", "main", [cases.PREFIX, cases.PREFIX_CLOSED])
+            unseen["engine"]["additional_config"]["moe_guard"]["prefix_evidence"] = False
+            engines.append(unseen)
         if mode != "compiled":
             chunks = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True}
-            engines.append(self._engine("chunked", "main", [cases.LONG_PROMPTS], **chunks))
+            chunked = [cases.LONG_PROMPTS, cases.PREFIX, cases.PREFIX_IN_STEP]
+            engines.append(self._engine("chunked", "main", chunked, **chunks))
+            odd = chunks | {"max_num_batched_tokens": 23}
+            engines.append(self._engine("chunked-oddly", "main", chunked[1:], **odd))
             tight = {"num_gpu_blocks_override": cases.CROWDED_BLOCKS}
             engines.append(self._engine("crowded", "main", [cases.CROWD], **tight))
         return engines

@@ -61,6 +61,7 @@ MAIN = [
         "stop-prompt",
         [{"name": "block", "match": _PROMPT, "when": count("request", 20), "then": {"block": {}}}],
     ),
+    policy("closed", [{"name": "never", "when": count("request", NEVER_REACHED)}]),
     policy(
         "watch",
         [
@@ -80,6 +81,8 @@ MAIN = [
         },
     ),
 ]
+
+next(p for p in MAIN if p["metadata"]["name"] == "closed")["spec"]["onError"] = "closed"
 
 NEVER_FIRES = [
     policy(

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from tests.integration.offline.policies import FLAGGED
+from tests.integration.offline.policies import FLAGGED, expert_set
+from tests.support.tiny_models import NUM_EXPERTS, NUM_LAYERS
 
 Case = dict[str, Any]
 Row = list[Any]
@@ -73,3 +74,20 @@ def counter(case: Case, name: str, **labels: str) -> float:
         if series_name == name and labels.items() <= own.items():
             total += value
     return total
+
+
+def counted_selections(case: Case) -> Counter[tuple[int, int]]:
+    """How often each (layer, expert) was chosen, by the policy that has a set for each."""
+    counts = {
+        (layer, expert): int(
+            counter(
+                case,
+                "expert_selections_total",
+                policy="every-expert",
+                set=expert_set(layer, expert),
+            )
+        )
+        for layer in range(NUM_LAYERS)
+        for expert in range(NUM_EXPERTS)
+    }
+    return +Counter(counts)

@@ -34,7 +34,7 @@ def test_tokens_evaluated_are_prompts_and_what_was_fed_back(
 def _assert_each_token_counted_once(case: Case) -> None:
     outputs = [output for batch in case["batches"] for output in batch]
     sampled = [(output, sample) for output in outputs for sample in output["samples"]]
-    prompt = sum(len(output["prompt"]) - output["cached"] for output, _ in sampled)
+    prompt = sum(len(output["prompt"]) for output, _ in sampled)
     assert counter(case, "tokens_evaluated_total", phase="prompt") == prompt
     assert counter(case, "tokens_evaluated_total", phase="output") == sum(
         _fed_back(sample) for _, sample in sampled

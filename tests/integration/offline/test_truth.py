@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from tests.integration.offline.engines import Engines
-from tests.integration.offline.policies import expert_set
-from tests.integration.offline.reading import counter, decisions, rows, selections
-from tests.support.tiny_models import NUM_EXPERTS, NUM_LAYERS
+from tests.integration.offline.reading import counted_selections, decisions, rows, selections
 
 pytestmark = pytest.mark.vllm
 
@@ -33,23 +31,7 @@ def test_rows_at_the_tap_are_the_rows_of_vllms_record(engines: Engines, name: st
 def test_counters_are_the_sums_of_vllms_record(engines: Engines, name: str) -> None:
     case = engines.case("v2-guarded", "main", name)
     recorded = selections([0, ids] for output in case["batches"][0] for ids in _record(output))
-    assert _counted(case) == recorded
-
-
-def _counted(case: dict[str, Any]) -> Counter[tuple[int, int]]:
-    counts = {
-        (layer, expert): int(
-            counter(
-                case,
-                "expert_selections_total",
-                policy="every-expert",
-                set=expert_set(layer, expert),
-            )
-        )
-        for layer in range(NUM_LAYERS)
-        for expert in range(NUM_EXPERTS)
-    }
-    return +Counter(counts)
+    assert counted_selections(case) == recorded
 
 
 def test_a_blocked_request_has_one_row_more_than_vllms_record_the_one_that_fired(
@@ -66,4 +48,4 @@ def test_a_blocked_request_has_one_row_more_than_vllms_record_the_one_that_fired
         assert judged[-1][0] == fired["position"] == len(record)
     for judged in case["rows"].values():
         seen += selections(judged)
-    assert _counted(case) == seen
+    assert counted_selections(case) == seen

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from guard_vllm import kv_isolation
+from guard_vllm.kv_isolation import Isolation
 from guard_vllm.proof import Proof
 from guard_vllm.worker import WorkerStatus
 from vllm.v1.core import kv_cache_utils
@@ -51,9 +51,10 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> Any:
     def stock(request: Any, start: int, end: int, mm: int) -> tuple[Any, int]:
         return getattr(request, "stock_keys", None), mm + 1
 
-    def install(worker_status: WorkerStatus) -> Any:
+    def install(given: WorkerStatus | Isolation) -> Any:
         monkeypatch.setattr(kv_cache_utils, "generate_block_hash_extra_keys", stock)
-        kv_isolation.install(worker_status)
+        isolation = given if isinstance(given, Isolation) else Isolation(given)
+        isolation.install()
 
         def of(request: Any, end: int) -> Any:
             found, mm = kv_cache_utils.generate_block_hash_extra_keys(request, end - 16, end, 4)
@@ -75,20 +76,22 @@ def test_without_masks_vllms_own_keys_stay_as_they_are(keys: Any) -> None:
 
 
 def test_blocks_that_end_behind_the_start_of_a_mask_belong_to_their_request(keys: Any) -> None:
-    of = keys(status(rule_text("{always: {}}")))
+    isolation = Isolation(status(rule_text("{always: {}}")))
+    of = keys(isolation)
     masked = request("a", 20)
     masked.stock_keys = ("lora",)
-    kv_isolation.isolate_from(masked, 32)
+    isolation.isolate_from(masked, 32)
 
     assert of(masked, 32) == ("lora",), "position 31 is its last, and not masked"
     assert of(masked, 48) == ("lora", ("moe_guard", "a"))
 
 
 def test_the_first_start_stays(keys: Any) -> None:
-    of = keys(status(rule_text("{always: {}}")))
+    isolation = Isolation(status(rule_text("{always: {}}")))
+    of = keys(isolation)
     masked = request()
-    kv_isolation.isolate_from(masked, 20)
-    kv_isolation.isolate_from(masked, 90)
+    isolation.isolate_from(masked, 20)
+    isolation.isolate_from(masked, 90)
 
     assert of(masked, 32) == (("moe_guard", "a"),)
 
