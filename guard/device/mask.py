@@ -66,7 +66,6 @@ class ExpertMask:
         self.expert_bits_LEW.zero_()
         self.expert_bits_LEW[..., : masks.num_words] = torch.from_numpy(masks.expert_bits)
         is_method_MA = masks.method == np.arange(len(MaskMethodCode))[:, None]
-        self.method_bits_MW.zero_()
         self.method_bits_MW[:, : masks.num_words] = pack_bits(torch.from_numpy(is_method_MA))
 
     def set_rows(self, in_force_TA: torch.Tensor) -> None:

@@ -97,7 +97,9 @@ def _refuse_experts_outside_a_runner(module: torch.nn.Module) -> None:
     guard does not look. Their experts are known by the name and by weights of [experts, ., .]."""
     name = type(module).__name__
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    holds_experts = _NAMED_LIKE_EXPERTS.search(name) and any(tensor.dim() == 3 for tensor in own)
+    holds_experts = _NAMED_LIKE_EXPERTS.search(name) and any(
+        tensor.dim() == 3 and len(tensor) > 1 for tensor in own
+    )
     if holds_experts or "MegaMoE" in name:
         raise UnsupportedHostError(
             f"the experts in {name} are run outside vLLM's MoE runner, where the guard cannot see the "

@@ -235,6 +235,9 @@ def test_logits_that_are_no_numbers_never_bring_a_masked_expert_back(
     assert (ids >= 2).all()
     assert (ids[:, 0] != ids[:, 1]).all()
     assert weights.isfinite().all()
+    if not everywhere and broken != math.inf:
+        assert (ids >= 4).all(), "those that have a number are chosen"
+        assert (weights > 0).all()
 
 
 @pytest.mark.parametrize("router", [Router(), BIASED, Router(scoring="sigmoid")], ids=str)
