@@ -113,18 +113,25 @@ def test_cached_tokens_count_as_evaluated(engines: Engines, mode: str, name: str
     assert counter(case, "tokens_evaluated_total", phase="prompt") == evaluated
 
 
-@pytest.mark.parametrize("name", ["prefix", "prefix-in-step"])
-def test_selections_are_those_of_vllms_record_cached_prefixes_included(
-    engines: Engines, name: str
-) -> None:
-    case, outputs = _case(engines, "v2", name)
+def test_selections_are_those_of_vllms_record_cached_prefixes_included(engines: Engines) -> None:
+    case, outputs = _case(engines, "v2", "prefix")
     recorded = Counter[tuple[int, int]]()
     for output in outputs:
         record = output["samples"][0]["routed_experts"]
-        fed_back = max(0, len(output["samples"][0]["tokens"]) - 1)
+        fed_back = len(output["samples"][0]["tokens"]) - 1
         assert len(record) == len(output["prompt"]) + fed_back
         recorded += selections([0, ids] for ids in record)
     assert counted_selections(case) == recorded
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["prefix", "prefix-in-step"])
+def test_selections_are_those_of_the_same_requests_computed_afresh(
+    engines: Engines, mode: str, name: str
+) -> None:
+    case, _ = _case(engines, mode, name)
+    alone, _ = _case(engines, mode, f"{name}-alone")
+    assert counted_selections(case) == counted_selections(alone)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,193 @@
+"""Evidence by KV slot: whose it is, and when it counts as seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from guard.device.kept_evidence import KeptEvidence
+from guard.program.program import SignalTable
+from guard.program.step_report import RequestColumn, StepReport
+from tests.unit.device.driving import (
+    COUNT,
+    FLAGGED,
+    OTHER,
+    TOPOLOGY,
+    Engine,
+    fired,
+    policy_text,
+    rule_text,
+    tokens,
+)
+
+CPU = torch.device("cpu")
+MASS = "{mass: {experts: f, over: token, above: 0.1}}"
+
+
+def signals(*largest: float) -> SignalTable:
+    """A unit signal for each number, that weight on every expert, and one mass signal."""
+    shape = (len(TOPOLOGY.layers), TOPOLOGY.max_experts)
+    units = np.stack([np.full(shape, weight) for weight in largest])
+    return SignalTable(units, np.ones((1, *shape)), np.ones(2 + len(largest)))
+
+
+def store() -> KeptEvidence:
+    return KeptEvidence(signals(1.0), TOPOLOGY, 3, 2, CPU)
+
+
+def rows(*values: int) -> torch.Tensor:
+    return torch.tensor([[1, value, 10 * value] for value in values])
+
+
+def kept(evidence: KeptEvidence, *slots: int) -> list[list[int]]:
+    found: list[list[int]] = evidence.read(torch.tensor(slots)).tolist()
+    return found
+
+
+def test_what_was_written_under_a_slot_is_read_there_and_nothing_elsewhere() -> None:
+    evidence = store()
+    evidence.write(torch.tensor([4, 1]), rows(7, 8))
+
+    assert kept(evidence, 0, 1, 4) == [[0, 0, 0], [1, 8, 80], [1, 7, 70]]
+
+
+def test_padding_leaves_no_trace() -> None:
+    evidence = store()
+    evidence.write(torch.tensor([-1, 5, -1], dtype=torch.int32), rows(7, 8, 9))
+
+    assert kept(evidence, *range(6)) == [[0, 0, 0]] * 5 + [[1, 8, 80]]
+
+
+def test_a_block_that_is_handed_out_holds_nothing_until_it_is_written() -> None:
+    evidence = store()
+    evidence.write(torch.tensor([2, 3, 4]), rows(5, 6, 7))
+    evidence.forget([1])
+    evidence.apply_staged_writes()
+    assert kept(evidence, 2, 3, 4) == [[0, 0, 0], [0, 0, 0], [1, 7, 70]]
+
+    evidence.write(torch.tensor([3]), rows(9))
+    assert kept(evidence, 2, 3) == [[0, 0, 0], [1, 9, 90]]
+
+
+def test_a_copied_block_takes_its_evidence_along_in_the_order_of_the_calls() -> None:
+    evidence = store()
+    evidence.write(torch.tensor([0, 1, 4, 5]), rows(1, 2, 5, 6))
+    evidence.forget([2])
+    evidence.copy([0], [2])
+    evidence.forget([0])
+    evidence.apply_staged_writes()
+
+    assert kept(evidence, 0, 1, 4, 5) == [[0, 0, 0], [0, 0, 0], [1, 1, 10], [1, 2, 20]]
+
+
+def test_everything_can_be_forgotten_at_once() -> None:
+    evidence = store()
+    evidence.write(torch.arange(6), rows(*range(6)))
+    evidence.forget_all()
+
+    assert kept(evidence, *range(6)) == [[0, 0, 0]] * 6
+
+
+@pytest.mark.parametrize(
+    ("largest", "dtype"),
+    [(1.0, torch.int16), (10_000.0, torch.int32), (2.0**40, torch.int64)],
+)
+def test_unit_signals_take_the_narrowest_type_that_holds_a_token(
+    largest: float, dtype: torch.dtype
+) -> None:
+    evidence = KeptEvidence(signals(1.0, largest), TOPOLOGY, 2, 2, CPU)
+
+    assert evidence.narrow_KX.dtype == dtype
+    value = int(largest) * sum(layer.top_k for layer in TOPOLOGY.layers)
+    evidence.write(torch.tensor([3]), torch.tensor([[1, 1, -value, 2**50]]))
+    assert kept(evidence, 3) == [[1, 1, -value, 2**50]]
+    token = KeptEvidence.token_bytes(signals(1.0, largest), TOPOLOGY)
+    assert evidence.num_bytes == 5 * token
+
+
+class CachingEngine(Engine):
+    """An engine whose requests have blocks of 4 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(policy_text(rule_text(COUNT)))
+        evidence = self.guard.keep_evidence(8, 4)
+        assert evidence is not None
+        self.evidence = evidence
+
+    def run(
+        self,
+        req_id: str,
+        start: int,
+        experts: list[int],
+        blocks: list[int],
+        rejected: int | None = None,
+    ) -> StepReport:
+        slots = [blocks[p // 4] * 4 + p % 4 for p in range(start, start + len(experts))]
+        stock = self.guard.begin_step
+
+        def begin_step(*args: object) -> None:
+            stock(*args)  # type: ignore[arg-type]
+            self.guard.place_rows(torch.tensor(slots))
+
+        self.guard.begin_step = begin_step  # type: ignore[method-assign, assignment]
+        report = self.step({req_id: (start, experts)}, None if rejected is None else [rejected])
+        self.guard.begin_step = stock  # type: ignore[method-assign]
+        return report
+
+
+def unseen(report: StepReport) -> int:
+    return int(report.requests_B[0, RequestColumn.UNSEEN])
+
+
+def test_a_request_without_a_slot_leaves_evidence_for_others() -> None:
+    engine = CachingEngine()
+    engine.run("nobody", 0, [OTHER, OTHER, FLAGGED, OTHER], [3])
+    engine.guard.add_request("b", 6)
+    engine.guard.take_from_cache("b", [3, 4], 4)
+    report = engine.run("b", 4, [OTHER, OTHER], [3, 4])
+
+    assert fired(report) == [("b", 2)]
+    assert (tokens(report), unseen(report)) == ((6, 0), 0)
+
+
+def test_a_rejected_draft_leaves_no_evidence() -> None:
+    engine = CachingEngine()
+    engine.guard.add_request("a", 2)
+    engine.run("a", 0, [OTHER, OTHER], [3])
+    engine.run("a", 2, [OTHER, FLAGGED], [3], rejected=1)
+
+    assert kept(engine.evidence, 14)[0][0] == 1
+    assert kept(engine.evidence, 15)[0][0] == 0
+
+
+def test_a_step_whose_rows_have_no_place_is_not_judged() -> None:
+    engine = CachingEngine()
+    engine.guard.add_request("a", 2)
+
+    assert engine.step({"a": (0, [OTHER, OTHER])}).failed
+
+
+def test_a_prefix_taken_in_a_failed_step_stays_unseen() -> None:
+    engine = CachingEngine()
+    engine.run("nobody", 0, [FLAGGED] * 4, [3])
+    engine.guard.add_request("b", 6)
+    engine.guard.take_from_cache("b", [3, 4], 4)
+    engine.guard.blind = True
+    engine.run("b", 4, [OTHER], [3, 4])
+    engine.guard.blind = False
+    report = engine.run("b", 5, [OTHER], [3, 4])
+
+    assert (fired(report), unseen(report)) == ([], 5)
+
+
+def test_a_resumed_request_is_not_judged_again_on_what_it_finds_in_the_cache() -> None:
+    engine = CachingEngine()
+    engine.guard.add_request("a", 5)
+    first = engine.run("a", 0, [FLAGGED, OTHER, FLAGGED, OTHER, OTHER], [3, 4])
+    assert fired(first) == [("a", 0), ("a", 2)]
+    engine.guard.take_from_cache("a", [3, 4], 4)
+    again = engine.run("a", 4, [OTHER, FLAGGED], [3, 5])
+
+    assert fired(again) == [("a", 5)]
+    assert (tokens(again), unseen(again)) == ((0, 1), 0)
