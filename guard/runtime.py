@@ -84,9 +84,7 @@ class Guard:
 
     def _take_slot(self, req_id: str) -> int:
         if not self._free_slots:
-            raise RuntimeError(
-                f"all {self.capacity.max_slots} slots are taken, so request {req_id} is not judged"
-            )
+            self._free_slots.extend(reversed(self._state.grow()))
         slot = self._free_slots.pop()
         self._slot_of[req_id] = slot
         return slot

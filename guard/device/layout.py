@@ -26,7 +26,8 @@ class Capacity:
     """What the buffers are provisioned for; fixed, because a captured graph holds their addresses.
 
     max_rows: rows of the largest step, padding included
-    max_slots: requests that can have state at once, the null slot not among them
+    max_slots: requests that have room for their state from the start, the null slot not among them;
+        more of them, as scheduling by priority can leave preempted, make the room grow
     mask_words: 64-bit words of mask actions for each row
     max_draft_tokens: draft tokens of speculative decoding that a request can have in a step
     replay_rows: cached tokens that are evaluated at once; it bounds the memory that a long prefix takes

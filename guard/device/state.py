@@ -42,7 +42,7 @@ class SlotState:
     def __init__(self, program: Program, capacity: Capacity, device: torch.device) -> None:
         self._program = program
         self._device = device
-        num_slots = capacity.max_slots + 1
+        num_slots = self.num_slots = capacity.max_slots + 1
         num_signals = program.signals.num_signals
         num_rules = program.rule_table.num_rules
         num_actions = program.masks.num_actions
@@ -74,6 +74,17 @@ class SlotState:
         self.block_key_S = full(NEVER)
         self.extreme_SC = full(float("nan"), program.conditions.num_conditions, dtype=torch.float64)
         self._staged: dict[int, Admission] = {}  # by slot, which may change hands between steps
+
+    def grow(self) -> range:
+        """Twice the slots, between two steps; returns the new ones. No captured graph reads a slot, so
+        these tensors may move; the rows that graphs do read stay where they are."""
+        new = range(self.num_slots, 2 * self.num_slots)
+        for name, tensor in tuple(vars(self).items()):
+            if isinstance(tensor, torch.Tensor):
+                assert len(tensor) == self.num_slots, f"{name} is not per slot"
+                setattr(self, name, torch.cat([tensor, torch.zeros_like(tensor)]))
+        self.num_slots = new.stop
+        return new
 
     def add_request(self, admission: Admission) -> None:
         """Give a slot to a request from the next `apply_staged_writes` on, rewriting all of it."""

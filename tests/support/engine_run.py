@@ -163,7 +163,8 @@ def read_counters() -> dict[str, float]:
         _series(sample.name, sample.labels): sample.value
         for metric in REGISTRY.collect()
         for sample in metric.samples
-        if sample.name.startswith("moe_guard_") and sample.name.endswith("_total")
+        if sample.name.startswith(("moe_guard_", "vllm:spec_decode_"))
+        and sample.name.endswith("_total")
     }
 
 

@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 STATUS_METHOD = "moe_guard_status"
 SLOTS_PER_SEQUENCE = 2
-"""Running requests and preempted ones: the scheduler resumes these before it admits others."""
+"""Running requests and preempted ones: by default the scheduler resumes these before it admits others.
+Where it does not, as by priority, there is room for more when they come."""
 
 
 @dataclass(frozen=True, slots=True)

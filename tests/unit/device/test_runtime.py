@@ -90,23 +90,28 @@ def test_recomputation_in_chunks_counts_nothing_until_it_reaches_what_is_new() -
     assert tokens(engine.step({"a": (3, [FLAGGED, OTHER])})) == (0, 1)
 
 
-def test_more_requests_than_slots_leave_one_unjudged_and_counted() -> None:
-    engine = Engine(COUNTS, max_slots=1)
-    engine.guard.add_request("a", 1)
-    engine.guard.add_request("b", 1)
+def test_more_requests_than_slots_make_room_and_keep_what_is_known_of_the_earlier_ones() -> None:
+    rule = rule_text("{count: {experts: f, over: request, atLeast: 3}}", MASK)
+    engine = Engine(policy_text(rule), max_slots=1)
+    engine.guard.add_request("first", 1)
+    engine.step({"first": (0, [FLAGGED, FLAGGED])})
+    others = [f"other-{i}" for i in range(9)]
+    for req_id in others:
+        engine.guard.add_request(req_id, 1)
+        engine.step({req_id: (0, [FLAGGED, FLAGGED])})
 
-    report = engine.step({"a": (0, [OTHER]), "b": (0, [FLAGGED, FLAGGED])})
+    report = engine.step({"first": (2, [FLAGGED]), others[0]: (2, [OTHER]), others[8]: (2, [FLAGGED])})
 
-    assert report.requests_B[:, RequestColumn.JUDGED].tolist() == [1, 0]
-    assert fired(report) == []
-    assert report.failures == {Stage.ADMIT: 1}
-    assert engine.step({"a": (1, [OTHER])}).failures == {}
+    assert report.failures == {}
+    assert report.requests_B[:, RequestColumn.JUDGED].tolist() == [1, 1, 1]
+    assert fired(report) == [("first", 2), (others[8], 2)]
+    engine.guard.begin_step(["first", others[0], others[8]], torch.arange(4), torch.tensor([3, 3, 3]))
+    assert engine.masked_rows(3) == [True, False, True]
 
 
 def test_an_unjudged_request_counts_no_tokens_and_no_selections() -> None:
     engine = Engine(COUNTS, max_slots=1)
-    engine.guard.add_request("a", 1)
-    engine.guard.add_request("b", 1)
+    engine.guard.add_request("a", 1)  # and "b" was never admitted
 
     for position in (0, 5):
         report = engine.step({"a": (position, [OTHER]), "b": (position, [FLAGGED] * 3)})
