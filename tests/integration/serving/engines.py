@@ -17,13 +17,13 @@ DRAFT_TOKENS = 3
 
 RUNNERS = ("eager", "v2")
 SPECULATING = {
-    "eager": ("ngram", "draft"),
-    "v2": ("ngram", "async-ngram"),
+    "eager": ("draft", "ngram"),
+    "v2": ("async-ngram",),
 }
 AHEAD = {"eager": ("async",), "v2": ("async",)}
 
 ALL = [
-    cases.case("text", cases.batch_of_16()),
+    cases.case("text", cases.batch_of_16()[:8]),
     cases.mask_midway(["late"]),
     cases.blocks(["stop"]),
     cases.blocks(["stop-prompt"]) | {"name": "prompt-blocks"},
@@ -41,7 +41,8 @@ class ServingEngines(Engines):
     """The groups are the `RUNNERS`; every engine runs `ALL`, recorded, under the offline policies."""
 
     def _engines(self, group: str) -> list[dict[str, Any]]:
-        ways = ("plain", *SPECULATING[group], *AHEAD[group])
+        # In this order: vLLM's CPU build starts no engine in a process that ran its n-gram proposer.
+        ways = ("plain", *AHEAD[group], *SPECULATING[group])
         return [self._serving(way) for way in ways]
 
     def _serving(self, way: str) -> dict[str, Any]:
