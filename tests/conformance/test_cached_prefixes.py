@@ -158,7 +158,7 @@ def _from(first: int, outcome: Outcome) -> Outcome:
     return outcome._replace(masked_positions=kept)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases(), st.data())
 def test_decisions_are_those_of_the_whole_text_whatever_part_came_from_the_cache(
     case: Case, data: st.DataObject
@@ -166,7 +166,7 @@ def test_decisions_are_those_of_the_whole_text_whatever_part_came_from_the_cache
     check(case, data.draw(plans(case.routing.num_prompt_tokens, blind=False)))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases(), st.data())
 def test_cached_tokens_of_a_step_that_nobody_saw_are_unseen(case: Case, data: st.DataObject) -> None:
     check(case, data.draw(plans(case.routing.num_prompt_tokens, blind=True)))

@@ -11,7 +11,13 @@ import pytest
 import torch
 from guard_vllm.kv_blocks import KVBlocks
 from guard_vllm.kv_isolation import Isolation
-from guard_vllm.prefix_evidence import NEWS_ATTRIBUTE, KeptGroup, PrefixEvidence, kept_group
+from guard_vllm.prefix_evidence import (
+    NEWS_ATTRIBUTE,
+    KeptGroup,
+    PrefixEvidence,
+    kept_group,
+    memory_share,
+)
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
@@ -256,3 +262,12 @@ def test_a_fault_leaves_requests_that_no_mask_is_for_alone() -> None:
     isolation.distrust(scheduler, first, 0)
 
     assert scheduler.found(request("b")) == 12
+
+
+def test_room_for_evidence_is_bounded_by_the_smallest_kind_of_layer() -> None:
+    full, window = FULL.kv_cache_spec, WINDOW.kv_cache_spec
+    specs = {"full-0": full, "full-1": full, "window": window}
+    least = window.page_size_bytes
+
+    assert memory_share(specs, 16) == BLOCK * 16 / (least + BLOCK * 16)
+    assert memory_share({"window": window}, 16) == 0.0
