@@ -586,7 +586,7 @@ SEAMS: tuple[Seam, ...] = (
         "vllm.v1.engine.async_llm",
         "AsyncLLM.generate",
         "checks what a caller asks",
-        takes=("sampling_params",),
+        takes=("prompt", "sampling_params"),
     ),
     Seam(
         "vllm.v1.engine.input_processor",

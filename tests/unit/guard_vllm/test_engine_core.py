@@ -293,6 +293,15 @@ def test_a_mask_that_fires_behind_a_stop_among_accepted_drafts_masked_nothing() 
     assert delta.outcomes == {"passed": 1}
 
 
+def test_the_value_furthest_beyond_was_ahead_of_what_is_cut() -> None:
+    when = "{rate: {experts: f, over: 2, minTokens: 2, above: 0.9}}"
+    tokens = [10, 11, Scheduler.stop_token, 13]
+
+    _, _, delta = drafting(tokens, [FLAGGED, FLAGGED, OTHER, OTHER], rule=when, then="")
+
+    assert [value for _, _, values in delta.values for value in values] == [1.0]
+
+
 @pytest.mark.parametrize(("stop_at", "furthest"), [(0, []), (1, [0.0]), (2, [0.5]), (3, [1.0])])
 def test_the_value_furthest_beyond_is_that_of_the_tokens_that_count(
     stop_at: int, furthest: list[float]

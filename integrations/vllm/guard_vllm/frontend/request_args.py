@@ -6,7 +6,7 @@ Over HTTP and offline alike it arrives in the engine core as a list of str, in t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -25,9 +25,19 @@ class RequestArgumentError(GuardError):
 def install_request_args(sources: Sources) -> None:
     """Every request is checked as it is given to the engine, before a stream to it is opened."""
     engine = seam("vllm.v1.engine.async_llm", "AsyncLLM")
-    wrap(engine, "generate", lambda f: _checked(f, "sampling_params", sources))
+    wrap(engine, "generate", lambda f: _no_stream(_checked(f, "sampling_params", sources), f, sources))
     processor = seam("vllm.v1.engine.input_processor", "InputProcessor")
     wrap(processor, "process_inputs", lambda f: _checked(f, "params", sources))
+
+
+def check_prompt(prompt: object, sources: Sources) -> None:
+    """Refuse a session whose input is streamed: there what was output becomes prompt again, so that no
+    rule could tell the two apart. Raises RequestArgumentError."""
+    if isinstance(prompt, AsyncGenerator) and sources.policies:
+        raise RequestArgumentError(
+            "streamed input is not served under MoE Guard's policies, because output would be judged "
+            "as prompt; give the whole prompt in one request"
+        )
 
 
 def check_params(params: Any, sources: Sources) -> None:
@@ -73,6 +83,16 @@ def _checked(original: Function, name: str, sources: Sources) -> Function:
         return original(*args, **kwargs)
 
     return checked
+
+
+def _no_stream(checked: Function, original: Function, sources: Sources) -> Function:
+    prompt = Argument(original, "prompt")
+
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        check_prompt(prompt.of(args, kwargs), sources)
+        return checked(*args, **kwargs)
+
+    return whole
 
 
 def _check_enforce(value: object, policies: Collection[str], redact: bool) -> None:

@@ -1,0 +1,37 @@
+"""A session whose input is streamed turns output into prompt, so it is refused where rules judge."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+from guard_vllm.frontend.blocked import Sources
+from guard_vllm.frontend.request_args import RequestArgumentError, install_request_args
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+
+
+async def _chunks() -> AsyncGenerator[list[int], None]:
+    yield [1]
+
+
+def _install(monkeypatch: pytest.MonkeyPatch, *policies: str) -> None:
+    for owner, name in ((AsyncLLM, "generate"), (InputProcessor, "process_inputs")):
+        monkeypatch.setattr(owner, name, owner.__dict__[name])
+    install_request_args(Sources({}, policies, can_act=lambda: True, redact=False))
+
+
+def test_streamed_input_is_refused_under_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(monkeypatch, "p")
+
+    with pytest.raises(RequestArgumentError, match="give the whole prompt in one request"):
+        AsyncLLM.generate(object(), _chunks(), None, "id")
+
+
+@pytest.mark.parametrize(("policies", "prompt"), [(("p",), {"prompt_token_ids": [1]}), ((), _chunks())])
+def test_a_whole_prompt_passes_and_so_does_a_stream_where_nothing_judges(
+    monkeypatch: pytest.MonkeyPatch, policies: tuple[str, ...], prompt: Any
+) -> None:
+    _install(monkeypatch, *policies)
+    AsyncLLM.generate(object(), prompt, None, "id")
