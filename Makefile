@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed-by-make
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check support clean
+.PHONY: help install demo serve test check seams support clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
@@ -23,11 +23,15 @@ serve: install ## Leave the demo model running under the demo policies
 test: install ## Run the whole test suite, in two processes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
-check: install ## Lint, format, types, direction of imports
+check: install ## Lint, format, types, direction of imports, seams of the newest vLLM and the installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/unit/test_import_direction.py
+	$(BIN)/python -m tools.seams --check
+
+seams: install ## Check what is hooked in vLLM against its published versions
+	$(BIN)/python -m tools.seams $(ARGS)
 
 support: install ## Write docs/support.* from what the last whole make test showed
 	$(BIN)/python -m tests.support.support_docs
