@@ -22,8 +22,6 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from packaging.version import Version
-from pip._internal.cli.cmdoptions import make_target_python
-from pip._internal.commands import create_command
 
 BLOCK_BYTES = 128 * 1024
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(17, 45)]
@@ -133,6 +131,10 @@ class Index:
 @contextmanager
 def pip_index(cache: Path) -> Iterator[Index]:
     """The indexes of pip's configuration: its files, PIP_INDEX_URL and the like."""
+    # Here, because pip changes how distutils is imported in the whole process.
+    from pip._internal.cli.cmdoptions import make_target_python
+    from pip._internal.commands import create_command
+
     platforms = [option for name in PLATFORMS for option in ("--platform", name)]
     command: Any = create_command("download")
     options, _ = command.parse_args(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import subprocess
+import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,14 +21,11 @@ from guard_vllm.compat import Seam
 from packaging.specifiers import SpecifierSet
 
 from tools import seams as tool
-from tools.published_wheels import BLOCK_BYTES, IndexUnreachableError, RangeReader, pip_index
+from tools.published_wheels import BLOCK_BYTES, RangeReader
 from tools.seam_check import Finding, Source, State
 from tools.seams import claimed, column, document, faults, outdated
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:pkg_resources is deprecated:DeprecationWarning"),  # pip's own
-    pytest.mark.filterwarnings("ignore:Deprecated call to `pkg_resources:DeprecationWarning"),
-]
+ROOT = Path(__file__).resolve().parents[3]
 
 CORE = """
 from vllm.base import Base as Parent
@@ -170,62 +171,72 @@ def write_wheel(folder: Path, version: str, files: dict[str, str], *, padding: i
     return path
 
 
-@pytest.fixture
-def pip_reads_only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Pip, as if an operator had configured it to one index by its environment variables."""
+READ = """
+import json, sys
+from pathlib import Path
+from tools.published_wheels import pip_index
 
-    def configure(**variables: str) -> None:
-        for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_CONSTRAINT"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    return configure
+cache, *members = sys.argv[1:]
+with pip_index(Path(cache)) as index:
+    wheels = index.wheels("vllm")
+    read = index.reader(wheels[-1])
+    print(json.dumps([[str(wheel.version) for wheel in wheels], [read(name) for name in members]]))
+"""
 
 
-def test_of_each_minor_version_the_newest_patch_is_taken(
-    tmp_path: Path, pip_reads_only: Callable[..., None]
-) -> None:
+def read_newest(cache: Path, *members: str, **configuration: str) -> tuple[list[str], list[str | None]]:
+    """The versions found, and the texts of members of the newest one's wheel.
+
+    In a process of its own, where pip is configured by environment variables alone: pip changes how
+    distutils is imported, which later tests would feel.
+    """
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "integrations" / "vllm")])
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(cache), *members],
+        env={**plain, "PIP_CONFIG_FILE": os.devnull, "PYTHONPATH": paths, **configuration},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    versions, texts = json.loads(done.stdout.splitlines()[-1])
+    return versions, texts
+
+
+def test_of_each_minor_version_the_newest_patch_is_taken(tmp_path: Path) -> None:
     for version in ("0.31.0", "0.31.2", "0.31.10", "0.32.0", "0.33.0rc1"):
         write_wheel(tmp_path, version, FILES)
-    pip_reads_only(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
-    with pip_index(tmp_path / "cache") as index:
-        wheels = index.wheels("vllm")
-        assert [str(wheel.version) for wheel in wheels] == ["0.31.10", "0.32.0"]
-        read = index.reader(wheels[1])
-        assert read("vllm/core.py") == CORE
-        assert read("vllm/gone.py") is None
+    versions, texts = read_newest(
+        tmp_path / "cache",
+        "vllm/core.py",
+        "vllm/gone.py",
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=str(tmp_path),
+    )
+    assert versions == ["0.31.10", "0.32.0"]
+    assert texts == [CORE, None]
 
 
-def test_an_index_without_wheels_is_said(tmp_path: Path, pip_reads_only: Callable[..., None]) -> None:
-    pip_reads_only(PIP_NO_INDEX="1")
-    with (
-        pip_index(tmp_path / "cache") as index,
-        pytest.raises(IndexUnreachableError, match="no wheel of vllm"),
-    ):
-        index.wheels("vllm")
+def test_an_index_without_wheels_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="IndexUnreachableError: pip finds no wheel of vllm"):
+        read_newest(tmp_path / "cache", PIP_NO_INDEX="1")
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_member_comes_by_ranges_and_else_with_the_whole_wheel(
-    ranges: bool, tmp_path: Path, pip_reads_only: Callable[..., None]
-) -> None:
-    served = tmp_path / "served"
+def test_a_member_comes_by_ranges_and_else_with_the_whole_wheel(ranges: bool, tmp_path: Path) -> None:
+    served, cache = tmp_path / "served", tmp_path / "cache"
     (served / "simple" / "vllm").mkdir(parents=True)
     wheel = write_wheel(served, "0.32.0", FILES, padding=8 * BLOCK_BYTES)
     page = f'<!DOCTYPE html><a href="/{wheel.name}">{wheel.name}</a>'
     (served / "simple" / "vllm" / "index.html").write_text(page)
     with serving(served, ranges=ranges) as (address, sent):
-        pip_reads_only(PIP_INDEX_URL=f"{address}/simple")
-        cache = tmp_path / "cache"
-        with pip_index(cache) as index:
-            read = index.reader(index.wheels("vllm")[0])
-            assert read("vllm/base.py") == BASE
+        index = f"{address}/simple"
+        assert read_newest(cache, "vllm/base.py", PIP_INDEX_URL=index) == (["0.32.0"], [BASE])
         assert (sum(sent) < wheel.stat().st_size / 2) is ranges
         sent.clear()
-        with pip_index(cache) as index:
-            assert index.reader(index.wheels("vllm")[0])("vllm/base.py") == BASE
+        assert read_newest(cache, "vllm/base.py", PIP_INDEX_URL=index) == (["0.32.0"], [BASE])
         assert sent == [], "what was read once is kept"
 
 
