@@ -38,7 +38,7 @@ def run_together(server: Server, requests: list[WorkRequest]) -> dict[int, Answe
 
 def run_alone(server: Server, requests: list[WorkRequest]) -> dict[int, Answer]:
     """One after another, each on an empty prefix cache."""
-    answers = {}
+    answers: dict[int, Answer] = {}
     for request in requests:
         httpx.post(f"{server.address}/reset_prefix_cache").raise_for_status()
         answers |= asyncio.run(_run(server, [request], 1))
