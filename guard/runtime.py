@@ -64,6 +64,11 @@ class Guard:
             self.mask.install(program.masks)
 
     @property
+    def layers(self) -> Sequence[int]:
+        """Rows of the topology whose routers are on this rank."""
+        return range(len(self.program.topology.layers))
+
+    @property
     def num_requests(self) -> int:
         return len(self._slot_of)
 
@@ -130,6 +135,7 @@ class Guard:
             return
         self._req_ids = tuple(req_ids)
         with self.failures.caught(Stage.BEGIN_STEP):
+            self._catch_up(req_ids)
             self._state.apply_staged_writes()
             slots_np = np.fromiter(
                 (self._slot_of.get(req_id, NULL_SLOT) for req_id in req_ids), np.int64, len(req_ids)
@@ -162,7 +168,7 @@ class Guard:
             return self._failed_step(req_ids) if req_ids else None
         readback, evaluated = None, False
         with self.failures.caught(Stage.EVALUATE) as attempt:
-            signal_TX = self._evaluator.signals(self.tap, len(batch.position_T))
+            signal_TX = self._signals(batch)
             self._keep(signal_TX, batch, rejected_B)
             # Behind it: a prefix may lie in blocks that this very step computes.
             replayed = self._replay(prefixes, batch, rejected_B)
@@ -184,6 +190,14 @@ class Guard:
             with self.failures.caught(Stage.EVALUATE):
                 self._state.distrust(batch.slots_B)
         return self._failed_step(req_ids) if readback is None else readback
+
+    def _catch_up(self, req_ids: Collection[str]) -> None:
+        """Decide what a step with these requests depends on, and this rank does not know yet."""
+
+    def _signals(self, batch: StepBatch) -> torch.Tensor:
+        """int64 [T, X]: the step's signals, of all layers."""
+        assert self._evaluator is not None
+        return self._evaluator.signals(self.tap, len(batch.position_T))
 
     def _judge(
         self,

@@ -34,6 +34,7 @@ LAYERS: dict[str, set[str]] = {
         "guard.events",
     },
 }
+LAYERS["guard.staged"] = LAYERS["guard.runtime"] | {"guard.runtime"}
 LAYERS["guard.cli"] = set(LAYERS)
 LAYERS["guard_vllm"] = set(LAYERS) - {"guard.cli"}
 

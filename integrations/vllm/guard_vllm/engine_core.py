@@ -218,6 +218,10 @@ class EngineCoreGuard:
 def _agreed(statuses: list[WorkerStatus]) -> WorkerStatus:
     first = statuses[0]
     for rank, status in enumerate(statuses):
+        if status.layers != first.layers:
+            raise NotLiveError(
+                f"worker {rank} has the MoE layers {status.layers}, but worker 0 has {first.layers}"
+            )
         if (status.revision, status.rules) != (first.revision, first.rules):
             raise NotLiveError(
                 f"worker {rank} has policy revision {status.revision}, but worker 0 has "
@@ -251,6 +255,6 @@ def _hello(engine: int, statuses: list[WorkerStatus], rules: tuple[RuleFacts, ..
         rules=rules,
         sets=tuple(SetFacts(named.policy, named.name) for named in status.sets),
         masked_experts=status.masked_experts,
-        blind_layers=max(len(status.proof.blind_layers) for status in statuses),
+        blind_layers=len({number for status in statuses for number in status.proof.blind_layers}),
         live=all(status.proof.holds for status in statuses),
     )

@@ -27,7 +27,11 @@ def _reasons(config: Any) -> list[str | None]:
         return int(getattr(parallel, name, 1) or 1)
 
     return [
-        unless(size("pipeline_parallel_size") == 1, "pipeline parallelism is not supported yet"),
+        unless(
+            size("pipeline_parallel_size") == 1 or bool(getattr(config, "use_v2_model_runner", False)),
+            "pipeline parallelism needs Model Runner V2, whose ranks can pass evidence on; set "
+            "VLLM_USE_V2_MODEL_RUNNER=1",
+        ),
         unless(size("data_parallel_size") == 1, "data parallelism is not supported yet"),
         unless(
             size("decode_context_parallel_size") == 1 and size("prefill_context_parallel_size") == 1,

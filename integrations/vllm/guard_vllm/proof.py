@@ -56,7 +56,10 @@ _RESTORED_SUM_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was shown. blind_layers: model layer numbers that did not report."""
+    """What one rank showed of its own layers.
+
+    blind_layers: model layer numbers that did not report
+    """
 
     num_layers: int
     blind_layers: tuple[int, ...]
@@ -88,11 +91,12 @@ def prove(guard: Guard, run_rows: Callable[[int], None], num_rows: int = PROBE_R
     run_rows: runs that many dummy rows through the model, as a step of serving would; where they are
         fewer than the turns, it runs several times
     """
-    layers = guard.program.topology.layers
+    own = _own_layers(guard)
+    layers = [layer for _, layer in own]
     guard.tap.clear()
     guard.idle()
     run_rows(num_rows)
-    unmasked = [_read(guard.tap, index, layer, num_rows) for index, layer in enumerate(layers)]
+    unmasked = [_read(guard.tap, index, layer, num_rows) for index, layer in own]
     blind = tuple(
         layer.number
         for layer, routing in zip(layers, unmasked, strict=True)
@@ -105,6 +109,12 @@ def prove(guard: Guard, run_rows: Callable[[int], None], num_rows: int = PROBE_R
     guard.tap.clear()
     num_masked = sum(layer.router.kind != "hash" for layer in layers)
     return Proof(len(layers), (), num_masked, tuple(faults))
+
+
+def _own_layers(guard: Guard) -> list[tuple[int, MoELayer]]:
+    """(row of the topology, layer) of what this rank routes."""
+    layers = guard.program.topology.layers
+    return [(index, layers[index]) for index in guard.layers]
 
 
 def require(proof: Proof) -> None:
@@ -165,7 +175,7 @@ def _probe(
         guard.tap.clear()
         mask.set_rows(torch.from_numpy(in_force_TA).to(guard.device))
         run_rows(num_rows)
-        for index, layer in enumerate(topology.layers):
+        for index, layer in _own_layers(guard):
             if layer.router.kind == "hash":
                 continue
             routing = _read(guard.tap, index, layer, num_rows)

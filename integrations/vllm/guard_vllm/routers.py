@@ -50,8 +50,11 @@ class RoutedLayer(NamedTuple):
         return MoELayer(self.number, self.num_experts, int(self.router.top_k), self.family.router)
 
 
-def routed_layers(model: torch.nn.Module) -> list[RoutedLayer]:
-    """By layer number. Raises UnsupportedHostError for a layer that the guard could not watch."""
+def routed_layers(model: torch.nn.Module, *, some: bool = True) -> list[RoutedLayer]:
+    """By layer number. Raises UnsupportedHostError for a layer that the guard could not watch.
+
+    some: there must be some; a rank of a pipeline may have none
+    """
     layers = []
     for module in _without_runners_insides(model):
         if not isinstance(module, MoERunner):
@@ -73,7 +76,7 @@ def routed_layers(model: torch.nn.Module) -> list[RoutedLayer]:
             )
         num_experts = int(seam(module.moe_config, "num_logical_experts"))
         layers.append(RoutedLayer(int(module.layer_id), name, router, num_experts))
-    if not layers:
+    if some and not layers:
         raise UnsupportedHostError(
             f"{type(model).__name__} has no MoE layers that vLLM routes, so there is nothing to "
             "guard; serve a Mixture-of-Experts model, or start vLLM without MoE Guard's policies"
@@ -121,7 +124,9 @@ def attach(guard: Guard, layers: list[RoutedLayer]) -> None:
     Raises UnsupportedHostError where masking is provisioned and a router cannot honour it. Hash
     layers are watched all the same: that a policy masks one is refused when it is compiled.
     """
-    for index, layer in enumerate(layers):
+    index_of_layer = guard.program.topology.index_of_layer
+    for layer in layers:
+        index = index_of_layer[layer.number]
         family, mask = layer.family, guard.mask
         if mask is not None and family.unmaskable is not None:
             if family.router.kind != "hash":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,12 @@ from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_confi
 from guard.program.program import WORD_BITS, NamedSet, Program, ProgramRule
 from guard.program.topology import Topology
 from guard.runtime import Guard
+from guard.staged import StagedGuard
 from guard_vllm.parallel import tensor_parallel_agreement
+from guard_vllm.pipeline import hook_pipeline, layers_of_pipeline, make_stage, pipeline_size
 from guard_vllm.prefix_evidence import KeptGroup, PrefixEvidence, kept_group, memory_share
 from guard_vllm.proof import PROBE_ROWS, Proof, prove, require
-from guard_vllm.routers import attach, routed_layers, topology_of
+from guard_vllm.routers import RoutedLayer, attach, routed_layers, topology_of
 from guard_vllm.runners import hook_runner, run_probe_rows
 from guard_vllm.settings import Settings
 from guard_vllm.steps import StepHooks, wrap
@@ -36,7 +38,11 @@ Where it does not, as by priority, there is room for more when they come."""
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """What a worker tells the engine core at start. All workers must tell the same."""
+    """What a worker tells the engine core at start. All must tell the same, but for `proof`, which is
+    of the worker's own layers.
+
+    layers: the model's MoE layers, by the model's own numbers
+    """
 
     revision: str
     policies: tuple[str, ...]
@@ -48,6 +54,7 @@ class WorkerStatus:
     masking: bool
     proof: Proof
     kept_group: KeptGroup | None = None
+    layers: tuple[int, ...] = ()
 
 
 class WorkerGuard:
@@ -69,22 +76,28 @@ class WorkerGuard:
         # Behind vLLM's memory pool for weights, which sleep mode discards, and before it measures
         # how much memory is left for the KV cache.
         runner = self._worker.model_runner
-        layers = routed_layers(runner.get_model())
+        layers = routed_layers(runner.get_model(), some=pipeline_size() == 1)
         architecture = self._worker.model_config.hf_config.architectures[0]
         topology = topology_of(architecture, layers)
+        topology = replace(topology, layers=layers_of_pipeline(topology.layers))
         self._check_against_config(topology)
         program = compile_policies(load_policies(self._settings.policies), topology)
-        guard = Guard(
-            program,
-            self._capacity(),
-            self._worker.device,
-            masking=not self._settings.observe_only,
-        )
+        guard = self._make_guard(program, layers)
         attach(guard, layers)
         guard.agreement = tensor_parallel_agreement(guard)
         is_v2 = bool(self._worker.use_v2_model_runner)
         self._hooks = hook_runner(runner, guard, is_v2=is_v2)
+        if isinstance(guard, StagedGuard):
+            hook_pipeline(runner, guard, self._hooks)
         return loaded
+
+    def _make_guard(self, program: Program, layers: list[RoutedLayer]) -> Guard:
+        device, masking = self._worker.device, not self._settings.observe_only
+        if pipeline_size() == 1:
+            return Guard(program, self._capacity(), device, masking=masking)
+        index_of_layer = program.topology.index_of_layer
+        stage = make_stage([index_of_layer[layer.number] for layer in layers])
+        return StagedGuard(program, self._capacity(), device, stage=stage, masking=masking)
 
     def _check_against_config(self, topology: Topology) -> None:
         """Layers that vLLM builds in a way of its own would be missed; then what is found is less
@@ -113,6 +126,8 @@ class WorkerGuard:
 
     def _keeps_evidence(self) -> bool:
         assert self._hooks is not None, "the model is loaded first"
+        if pipeline_size() > 1:
+            return False  # a rank knows a step's signals only later: cached prefixes are unseen
         caching = self._worker.vllm_config.cache_config.enable_prefix_caching
         return bool(caching and self._settings.prefix_evidence and self._hooks.guard.program.rules)
 
@@ -210,6 +225,7 @@ class WorkerGuard:
             static_mask_rules=tuple(int(rule) for rule in masks.rule[masks.static]),
             masked_experts=_masked_experts(guard.program),
             masking=guard.mask is not None,
+            layers=tuple(layer.number for layer in guard.program.topology.layers),
             proof=self._proof,
             kept_group=self._kept_group,
         )

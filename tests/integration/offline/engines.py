@@ -45,7 +45,7 @@ _ENFORCING_MORE = [
 ]
 
 
-_TWO_RANKS = ("tp2",)
+_TWO_RANKS = ("tp2", "v2-pp2")
 RANKED_RECORDER = "tests.support.ranked_recorder.RankedRecorder"
 
 
@@ -54,7 +54,7 @@ class Engines:
     """Starts a group's process when a test first asks for it, and keeps its result.
 
     The groups are `MODE-plain` (no plugin is loaded), `MODE-guarded`, `starts`, `processes`, and for
-    two ranks `tp2`.
+    two ranks `tp2` and `v2-pp2`.
     """
 
     folder: Path
@@ -122,6 +122,14 @@ class Engines:
             return [
                 self._engine("main", "main", cases_of_tp2, **two),
                 self._engine("faulty", "main", [cases.FAULT_ON_RANK_1], **two),
+            ]
+        if group == "v2-pp2":
+            cases_of_pp2 = [*_ENFORCING, cases.mask_midway(["late"]), cases.blocks(["stop"])]
+            two = {"pipeline_parallel_size": 2, "worker_extension_cls": RANKED_RECORDER}
+            chunks = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True}
+            return [
+                self._engine("main", "main", cases_of_pp2, **two),
+                self._engine("chunked", "main", [cases.LONG_PROMPTS], **two, **chunks),
             ]
         if group == "processes":
             return [self._engine("main", "main", _ENFORCING)]

@@ -1,0 +1,31 @@
+"""Two ranks of a pipeline, each with half of the layers, decide what one rank with all of them does."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.integration.offline.engines import Engines
+from tests.integration.offline.reading import counter, samples
+from tests.integration.offline.test_tensor_parallel import facts
+
+pytestmark = pytest.mark.vllm
+
+CASES = ("unmasked", "masked", "midway", "blocks")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pipeline_decides_what_one_rank_does_and_reports_it_once(engines: Engines, name: str) -> None:
+    alone, two = engines.case("v2-guarded", "main", name), engines.case("v2-pp2", "main", name)
+    assert [s["tokens"] for s in samples(two)] == [s["tokens"] for s in samples(alone)]
+    assert [s["logprobs"] for s in samples(two)] == [s["logprobs"] for s in samples(alone)]
+    assert facts(two) == facts(alone)
+    assert any(facts(two)), "nothing was decided"
+    assert two["counters"] == alone["counters"]
+
+
+def test_chunks_of_a_prompt_in_flight_together_change_no_decision(engines: Engines) -> None:
+    whole = engines.case("v2-guarded", "main", "long")
+    chunked = engines.case("v2-pp2", "chunked", "long")
+    assert facts(chunked) == facts(whole)
+    assert [s["tokens"] for s in samples(chunked)] == [s["tokens"] for s in samples(whole)]
+    assert counter(chunked, "failures_total") == 0
