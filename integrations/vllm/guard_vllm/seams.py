@@ -233,7 +233,17 @@ SEAMS: tuple[Seam, ...] = (
         "vllm.v1.worker.gpu.input_batch",
         "InputBatch",
         "rows of V2",
-        has=("is_padding", "num_reqs", "num_tokens", "positions", "query_start_loc", "req_ids"),
+        has=(
+            "is_padding",
+            "num_computed_tokens_np",
+            "num_reqs",
+            "num_scheduled_tokens",
+            "num_tokens",
+            "positions",
+            "prefill_len_np",
+            "query_start_loc",
+            "req_ids",
+        ),
     ),
     Seam("vllm.v1.worker.gpu.input_batch", "InputBatch.make_dummy", "probe rows are no padding"),
     # What the scheduler sends, and what comes back.
@@ -548,11 +558,24 @@ SEAMS: tuple[Seam, ...] = (
     Seam(f"{_MODELS}.phimoe", "phimoe_routing_function", "a known routing", optional=True),
     # Ranks.
     Seam("vllm.distributed.parallel_state", "get_tp_group", "ranks agree on a verdict"),
+    Seam("vllm.distributed.parallel_state", "get_pp_group", "ranks of a pipeline share evidence"),
     Seam(
         "vllm.distributed.parallel_state",
         "GroupCoordinator",
-        "ranks agree on a verdict",
-        has=("device_group", "world_size"),
+        "ranks agree on a verdict, and share evidence",
+        has=("cpu_group", "device_group", "rank_in_group", "world_size"),
+    ),
+    Seam(
+        "vllm.distributed.parallel_state",
+        "GroupCoordinator.make_sibling_device_group",
+        "what the guard sends waits for no hidden states",
+        takes=("group_desc",),
+    ),
+    Seam(
+        "vllm.sequence",
+        "IntermediateTensors",
+        "evidence goes on with the hidden states",
+        has=("tensors",),
     ),
     # The front end.
     Seam(
