@@ -32,7 +32,15 @@ def _reasons(config: Any) -> list[str | None]:
             "pipeline parallelism needs Model Runner V2, whose ranks can pass evidence on; set "
             "VLLM_USE_V2_MODEL_RUNNER=1",
         ),
-        unless(size("data_parallel_size") == 1, "data parallelism is not supported yet"),
+        unless(
+            size("pipeline_parallel_size") == 1 or config.speculative_config is None,
+            "speculative decoding in a pipeline of ranks is not supported yet",
+        ),
+        unless(
+            size("data_parallel_size") == 1,
+            "data parallelism is not supported yet: rows of other engines pass through the routers of "
+            "each; run independent servers behind a load balancer instead",
+        ),
         unless(
             size("decode_context_parallel_size") == 1 and size("prefill_context_parallel_size") == 1,
             "context parallelism is not supported yet",

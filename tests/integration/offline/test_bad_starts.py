@@ -21,7 +21,7 @@ pytestmark = pytest.mark.vllm
         ("missing", "PolicyError", "there is no such file or folder"),
         ("unknown-key", "SettingsError", "did you mean 'observe_only'?"),
         ("prompt-embeds", "UnsupportedHostError", "prompt embeddings"),
-        ("pipeline", "UnsupportedHostError", "pipeline parallelism is not supported yet"),
+        ("pipeline", "UnsupportedHostError", "pipeline parallelism needs Model Runner V2"),
     ],
 )
 def test_the_engine_does_not_start(engines: Engines, engine: str, error: str, message: str) -> None:

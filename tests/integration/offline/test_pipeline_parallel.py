@@ -10,7 +10,7 @@ from tests.integration.offline.test_tensor_parallel import facts
 
 pytestmark = pytest.mark.vllm
 
-CASES = ("unmasked", "masked", "midway", "blocks")
+CASES = ("unmasked", "masked", "blocks")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -21,6 +21,19 @@ def test_a_pipeline_decides_what_one_rank_does_and_reports_it_once(engines: Engi
     assert facts(two) == facts(alone)
     assert any(facts(two)), "nothing was decided"
     assert two["counters"] == alone["counters"]
+
+
+def test_a_mask_that_comes_on_midway_is_on_for_the_layers_of_both_ranks(engines: Engines) -> None:
+    alone, two = (engines.case(group, "main", "midway") for group in ("v2-guarded", "v2-pp2"))
+    assert facts(two)[:2] == facts(alone)[:2]
+    assert samples(two)[:2] == samples(alone)[:2]
+
+
+def test_a_prefix_from_the_cache_is_reported_as_unseen(engines: Engines) -> None:
+    case = engines.case("v2-pp2", "main", "midway")
+    cached = [output for batch in case["batches"] for output in batch if output["cached"]]
+    assert cached
+    assert counter(case, "requests_total", outcome="unjudged") == len(cached)
 
 
 def test_chunks_of_a_prompt_in_flight_together_change_no_decision(engines: Engines) -> None:

@@ -42,10 +42,23 @@ def test_a_plain_server_passes() -> None:
     check_host(config({"tensor_parallel_size": 4}, {}, {}))
 
 
+def test_a_pipeline_passes_on_model_runner_v2() -> None:
+    check_host(config({"pipeline_parallel_size": 2}, {}, {"use_v2_model_runner": True}))
+
+
 @pytest.mark.parametrize(
     ("parallel", "model", "rest", "reason"),
     [
         ({"pipeline_parallel_size": 2}, {}, {}, "pipeline"),
+        (
+            {"pipeline_parallel_size": 2},
+            {},
+            {
+                "use_v2_model_runner": True,
+                "speculative_config": SimpleNamespace(method="ngram"),
+            },
+            "pipeline of ranks",
+        ),
         ({"data_parallel_size": 2}, {}, {}, "data parallelism"),
         ({"decode_context_parallel_size": 2}, {}, {}, "context parallelism"),
         ({"prefill_context_parallel_size": 2}, {}, {}, "context parallelism"),
