@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.integration.offline.engines import Engines
-from tests.integration.offline.reading import counter, samples
+from tests.integration.offline.reading import counter, samples, texts
 from tests.integration.offline.test_tensor_parallel import facts
 
 pytestmark = pytest.mark.vllm
@@ -26,7 +26,7 @@ def test_a_pipeline_decides_what_one_rank_does_and_reports_it_once(engines: Engi
 def test_a_mask_that_comes_on_midway_is_on_for_the_layers_of_both_ranks(engines: Engines) -> None:
     alone, two = (engines.case(group, "main", "midway") for group in ("v2-guarded", "v2-pp2"))
     assert facts(two)[:2] == facts(alone)[:2]
-    assert samples(two)[:2] == samples(alone)[:2]
+    assert texts(two)[:2] == texts(alone)[:2]
 
 
 def test_a_prefix_from_the_cache_is_reported_as_unseen(engines: Engines) -> None:
