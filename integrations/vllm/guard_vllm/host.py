@@ -48,7 +48,7 @@ def _reasons(config: Any) -> list[str | None]:
         unless(not getattr(parallel, "enable_dbo", False), "dual-batch overlap is not supported yet"),
         unless(
             not getattr(parallel, "enable_eplb", False),
-            "expert load balancing (--enable-eplb) needs expert parallelism, which is not supported yet",
+            "expert load balancing (--enable-eplb) is not supported yet: it needs expert parallelism",
         ),
         unless(
             not getattr(parallel, "enable_expert_parallel", False),
