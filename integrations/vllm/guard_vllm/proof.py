@@ -70,6 +70,15 @@ class Proof:
     def holds(self) -> bool:
         return not self.blind_layers and not self.faults
 
+    @property
+    def found(self) -> list[str]:
+        """What speaks against it, in words."""
+        if not self.blind_layers:
+            return list(self.faults)
+        numbers = ", ".join(map(str, self.blind_layers))
+        silent = f"MoE layers {numbers} of {self.num_layers} do not report their routing"
+        return [*self.faults, silent]
+
 
 @dataclass(frozen=True, slots=True)
 class _Routing:
@@ -121,12 +130,8 @@ def require(proof: Proof) -> None:
     """Raises NotLiveError with what the proof found, unless it holds."""
     if proof.holds:
         return
-    found = list(proof.faults)
-    if proof.blind_layers:
-        numbers = ", ".join(map(str, proof.blind_layers))
-        found.append(f"MoE layers {numbers} of {proof.num_layers} do not report their routing")
     raise NotLiveError(
-        f"MoE Guard is not live: {'; '.join(found)}. Serving would be unguarded, so it does not "
+        f"MoE Guard is not live: {'; '.join(proof.found)}. Serving would be unguarded, so it does not "
         "start; --no-strict serves all the same and reports the guard as blind"
     )
 

@@ -164,6 +164,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.worker.gpu_worker", "Worker.load_model", "attaches to the loaded model"),
     Seam("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model", "proves and arms"),
     Seam("vllm.v1.worker.cpu_worker", "CPUWorker.compile_or_warm_up_model", "proves and arms"),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.reload_weights", "proves new weights"),
     Seam("vllm.v1.worker.gpu_worker", "Worker.determine_available_memory", "room for evidence"),
     Seam("vllm.v1.worker.cpu_worker", "CPUWorker.determine_available_memory", "room for evidence"),
     # Model runners. V1:

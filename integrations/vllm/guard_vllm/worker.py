@@ -69,6 +69,7 @@ class WorkerGuard:
         wrap(worker, "load_model", self._load_model)
         wrap(worker, "determine_available_memory", self._determine_available_memory)
         wrap(worker, "compile_or_warm_up_model", self._compile_or_warm_up_model)
+        wrap(worker, "reload_weights", self._reload_weights)
         setattr(worker, STATUS_METHOD, self.status)
 
     def _load_model(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
@@ -181,6 +182,29 @@ class WorkerGuard:
             len(self._hooks.guard.program.rules),
             self._hooks.guard.program.revision,
         )
+        return result
+
+    def _reload_weights(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        """New weights bring new gates and biases, perhaps another kernel: nothing is judged until they
+        have been proved as the first ones were, and what was seen under the old ones is forgotten."""
+        assert self._hooks is not None, "weights are loaded before they are loaded again"
+        hooks = self._hooks
+        hooks.guard.blind = True
+        result = stock(*args, **kwargs)
+        if hooks.prefixes is not None:
+            hooks.prefixes.lose_track()
+        hooks.armed = False  # the rows of the proof are dummy ones
+        try:
+            proof = self._prove(hooks.guard)
+        finally:
+            hooks.armed = True
+        hooks.guard.blind = not proof.holds
+        if not proof.holds:
+            logger.error(
+                "MoE Guard is blind since weights were reloaded: %s; every request is unjudged until "
+                "weights are reloaded under which it holds, or the server is restarted",
+                "; ".join(proof.found),
+            )
         return result
 
     def _prove(self, guard: Guard) -> Proof:
