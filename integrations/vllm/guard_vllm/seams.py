@@ -433,6 +433,20 @@ SEAMS: tuple[Seam, ...] = (
         exact=("output", "utility_results"),
     ),
     # Routers.
+    *(
+        Seam(f"{_MOE}.oracle.{oracle}", "backend_to_kernel_cls", "passes over what routes inside")
+        for oracle in (
+            *("unquantized", "fp8", "int8", "int_wna16"),
+            *("mxfp4", "nvfp4", "w4a8", "w4a8_int8"),
+        )
+    ),
+    Seam(f"{_MOE}.oracle.mxfp8", "_mxfp8_backend_to_kernel_cls", "passes over what routes inside"),
+    Seam(
+        f"{_MOE}.modular_kernel",
+        "FusedMoEExperts",
+        "says that it supports no server, where it routes inside",
+        has=("is_monolithic", "is_supported_config"),
+    ),
     Seam(
         f"{_MOE}.runner.moe_runner",
         "MoERunner",

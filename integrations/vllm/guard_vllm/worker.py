@@ -19,6 +19,7 @@ from guard.program.program import WORD_BITS, NamedSet, Program, ProgramRule
 from guard.program.topology import Topology
 from guard.runtime import Guard
 from guard.staged import StagedGuard
+from guard_vllm.monolithic import modular_kernels_only
 from guard_vllm.parallel import tensor_parallel_agreement
 from guard_vllm.pipeline import hook_pipeline, layers_of_pipeline, make_stage, pipeline_size
 from guard_vllm.prefix_evidence import KeptGroup, PrefixEvidence, kept_group, memory_share
@@ -73,7 +74,8 @@ class WorkerGuard:
         setattr(worker, STATUS_METHOD, self.status)
 
     def _load_model(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = stock(*args, **kwargs)
+        with modular_kernels_only():
+            loaded = stock(*args, **kwargs)
         # Behind vLLM's memory pool for weights, which sleep mode discards, and before it measures
         # how much memory is left for the KV cache.
         runner = self._worker.model_runner
