@@ -3,7 +3,8 @@
     python engine_run.py JOB.json RESULT.json
 
 Job: {"engines": [{"name", "engine": arguments of LLM, "config_only": false, "record": false,
-"async": false, "cases": [{"name", "batches": [[{"prompt": token ids, "sampling": of SamplingParams,
+"async": false, "correction_bias": fills the model by `random_weights`, optional,
+"cases": [{"name", "batches": [[{"prompt": token ids, "sampling": of SamplingParams,
 "continues": [batch, request] whose whole text goes before the prompt, "salt": keeps its KV apart;
 optional}]], "before_batch": of each batch a worker method with its arguments, or null; optional}]}]}.
 The batches of a case run one after another; the prefix cache is emptied before each case.
@@ -28,7 +29,10 @@ DELIVERY_SECONDS = 10.0
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    result = {engine["name"]: run_engine(engine) for engine in job["engines"]}
+    result = {}
+    for engine in job["engines"]:
+        result[engine["name"]] = run_engine(engine)
+        gc.collect()  # an engine that goes while another starts would take that one's process groups
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 
@@ -44,21 +48,24 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
 
         from tests.support.async_on_cpu import async_scheduling
 
+        if "correction_bias" in job:
+            from tests.support import random_weights
+
+            random_weights.install(*job["correction_bias"])
         recorder = {"worker_extension_cls": _RECORDER} if job.get("record") else {}
         with async_scheduling() if job.get("async") else nullcontext():
             llm = LLM(**recorder | job["engine"])
+        start_seconds = round(time.monotonic() - started, 1)
+        return {
+            "guarded": "guard_vllm.client" in sys.modules,
+            "plugged": "guard_vllm" in sys.modules,
+            "start_seconds": start_seconds,
+            "cases": {case["name"]: run_case(llm, case, job.get("record")) for case in job["cases"]},
+            "seconds": round(time.monotonic() - started, 1),
+        }
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what the test looks at
         # The error of a start that failed in another process is in that process's log only.
         return {"error": "".join(traceback.format_exception(error))}
-    result = {
-        "guarded": "guard_vllm.client" in sys.modules,
-        "plugged": "guard_vllm" in sys.modules,
-        "start_seconds": round(time.monotonic() - started, 1),
-        "cases": {case["name"]: run_case(llm, case, job.get("record")) for case in job["cases"]},
-    }
-    del llm
-    gc.collect()
-    return result
 
 
 _RECORDER = "tests.support.routing_recorder.RoutingRecorder"

@@ -26,8 +26,23 @@ Config = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """group: the process that shows it, at its end: a failed start leaves vLLM unable to start more
+    error: part of vLLM's own message; why: the same for a reader
+    """
+
+    group: str
+    error: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
-    """moe_layers: the model's own layer numbers; groups, kept_groups: of a grouped router"""
+    """moe_layers: the model's own layer numbers; groups, kept_groups: of a grouped router.
+
+    compiled: it is run compiled as well, for its router's mechanism
+    failure: of one that vLLM itself cannot run here
+    """
 
     name: str
     config: Config
@@ -39,6 +54,18 @@ class Family:
     kept_groups: int = 1
     correction_bias: tuple[float, float] = (0.0, 0.1)
     engine: dict[str, Any] = field(default_factory=dict)
+    compiled: bool = False
+    failure: Failure | None = None
+
+    def runs_on(self, place: str) -> bool:
+        """place: v1, v2 or compiled"""
+        return self.failure is None and (place != "compiled" or self.compiled)
+
+    @property
+    def is_recorded(self) -> bool:
+        """vLLM's own record needs the prefix cache, which MLA and hybrids do without on a CPU."""
+        hybrid = self.engine.get("enable_prefix_caching") is False
+        return not hybrid and "kv_lora_rank" not in self.config
 
     @property
     def slug(self) -> str:
@@ -101,7 +128,13 @@ def _deepseek_v3(name: str, bias: tuple[float, float], groups: int, kept: int, *
     }
     config = _config("DeepseekV3ForCausalLM", "deepseek_v3", **_MLA, **(words | own))
     return Family(
-        name, config, moe_layers=(1, 2), groups=groups, kept_groups=kept, correction_bias=bias
+        name,
+        config,
+        moe_layers=(1, 2),
+        groups=groups,
+        kept_groups=kept,
+        correction_bias=bias,
+        compiled=name == "DeepSeek-V3",
     )
 
 
@@ -150,6 +183,7 @@ FAMILIES: tuple[Family, ...] = (
             decoder_sparse_step=1,
             mlp_only_layers=[],
         ),
+        compiled=True,
     ),
     Family("Mixtral", _config("MixtralForCausalLM", "mixtral", num_local_experts=EXPERTS)),
     Family(
@@ -256,6 +290,7 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=8,
         top_k=1,
         renormalizes=False,
+        compiled=True,
     ),
     Family(
         "Gemma 4",
@@ -335,6 +370,11 @@ FAMILIES: tuple[Family, ...] = (
         "Qwen3.5-MoE",
         _config("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", **_LINEAR_ATTENTION),
         engine=_HYBRID_ENGINE,
+        failure=Failure(
+            "v1-plain",
+            "failed to be inspected",
+            "its module imports torchvision, which is not there for this torch",
+        ),
     ),
     Family(
         "Nemotron-H",
@@ -363,6 +403,11 @@ FAMILIES: tuple[Family, ...] = (
         moe_layers=(1, 3),
         correction_bias=BIAS_OF_GLM_5_2,
         engine=_HYBRID_ENGINE,
+        failure=Failure(
+            "v1-plain",
+            "is_act_and_mul=False is supported only for",
+            "experts without a gate projection need a GPU",
+        ),
     ),
     Family(
         "MiMo-V2-Flash",
@@ -408,6 +453,11 @@ FAMILIES: tuple[Family, ...] = (
             attn_type_list=[1, 1, 1],
         ),
         correction_bias=BIAS_OF_GLM_5_2,
+        failure=Failure(
+            "v1-plain",
+            'assert self.scoring_func == "softmax"',
+            "its CPU router knows a sigmoid only with groups",
+        ),
     ),
     Family(
         "Phi-3.5-MoE",
@@ -495,6 +545,11 @@ FAMILIES: tuple[Family, ...] = (
             sliding_window=64,
         ),
         moe_layers=(1, 2),
+        failure=Failure(
+            "v1-guarded",
+            'assert self.scoring_func == "softmax"',
+            "its CPU router knows a sigmoid only with groups",
+        ),
     ),
     Family(
         "Jamba",
@@ -518,6 +573,9 @@ FAMILIES: tuple[Family, ...] = (
         top_k=2,
         renormalizes=False,
         engine=_HYBRID_ENGINE,
+        failure=Failure(
+            "v2-plain", "has no attribute 'selective_scan_fwd'", "the Mamba-1 scan needs a GPU"
+        ),
     ),
     Family(
         "EXAONE-MoE",

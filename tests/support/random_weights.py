@@ -11,20 +11,24 @@ from typing import Any
 
 import torch
 
-LOGIT_SPREAD = 1.5
+LOGIT_SPREAD = 1.0
 """Standard deviation of the router logits: every expert is chosen often, none always."""
 
 _CORRECTION_BIASES = ("e_score_correction_bias", "correction_bias", "expert_bias", "moe_statics")
 
 
-def install(correction_bias: tuple[float, float] = (0.0, 0.1)) -> None:
-    """For all models of this process from here on. correction_bias: its mean and its half spread."""
+def install(bias_mean: float, bias_half_spread: float) -> None:
+    """For all models of this process from here on. The arguments are for correction biases."""
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+    from vllm.model_executor.models import registry
 
     def load_weights(loader: Any, model: torch.nn.Module, model_config: Any) -> None:
-        fill(model, correction_bias)
+        fill(model, (bias_mean, bias_half_spread))
 
     DummyModelLoader.load_weights = load_weights
+    # vLLM looks at each new architecture in a process of its own, so that CUDA stays untouched: five
+    # seconds each, and there is no CUDA here.
+    registry._run_in_subprocess = lambda look: look()
 
 
 def fill(model: torch.nn.Module, correction_bias: tuple[float, float]) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 class RoutingRecorder:
     """Keeps, for each request, the position and the chosen experts of every row that was judged."""
 
+    records_weights = False
+
     def start_recording(self) -> None:
         rows: dict[str, list[Any]] = {}
         self._recorded_rows = rows
@@ -25,12 +27,14 @@ class RoutingRecorder:
         def end_step(*args: Any, **kwargs: Any) -> Any:
             batch, req_ids = guard._batch, guard._req_ids
             if batch is not None:
-                ids_TLK = guard.tap.topk_ids_TLK[: len(batch.position_T)].tolist()
-                positions = batch.position_T.tolist()
+                num_rows = len(batch.position_T)
+                columns = [batch.position_T.tolist(), guard.tap.topk_ids_TLK[:num_rows].tolist()]
+                if self.records_weights:
+                    columns.append(guard.tap.topk_weights_TLK[:num_rows].tolist())
                 starts = batch.query_start_B1.tolist()
                 for req_id, first, stop in zip(req_ids, starts, starts[1:], strict=False):
                     self._recorded_rows.setdefault(req_id, []).extend(
-                        [positions[row], ids_TLK[row]] for row in range(first, stop)
+                        [column[row] for column in columns] for row in range(first, stop)
                     )
             return stock(*args, **kwargs)
 
@@ -39,3 +43,9 @@ class RoutingRecorder:
     def recorded_rows(self) -> dict[str, list[Any]]:
         """By vLLM's own request id: [position, [layers, top_k] ids] of each row, in step order."""
         return self._recorded_rows
+
+
+class WeightsRecorder(RoutingRecorder):
+    """Its rows have a third entry: [layers, top_k] gate weights."""
+
+    records_weights = True
