@@ -77,6 +77,9 @@ class FamilyEngines(Engines):
         chosen = [family for family in FAMILIES if family.runs_on(mode)]
         engines = [self._family_engine(family, mode, guarded=kind == "guarded") for family in chosen]
         failing = (family for family in FAMILIES if family.failure and family.failure.group == group)
+        if group == "v1-guarded":
+            refused = (family for family in FAMILIES if family.refusal)
+            engines += [self._family_engine(family, mode, guarded=True) for family in refused]
         return engines + [self._family_engine(family, mode, guarded=False) for family in failing]
 
     def _family_engine(self, family: Family, mode: str, *, guarded: bool) -> dict[str, Any]:

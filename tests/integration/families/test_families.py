@@ -179,3 +179,13 @@ def test_vllm_itself_cannot_run_these_here(
         untestable=f"vLLM 0.32 itself fails on a CPU: {failure.why}",
     )
     assert failure.error in family_engines.result(failure.group, family.name)["error"]
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, id=f.slug) for f in FAMILIES if f.refusal])
+def test_the_guard_does_not_start_on_what_it_cannot_mask(
+    family_engines: FamilyEngines, family: Family, support_record: SupportRecord
+) -> None:
+    support_record(family.name, *METHODS, refused=family.refusal)
+    last_line = family_engines.result("v1-guarded", family.name)["error"].strip().splitlines()[-1]
+    assert last_line.partition(":")[0].endswith("UnsupportedHostError")
+    assert family.refusal in last_line
