@@ -41,6 +41,7 @@ class Family:
     """moe_layers: the model's own layer numbers; groups, kept_groups: of a grouped router.
 
     compiled: it is run compiled as well, for its router's mechanism
+    hash_layers: those of moe_layers that a table routes, so that no mask can name them
     failure: of one that vLLM itself cannot run here
     refusal: part of the guard's own message where it does not start on this one
     """
@@ -56,6 +57,7 @@ class Family:
     correction_bias: tuple[float, float] = (0.0, 0.1)
     engine: dict[str, Any] = field(default_factory=dict)
     compiled: bool = False
+    hash_layers: tuple[int, ...] = ()
     failure: Failure | None = None
     refusal: str = ""
 
@@ -310,7 +312,6 @@ FAMILIES: tuple[Family, ...] = (
             hidden_activation="gelu_pytorch_tanh",
             num_kv_shared_layers=0,
         ),
-        refusal="several MoE layers share a layer number",
     ),
     Family(
         "Hunyuan-MoE-V1",
@@ -528,6 +529,93 @@ FAMILIES: tuple[Family, ...] = (
         failure=Failure(
             "v2-plain", "has no attribute 'selective_scan_fwd'", "the Mamba-1 scan needs a GPU"
         ),
+    ),
+    Family(
+        "LongCat-Flash",
+        _config(
+            "LongcatFlashForCausalLM",
+            "longcat_flash",
+            num_layers=2,
+            num_hidden_layers=4,  # two attentions a layer
+            ffn_hidden_size=64,
+            expert_ffn_hidden_size=WIDTH,
+            n_routed_experts=EXPERTS,
+            zero_expert_num=4,
+            zero_expert_type="identity",
+            moe_topk=TOP_K,
+            routed_scaling_factor=1.0,
+            norm_topk_prob=False,
+            mla_scale_q_lora=True,
+            mla_scale_kv_lora=True,
+            router_bias=False,
+            **(_MLA | {"q_lora_rank": 32}),
+        ),
+        moe_layers=(0, 1),
+        renormalizes=False,
+        failure=Failure(
+            "v1-plain",
+            "has no attribute 'topk_softmax'",
+            "its router for zero experts needs a kernel of a GPU",
+        ),
+    ),
+    Family(
+        "DeepSeek-V4",
+        _config(
+            "DeepseekV4ForCausalLM",
+            "deepseek_v4",
+            dtype="bfloat16",
+            num_experts_per_tok=6,
+            n_routed_experts=256,
+            n_shared_experts=1,
+            num_hash_layers=1,
+            scoring_func="sqrtsoftplus",
+            topk_method="noaux_tc",
+            norm_topk_prob=True,
+            routed_scaling_factor=1.5,
+            head_dim=512,
+            qk_rope_head_dim=64,
+            q_lora_rank=32,
+            o_lora_rank=32,
+            o_groups=1,
+            compress_ratios=[0, 0, 0],
+            sliding_window=64,
+            hc_mult=4,
+            hc_eps=1e-6,
+            hc_sinkhorn_iters=2,
+            index_topk=16,
+            index_n_heads=2,
+            index_head_dim=128,
+            swiglu_limit=7.0,
+        ),
+        correction_bias=BIAS_OF_GLM_5_2,
+        hash_layers=(0,),
+        num_experts=256,
+        top_k=6,
+        failure=Failure(
+            "v1-plain",
+            "'function' object is not subscriptable",
+            "its attention needs Triton",
+        ),
+    ),
+    Family(
+        "DBRX",
+        {
+            "architectures": ["DbrxForCausalLM"],
+            "model_type": "dbrx",
+            "d_model": HIDDEN,
+            "n_heads": 2,
+            "n_layers": LAYERS,
+            "max_seq_len": 512,
+            "vocab_size": VOCABULARY,
+            "attn_config": {"clip_qkv": 8, "kv_n_heads": 1, "rope_theta": 10000.0},
+            "ffn_config": {
+                "ffn_hidden_size": WIDTH,
+                "moe_num_experts": EXPERTS,
+                "moe_top_k": TOP_K,
+                "moe_normalize_expert_weights": 1.0,
+            },
+            "dtype": "float32",
+        },
     ),
     Family(
         "EXAONE-MoE",

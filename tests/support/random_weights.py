@@ -6,6 +6,7 @@ biases near zero, which no real checkpoint has. `install` replaces what that loa
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 
 LOGIT_SPREAD = 1.0
 """Standard deviation of the router logits: every expert is chosen often, none always."""
+
+HASHED_EXPERTS = 16
+"""What the table of hash layers points to."""
 
 _CORRECTION_BIASES = ("e_score_correction_bias", "correction_bias", "expert_bias", "moe_statics")
 
@@ -51,20 +55,17 @@ def _values(
     if any(part in name for part in _CORRECTION_BIASES):
         mean, half_spread = correction_bias
         return mean + half_spread * (2 * uniform - 1)
-    if last == "A_log" or last == "A":
+    if last in ("A_log", "A"):  # of a state space: the decay
         return uniform if last == "A_log" else -0.5 - uniform
     if "norm" in name or last == "D":
-        return torch.ones(shape)
+        return torch.zeros(shape) if last == "bias" else torch.ones(shape)
     if "scale" in last or "scalar" in last:
         return 0.5 + uniform
     if tensor.dim() < 2:
         return 0.1 * normal
     spread = LOGIT_SPREAD if _is_router(name) else 1.0
-    return normal * spread / shape[-1] ** 0.5
+    return normal * (spread / math.sqrt(shape[-1]))
 
 
 def _is_router(name: str) -> bool:
     return any(part in ("gate", "router", "classifier") for part in name.split(".")[-3:])
-
-
-HASHED_EXPERTS = 16

@@ -88,11 +88,18 @@ def routed_layers(model: torch.nn.Module, *, some: bool = True) -> list[RoutedLa
     return layers
 
 
-def _without_runners_insides(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    yield module
-    if not isinstance(module, MoERunner):
-        for child in module.children():
-            yield from _without_runners_insides(child)
+def _without_runners_insides(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Each module once: Gemma 4 holds its layers a second time, in the module that runs them."""
+    seen: set[torch.nn.Module] = set()
+    ahead = [model]
+    while ahead:
+        module = ahead.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield module
+        if not isinstance(module, MoERunner):
+            ahead += module.children()
 
 
 def _refuse_experts_outside_a_runner(module: torch.nn.Module) -> None:

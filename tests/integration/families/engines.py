@@ -20,7 +20,7 @@ OUTPUT_TOKENS = 8
 def masked_experts(family: Family, asked: str) -> dict[int, list[int]]:
     """By layer number: what that mask names. The forced ones are among those that no other names."""
     found = {}
-    for layer in family.moe_layers:
+    for layer in sorted({*family.moe_layers} - {*family.hash_layers}):
         most, live = _split(family, layer)
         if asked == "force":
             found[layer] = sorted(live[: min(2, family.top_k)])
