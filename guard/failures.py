@@ -17,6 +17,7 @@ class Stage(StrEnum):
     BEGIN_STEP = "begin_step"
     EVALUATE = "evaluate"
     RANKS = "ranks"
+    ROUTING = "routing"  # a report of the routers that cannot be true, found by the running check
     READBACK = "readback"
     LEDGER = "ledger"
     DELIVER = "deliver"

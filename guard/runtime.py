@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from guard.device.agreement import RankAgreement
+from guard.device.check import CheckFindings, LivenessCheck
 from guard.device.evaluate import StepEvaluator
 from guard.device.kept_evidence import KeptEvidence
 from guard.device.layout import NULL_SLOT, Capacity
 from guard.device.mask import ExpertMask
-from guard.device.readback import Readback, ReplayedDecisions, StepDecisions
+from guard.device.readback import Readback, ReplayedDecisions, StepDecisions, StepFacts
 from guard.device.replay import CachedPrefix, replay_chunks
 from guard.device.rows import StepBatch, last_rows
 from guard.device.state import Admission, SlotState, host_to_device
@@ -47,6 +48,8 @@ class Guard:
         self.agreement: RankAgreement | None = None
         self.tap = RoutingTap(program.topology, capacity, device)
         self.mask = ExpertMask(program.topology, capacity, device) if masking else None
+        self._check = LivenessCheck(program.topology, program.masks, device)
+        self._layers = tuple(layer.number for layer in program.topology.layers)
         self._state = SlotState(program, capacity, device)
         self._evaluator = (
             StepEvaluator(program, device, capacity.max_draft_tokens) if program.rules else None
@@ -55,6 +58,8 @@ class Guard:
         self._free_slots = list(range(capacity.max_slots, NULL_SLOT, -1))
         self._missed: set[str] = set()  # requests of failed steps, until their next good one
         self._batch: StepBatch | None = None
+        self._in_force_TA: torch.Tensor | None = None
+        self._findings: CheckFindings | None = None
         self._req_ids: Sequence[str] = ()
         self.kept: KeptEvidence | None = None
         self._cached: dict[str, tuple[Sequence[int], int]] = {}  # prefixes that await their step
@@ -129,12 +134,14 @@ class Guard:
         query_start_B1: [B+1] on the device; first row of each request, and the number of rows
         position_T: [T] on the device; position of each row in its request
         """
-        self._batch = None
+        self._batch = self._in_force_TA = self._findings = None
         self._kv_slot_T = None
         if self._evaluator is None:
             return
         self._req_ids = tuple(req_ids)
+        self._check.begin_step()
         with self.failures.caught(Stage.BEGIN_STEP):
+            self.tap.clear_rows(len(position_T))
             self._catch_up(req_ids)
             self._state.apply_staged_writes()
             slots_np = np.fromiter(
@@ -143,7 +150,8 @@ class Guard:
             slots_B = host_to_device(slots_np, self.device)
             batch = StepBatch.of(slots_B, query_start_B1, position_T)
             if self.mask is not None and self.program.masks.num_actions:
-                self.mask.set_rows(self._state.masks_at(batch.slot_T, batch.position_T))
+                self._in_force_TA = self._state.masks_at(batch.slot_T, batch.position_T)
+                self.mask.set_rows(self._in_force_TA)
             if self.kept is not None:
                 self.kept.apply_staged_writes()
             self._batch = batch
@@ -179,10 +187,11 @@ class Guard:
             readback = Readback(
                 self.program.revision,
                 req_ids,
-                decisions,
+                StepFacts(decisions, self._findings),
                 self._copy_stream,
                 self.failures.take(),
                 replayed,
+                self._layers,
             )
         if attempt.failed:
             if not evaluated:
@@ -196,8 +205,13 @@ class Guard:
 
     def _signals(self, batch: StepBatch) -> torch.Tensor:
         """int64 [T, X]: the step's signals, of all layers."""
+        return self._own_signals(batch)
+
+    def _own_signals(self, batch: StepBatch) -> torch.Tensor:
+        """int64 [T, X]: those of this rank's layers; rows that its check does not trust are unseen."""
         assert self._evaluator is not None
-        return self._evaluator.signals(self.tap, len(batch.position_T))
+        self._findings, trusted_T1 = self._check.check(self.tap, batch, self._in_force_TA)
+        return self._evaluator.signals(self.tap, len(batch.position_T)) * trusted_T1
 
     def _judge(
         self,

@@ -37,6 +37,7 @@ class StagedGuard(Guard):
     ) -> None:
         super().__init__(program, capacity, device, masking=masking)
         self.stage = stage
+        self._check.watch(stage.layers)
         self._num_signals = program.signals.num_signals
         self._behind: set[str] = set()  # requests whose slots here are not what they are elsewhere
         self._evidence_TY = torch.empty(0, 0)
@@ -73,7 +74,7 @@ class StagedGuard(Guard):
         with self.failures.caught(Stage.EVALUATE):
             speaks_np = np.array([r not in self._behind for r in self._req_ids], dtype=np.int64)
             speaks_T = host_to_device(speaks_np, self.device)[batch.request_T]
-            own_TX = self._evaluator.signals(self.tap, num_rows) * speaks_T[:, None]
+            own_TX = self._own_signals(batch) * speaks_T[:, None]
             row_bits_TW = self._evidence_TY[:, self._num_signals :]
             if self.mask is not None:
                 row_bits_TW = self.mask.row_bits_TW[:num_rows]

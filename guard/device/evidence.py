@@ -20,6 +20,9 @@ class SignalReducer:
     def __init__(self, signals: SignalTable, topology: Topology, device: torch.device) -> None:
         num_layers, num_experts = len(topology.layers), topology.max_experts
         self._nobody = num_layers * num_experts  # the row of the tables that is all zeros
+        self._num_experts_L1 = torch.tensor(
+            [[layer.num_experts] for layer in topology.layers], dtype=torch.int32, device=device
+        )
         self._layer_offset_L1 = (
             torch.arange(num_layers, dtype=torch.int64, device=device)[:, None] * num_experts
         )
@@ -37,7 +40,9 @@ class SignalReducer:
         """int64 [T, X] of the tap's first `num_rows` rows, whoever they belong to."""
         ids_TLK = tap.topk_ids_TLK[:num_rows]
         weights_TLK = tap.topk_weights_TLK[:num_rows]
-        chosen_TLK = (ids_TLK >= 0) & (weights_TLK != 0)
+        # An id that is no expert would read beyond the tables, which ends the engine on CUDA.
+        is_expert_TLK = (ids_TLK >= 0) & (ids_TLK < self._num_experts_L1)
+        chosen_TLK = is_expert_TLK & (weights_TLK != 0)
         index_TLK = torch.where(chosen_TLK, ids_TLK + self._layer_offset_L1, self._nobody)
         index_TI = index_TLK.reshape(num_rows, -1)
         seen_T1 = torch.ones((num_rows, 1), dtype=torch.int64, device=ids_TLK.device)
@@ -46,6 +51,7 @@ class SignalReducer:
             parts.append(embedding_bag(index_TI, self._unit_table, mode="sum").to(torch.int64))
         if self._mass_table.shape[1]:
             gate_TI = weights_TLK.reshape(num_rows, -1).to(torch.float64)
+            gate_TI = gate_TI.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
             masses = embedding_bag(index_TI, self._mass_table, mode="sum", per_sample_weights=gate_TI)
             parts.append(masses.round().to(torch.int64))
         return torch.cat(parts, dim=1)

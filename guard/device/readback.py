@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from guard.device.check import CheckFindings
 from guard.device.drafts import DraftDecisions
-from guard.program.step_report import DraftReport, EventColumn, RequestColumn, StepReport
+from guard.program.step_report import DraftReport, EventColumn, RequestColumn, RoutingCheck, StepReport
 
 _ADDED = np.array([RequestColumn.PROMPT_TOKENS, RequestColumn.OUTPUT_TOKENS])
 """What a report counts of the step alone, beside the selections of named sets."""
@@ -36,6 +37,13 @@ class ReplayedDecisions(NamedTuple):
     decisions: StepDecisions
 
 
+class StepFacts(NamedTuple):
+    """All that leaves the device with a step. findings: None in steps that are not checked."""
+
+    decisions: StepDecisions
+    findings: CheckFindings | None
+
+
 class Readback:
     """A copy to the host that is under way. `result` waits for it, and for nothing else.
 
@@ -47,25 +55,31 @@ class Readback:
         self,
         revision: str,
         req_ids: Sequence[str],
-        decisions: StepDecisions,
+        facts: StepFacts,
         copy_stream: torch.cuda.Stream | None,
         failures: Mapping[str, int],
         replayed: Sequence[ReplayedDecisions] = (),
+        layers: tuple[int, ...] = (),
     ) -> None:
+        """layers: the model's own numbers of the MoE layers, for what the check found"""
         self._revision = revision
+        self._layers = layers
         self._req_ids = tuple(req_ids)
         self._failures = failures
         self._done: torch.cuda.Event | None = None
-        self._keep_alive: list[StepDecisions] | None = None
+        self._keep_alive: tuple[list[StepDecisions], CheckFindings | None] | None = None
         self._replayed_requests = [part.requests_np for part in replayed]
-        parts = [*(part.decisions for part in replayed), decisions]
+        parts = [*(part.decisions for part in replayed), facts.decisions]
         if copy_stream is None:
-            self._host = parts
+            self._host, self._findings = parts, facts.findings
             return
-        self._keep_alive = parts  # until the copy stream has read them
+        self._keep_alive = parts, facts.findings  # until the copy stream has read them
         copy_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(copy_stream):
             self._host = [_pinned(part) for part in parts]
+            self._findings = (
+                None if facts.findings is None else CheckFindings(*map(_to_pinned, facts.findings))
+            )
             self._done = torch.cuda.Event(blocking=True)
             self._done.record(copy_stream)
 
@@ -103,7 +117,13 @@ class Readback:
             num_events,
             self._failures,
             drafts=None if own.drafts is None else DraftReport(*(a.numpy() for a in own.drafts)),
+            check=self._check(),
         )
+
+    def _check(self) -> RoutingCheck | None:
+        if self._findings is None:
+            return None
+        return RoutingCheck(self._layers, *(tensor.numpy() for tensor in self._findings))
 
 
 def _pinned(decisions: StepDecisions) -> StepDecisions:

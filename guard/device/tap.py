@@ -30,6 +30,10 @@ class RoutingTap:
         self.topk_ids_TLK[:rows, layer, :top_k] = topk_ids
         self.topk_weights_TLK[:rows, layer, :top_k] = topk_weights
 
+    def clear_rows(self, num_rows: int) -> None:
+        """Before a forward of that many rows: what a layer does not write again is nobody's choice."""
+        self.topk_ids_TLK[:num_rows].fill_(-1)
+
     def clear(self) -> None:
         """Forget everything, so that a layer that does not report can be told from one that does."""
         self.topk_ids_TLK.fill_(-1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from guard.events.decision_log import DecisionLog
-from guard.events.message import Decision, Delta, Hello, decode
+from guard.events.message import Decision, Delta, Health, Hello, decode
 from guard.events.metrics import GuardMetrics
 from guard.failures import Failures, Stage
 
@@ -48,6 +48,9 @@ class EventBus:
                     self._greeted.set()
                 case Delta() as delta:
                     self._take(delta)
+                case Health() as health:
+                    with self._failures.caught(Stage.METRICS):
+                        self._metrics.tell(health)
 
     def _take(self, delta: Delta) -> None:
         with self._failures.caught(Stage.METRICS):

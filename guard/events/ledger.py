@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from guard.events.liveness import Liveness
 from guard.events.message import Decision, DecisionCount, Delta, EvidenceFacts, RuleFacts
 from guard.failures import Stage
 from guard.program.program import WORD_BITS
@@ -53,6 +54,7 @@ class Ledger:
     num_sets: named sets, whose selections stand behind the fixed columns of a report
     redacted: give clients no policy or rule names
     tightened: policies in audit that a request asked to have enforced, by its id
+    liveness: kept up to date with each report
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Ledger:
         external_id: Callable[[str], str] = str,
         tightened: Callable[[str], Collection[str]] = lambda _: (),
         clock: Callable[[], float] = time.time,
+        liveness: Liveness | None = None,
     ) -> None:
         self._engine = engine
         self._rules = tuple(rules)
@@ -75,6 +78,9 @@ class Ledger:
         self._external_id = external_id
         self._clock = clock
         self._tightened = tightened
+        self.liveness = liveness or Liveness(
+            engine, mask_policies=[rules[r].policy for r in mask_rules]
+        )
         self._closed_rules = [rule for rule in self._rules if rule.on_error == "closed"]
         self._report: StepReport | None = None
         self._row_of: dict[str, int] = {}
@@ -83,6 +89,7 @@ class Ledger:
         self._outcome: dict[str, str] = {}
         self._owed: dict[str, str] = {}  # blocks for a fault, until the request ends
         self._masked_by: dict[str, frozenset[int]] = {}
+        self._unmasked: set[str] = set()  # requests whose mask was not obeyed, until they end
         self._decision_counts: Counter[tuple[int, str, str]] = Counter()
         self._values: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
         self._selections = np.zeros(num_sets, dtype=np.int64)
@@ -98,8 +105,8 @@ class Ledger:
         self._report = report
         self._open, self._num_cut = {}, {}
         self._row_of = {req_id: row for row, req_id in enumerate(report.req_ids) if is_counted(req_id)}
-        self._count(self._delta.failures, report.failures)
-        self._moved = self._moved or bool(report.failures)
+        self.note_failures(report.failures)
+        self.note_failures(self.liveness.note(report))
         if report.failed:
             for req_id in self._row_of:
                 self._note_unjudged(req_id)
@@ -110,8 +117,10 @@ class Ledger:
             }
         rows = [row for req_id, row in self._row_of.items() if req_id not in self._open]
         self._count_tokens(report.requests_B[rows])
+        self._note_violations(report)
         self._note_masks(report)
         self._note_unseen(report)
+        self._note_untrusted(report)
         blocked = self._blocks(report)
         for req_id, owed in self._owed_blocks().items():
             reason = blocked.get(req_id, owed).reason
@@ -171,6 +180,7 @@ class Ledger:
                 self._observe_values(self._report.drafts.extremes_BKC[row, num_cut - 1])
         outcome = self._outcome.pop(req_id, "passed")
         self._masked_by.pop(req_id, None)
+        self._unmasked.discard(req_id)
         self._owed.pop(req_id, None)
         self._count(self._delta.outcomes, {outcome: 1})
         self._moved = True
@@ -218,6 +228,7 @@ class Ledger:
             return
         for req_id in self._row_of.keys() & self._masked_by.keys():
             del self._masked_by[req_id]
+        violated = {self._mask_rules[action] for action in self.liveness.violated}
         for req_id, row in self._counted_rows(report, np.any(report.masked_BW, axis=1)):
             words = report.masked_BW[row].tolist()
             self._masked_by[req_id] = frozenset(
@@ -225,8 +236,43 @@ class Ledger:
                 for action, rule in enumerate(self._mask_rules)
                 if words[action // WORD_BITS] >> (action % WORD_BITS) & 1
             )
+            if not_obeyed := self._masked_by[req_id] & violated:
+                self._note_unmasked(req_id, not_obeyed)
             if req_id not in self._open:
                 self._raise_outcome(req_id, "masked")
+
+    def _note_violations(self, report: StepReport) -> None:
+        if report.check is None:
+            return
+        violations_BA = report.check.violations_BA
+        for req_id, row in self._counted_rows(report, violations_BA.any(axis=1)):
+            actions = np.flatnonzero(violations_BA[row]).tolist()
+            for action in actions:
+                policy = self._rules[self._mask_rules[action]].policy
+                self._count(self._delta.mask_violations, {policy: int(violations_BA[row, action])})
+            self._moved = True
+            self._note_unmasked(req_id, {self._mask_rules[action] for action in actions})
+
+    def _note_unmasked(self, req_id: str, rules: Collection[int]) -> None:
+        """The masks of these rules are not obeyed: the request follows their fail mode, and however it
+        ends, it does not count as masked."""
+        self._unmasked.add(req_id)
+        if self._outcome.get(req_id) == "masked":
+            self._outcome[req_id] = "unjudged"
+        self._raise_outcome(req_id, "unjudged")
+        for rule in (self._rules[number] for number in sorted(rules)):
+            if rule.on_error == "closed":
+                self._owe_block(req_id, rule)
+                return
+
+    def _note_untrusted(self, report: StepReport) -> None:
+        """Rows whose routing cannot be true were not judged."""
+        if self.liveness.silent:
+            for req_id in self._row_of:
+                self._note_unjudged(req_id)
+        elif report.check is not None:
+            for req_id, _ in self._counted_rows(report, report.check.findings_BF.any(axis=1)):
+                self._note_unjudged(req_id)
 
     def _blocks(self, report: StepReport) -> dict[str, Ending]:
         blocked = {}
@@ -266,9 +312,12 @@ class Ledger:
         self._raise_outcome(req_id, "unjudged")
         for rule in self._closed_rules:
             if rule.mode == "enforce" or rule.policy in self._tightened(req_id):
-                self._raise_outcome(req_id, "blocked")
-                self._owed[req_id] = self._reason(rule)
+                self._owe_block(req_id, rule)
                 return
+
+    def _owe_block(self, req_id: str, rule: RuleFacts) -> None:
+        self._raise_outcome(req_id, "blocked")
+        self._owed[req_id] = self._reason(rule)
 
     def _owed_blocks(self) -> dict[str, Ending]:
         if not self._owed:
@@ -347,6 +396,8 @@ class Ledger:
         return dict(masked)
 
     def _raise_outcome(self, req_id: str, outcome: str) -> None:
+        if outcome == "masked" and req_id in self._unmasked:
+            return
         if _RANK[outcome] > _RANK[self._outcome.get(req_id, "passed")]:
             self._outcome[req_id] = outcome
 

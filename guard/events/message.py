@@ -1,4 +1,4 @@
-"""What travels from the engine core to the API server, in msgpack: a hello, then deltas."""
+"""What travels from the engine core to the API server, in msgpack: a hello, then deltas and health."""
 
 from __future__ import annotations
 
@@ -101,6 +101,7 @@ class Delta(msgspec.Struct, tag="delta"):
     selections: by number of the set in `Hello.sets`
     values: by (rule, number of its condition), one value for each request that ended
     masked_requests: by policy, requests under one of its masks now
+    mask_violations: by policy, how often the running check saw an expert at work that it masks
     dropped, failures: by stage
     """
 
@@ -112,11 +113,20 @@ class Delta(msgspec.Struct, tag="delta"):
     selections: list[int] = []
     values: list[tuple[int, int, list[float]]] = []
     masked_requests: dict[str, int] = {}
+    mask_violations: dict[str, int] = {}
     dropped: dict[str, int] = {}
     failures: dict[str, int] = {}
 
 
-Message = Hello | Delta
+class Health(msgspec.Struct, frozen=True, tag="health"):
+    """The guard's state changed since its hello. up: it is live and not blind."""
+
+    engine: int
+    up: bool
+    blind_layers: int
+
+
+Message = Hello | Delta | Health
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

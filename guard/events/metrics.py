@@ -8,7 +8,7 @@ from typing import Final
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from guard.events.ledger import OUTCOMES
-from guard.events.message import Delta, Hello
+from guard.events.message import Delta, Health, Hello
 from guard.failures import Stage
 
 VALUE_BUCKETS = (
@@ -43,8 +43,12 @@ class GuardMetrics:
                 multiprocess_mode=_LATEST,
             )
 
-        self._up = gauge("up", "1 while the guard is live and sees every MoE layer; page if 0.")
-        self._blind_layers = gauge("blind_layers", "MoE layers whose routing the guard cannot see.")
+        self._up = gauge(
+            "up", "1 while the guard is live: it sees every MoE layer and its masks hold; page if 0."
+        )
+        self._blind_layers = gauge(
+            "blind_layers", "MoE layers whose routing the guard does not see as it is."
+        )
         self._program_info = gauge(
             "program_info",
             "1 for the policy revision in force, 0 for older ones.",
@@ -92,7 +96,7 @@ class GuardMetrics:
         )
         self._violations = counter(
             "mask_violations_total",
-            "Masked experts seen at work while serving: page. 0 until the running check exists.",
+            "Masked experts seen at work in the steps that the running check looks at: page.",
             "policy",
         )
         self._dropped = counter(
@@ -147,6 +151,12 @@ class GuardMetrics:
         for result in ("success", "failure"):
             self._reloads.labels(*engine, result)
 
+    def tell(self, health: Health) -> None:
+        """The state of an engine's guard changed."""
+        engine = (self._model, str(health.engine))
+        self._up.labels(*engine).set(1 if health.up else 0)
+        self._blind_layers.labels(*engine).set(health.blind_layers)
+
     def apply(self, delta: Delta) -> None:
         """Add what happened. The engine's hello came before."""
         hello = self._hellos[delta.engine]
@@ -170,6 +180,8 @@ class GuardMetrics:
                 histogram.observe(value)
         for policy, count in delta.masked_requests.items():
             self._masked_requests.labels(*engine, policy).set(count)
+        for policy, count in delta.mask_violations.items():
+            self._violations.labels(*engine, policy).inc(count)
         for stage, count in delta.dropped.items():
             self._dropped.labels(*engine, stage).inc(count)
         for stage, count in delta.failures.items():

@@ -243,6 +243,12 @@ class MaskTable:
         return int(self.expert_bits.shape[-1])
 
 
+def unpack_bits(words_NW: Ints, num_actions: int) -> Bools:
+    """[..., A] from [..., W]: which actions a mask word names."""
+    actions = np.arange(num_actions)
+    return (words_NW[..., actions // WORD_BITS] >> (actions % WORD_BITS) & 1).astype(np.bool_)
+
+
 @dataclass(frozen=True, slots=True)
 class NamedSet:
     """A policy's expert set, for the metrics."""

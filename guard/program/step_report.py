@@ -49,6 +49,36 @@ class EventColumn:
     NUM = 5
 
 
+class Finding:
+    """Columns of what the running check finds in a row of a layer."""
+
+    MISSING = 0  # no expert where one must be; a layer that does not report has it in every row
+    OUT_OF_RANGE = 1  # an id that is no logical expert
+    NOT_FINITE = 2  # a gate weight that is NaN or infinite
+    DUPLICATE = 3  # an expert that has weight twice
+    NUM = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingCheck:
+    """What the running check found in one step. Letters: L MoE layers, A mask actions.
+
+    layers: the model's own numbers of the L layers
+    findings_LF: int64 [L, Finding.NUM], rows that have the finding in a layer
+    silent_L: bool [L], layers that wrote nothing at all
+    findings_BF: int64 [B, Finding.NUM], rows and layers of a request that have it
+    violations_L: int64 [L], masked experts at work in a layer
+    violations_BA: int64 [B, A], how often a request's mask action was not obeyed
+    """
+
+    layers: tuple[int, ...]
+    findings_LF: NDArray[np.int64]
+    silent_L: NDArray[np.bool_]
+    findings_BF: NDArray[np.int64]
+    violations_L: NDArray[np.int64]
+    violations_BA: NDArray[np.int64]
+
+
 @dataclass(frozen=True, slots=True)
 class DraftReport:
     """What accepted draft tokens added, where a step verified some: the engine may end a request at
@@ -82,6 +112,7 @@ class StepReport:
     failures: faults since the last report, by stage
     failed: this step was not judged at all; every array is empty
     drafts: where the server decodes speculatively
+    check: what the running check found; None in the steps that it leaves out
     """
 
     revision: str
@@ -102,6 +133,8 @@ class StepReport:
             return set(self.req_ids)
         judged_B = self.requests_B[:, RequestColumn.JUDGED]
         return {self.req_ids[row] for row in np.flatnonzero(judged_B != Judged.YES).tolist()}
+
+    check: RoutingCheck | None = None
 
     @staticmethod
     def of_failed_step(

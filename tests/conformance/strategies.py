@@ -81,7 +81,7 @@ def topologies(draw: st.DrawFn) -> Topology:
 
 @st.composite
 def routings(draw: st.DrawFn, topology: Topology) -> Routing:
-    """A whole prompt and some output. Ids are distinct in a row; some are -1 or of weight zero.
+    """A whole prompt and some output. Ids are distinct in a row; some have weight zero.
 
     Every position repeats one of a few kinds of token, so that a request changes topic and returns.
     """
@@ -109,9 +109,9 @@ def _token_row(draw: st.DrawFn, topology: Topology) -> tuple[NDArray[np.int32], 
         for rank, choice in enumerate(_digits(draw, [len(GATE_NUMERATORS)] * k)):
             topk_weights[index, rank] = GATE_NUMERATORS[choice] / 256
         for rank, gap in enumerate(_digits(draw, [6] * k) if with_gaps else []):
-            if gap == 1:  # keeps its weight: the id alone says that nothing was chosen
-                topk_ids[index, rank] = -1
-            elif gap == 2:
+            if gap == 1:  # as zero experts come back: expert 0, and so perhaps twice
+                topk_ids[index, rank] = 0
+            if gap in (1, 2):
                 topk_weights[index, rank] = 0.0
     return topk_ids, topk_weights
 

@@ -13,7 +13,8 @@ from vllm.v1.serial_utils import UtilityResult
 
 from guard.errors import NotLiveError
 from guard.events.ledger import Ending, Ledger
-from guard.events.message import Delta, Hello, RuleFacts, SetFacts, encode
+from guard.events.liveness import Liveness
+from guard.events.message import Delta, Health, Hello, RuleFacts, SetFacts, encode
 from guard.failures import Failures, Stage
 from guard.policy.model import Mode, OnError
 from guard.program.program import ProgramRule
@@ -63,6 +64,13 @@ class EngineCoreGuard:
             for rule in status.rules
             if rule.on_error is OnError.CLOSED
         }
+        hello = _hello(self._engine, statuses, rules)
+        self._liveness = Liveness(
+            self._engine,
+            live=hello.live,
+            blind_layers=hello.blind_layers,
+            mask_policies=[rules[rule].policy for rule in status.mask_rules],
+        )
         self._ledger = Ledger(
             self._engine,
             rules,
@@ -71,12 +79,13 @@ class EngineCoreGuard:
             redacted=settings.redact_reasons,
             external_id=external_request_id,
             tightened=self._tightened,
+            liveness=self._liveness,
         )
         wrap(core, "add_request", self._add_request)
         wrap(core, "post_step", self._post_step)
         if self._isolation is not None:
             self._isolation.install()
-        self._broadcast(_hello(self._engine, statuses, rules))
+        self._broadcast(hello)
 
     def _add_request(self, stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._hooked:
@@ -121,10 +130,12 @@ class EngineCoreGuard:
                 self._blocked = self._ledger.begin_step(report, self._is_counted)
                 self._isolate_kv(report, scheduler_output)  # before this step's tokens fill a block
             if attempt.failed:
-                with self._failures.caught(Stage.LEDGER):
+                with self._failures.caught(Stage.LEDGER) as second:
                     failed = self._unreported(req_ids)
                     unjudged = self._ledger.begin_step(failed, self._is_counted)
                     self._blocked = {**unjudged, **self._blocked}
+                if second.failed:
+                    self._liveness.note_fault()
         outputs = stock(scheduler_output, output)
         self._ledger.end_step()
         return outputs
@@ -195,14 +206,17 @@ class EngineCoreGuard:
             delta = self._ledger.take(idle=not self._core.scheduler.has_unfinished_requests())
             if delta is not None:
                 self._send(delta, client_index=0)
+            health = self._liveness.take()
+            if health is not None:
+                self._broadcast(health)
         return result
 
-    def _broadcast(self, hello: Hello) -> None:
+    def _broadcast(self, message: Hello | Health) -> None:
         addresses = getattr(self._core, "addresses", None)
         for client_index in range(1 if addresses is None else len(addresses.outputs)):
-            self._send(hello, client_index)
+            self._send(message, client_index)
 
-    def _send(self, message: Hello | Delta, client_index: int) -> None:
+    def _send(self, message: Hello | Delta | Health, client_index: int) -> None:
         data = encode(message)
         output_queue = getattr(self._core, "output_queue", None)
         if output_queue is None:

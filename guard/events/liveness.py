@@ -1,0 +1,115 @@
+"""Whether an engine's guard is live: proved at start, and checked while it serves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from guard.events.message import Health
+from guard.failures import Stage
+from guard.program.step_report import Finding, RoutingCheck, StepReport
+
+logger = logging.getLogger(__name__)
+
+_FINDINGS: Mapping[int, str] = {
+    Finding.MISSING: "rows without an expert",
+    Finding.OUT_OF_RANGE: "ids that are no expert of the model",
+    Finding.NOT_FINITE: "gate weights that are NaN or infinite",
+    Finding.DUPLICATE: "an expert twice in a row",
+}
+
+
+class Liveness:
+    """One engine's. What its start-up proof said, and what the running check has said since.
+
+    A layer whose reports can be believed again is live again. A mask that was not obeyed stays broken
+    until the proof is repeated: that it is not seen broken now says nothing about the next step.
+
+    silent: some layer reports nothing, as of the last check
+    violated: mask actions that were seen not to be obeyed
+    """
+
+    def __init__(
+        self,
+        engine: int = 0,
+        *,
+        live: bool = True,
+        blind_layers: int = 0,
+        mask_policies: Sequence[str] = (),
+    ) -> None:
+        """mask_policies: the policy of each mask action; live, blind_layers: see `Hello`."""
+        self._engine = engine
+        self._proved = live
+        self._proved_blind = blind_layers
+        self._mask_policies = tuple(mask_policies)
+        self._judges = True
+        self._blind: frozenset[int] = frozenset()
+        self.silent = False
+        self.violated: frozenset[int] = frozenset()
+        self._told = self.health
+
+    @property
+    def health(self) -> Health:
+        up = self._proved and self._judges and not self._blind and not self.violated
+        return Health(self._engine, up, max(self._proved_blind, len(self._blind)))
+
+    def take(self) -> Health | None:
+        """What the API servers have to be told, if anything changed since the last call."""
+        health = self.health
+        if health == self._told:
+            return None
+        self._told = health
+        return health
+
+    def note(self, report: StepReport) -> dict[str, int]:
+        """Take a step's report. Returns the faults that its check found, by stage."""
+        self._judges = not report.failed
+        if report.check is None:
+            return {}
+        return self._note_check(report.check)
+
+    def note_fault(self) -> None:
+        """A step of which not even a report could be taken."""
+        self._judges = False
+
+    def prove_again(self, *, live: bool, blind_layers: int) -> None:
+        """The start-up proof was repeated: what was seen before it is mended, or shown again."""
+        self._proved, self._proved_blind = live, blind_layers
+        self._blind, self.silent, self.violated = frozenset(), False, frozenset()
+
+    def _note_check(self, check: RoutingCheck) -> dict[str, int]:
+        numbers = np.array(check.layers, dtype=np.int64)
+        self.silent = bool(check.silent_L.any())
+        blind = frozenset(numbers[check.findings_LF.any(axis=1)].tolist())
+        if blind - self._blind:
+            logger.error(
+                "MoE Guard does not see MoE layers %s as they are (%s): moe_guard_up is 0, and "
+                "requests follow onError. Restart the server; if that does not help, undo "
+                "what was changed last: vLLM, its flags, another plugin",
+                ", ".join(map(str, sorted(blind))),
+                _described(check),
+            )
+        elif self._blind and not blind:
+            logger.warning("MoE Guard sees all MoE layers again")
+        self._blind = blind
+        violated = frozenset(np.flatnonzero(check.violations_BA.any(axis=0)).tolist())
+        if violated - self.violated:
+            layers = numbers[check.violations_L > 0].tolist()
+            policies = sorted({self._mask_policies[action] for action in violated})
+            logger.error(
+                "Masked experts are at work in MoE layers %s, against the masks of %s: moe_guard_up is "
+                "0 until the server is restarted, and requests under these masks follow onError",
+                ", ".join(map(str, layers)),
+                ", ".join(policies),
+            )
+        self.violated |= violated
+        return {Stage.ROUTING: 1} if blind else {}
+
+
+def _described(check: RoutingCheck) -> str:
+    if check.silent_L.any():
+        silent = [str(layer) for layer, mute in zip(check.layers, check.silent_L, strict=True) if mute]
+        return f"layers {', '.join(silent)} report nothing"
+    return ", ".join(words for kind, words in _FINDINGS.items() if check.findings_LF[:, kind].any())
