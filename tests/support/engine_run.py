@@ -72,17 +72,20 @@ _RECORDER = "tests.support.routing_recorder.RoutingRecorder"
 
 
 def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, Any]:
-    """batches: outputs of each; decisions, counters: what moved; rows: see `RoutingRecorder`."""
+    """batches: outputs of each; decisions, counters: what moved; gauges: the guard's state behind each
+    batch; rows: see `RoutingRecorder`."""
     llm.reset_prefix_cache()
     counters, seen = read_counters(), {decision.decision_id for decision in read_decisions()}
     if record:
         llm.collective_rpc("start_recording")
     batches: list[list[dict[str, Any]]] = []
+    gauges: list[dict[str, float]] = []
     calls = case.get("before_batch", [None] * len(case["batches"]))
     for requests, call in zip(case["batches"], calls, strict=True):
         if call is not None:
             llm.collective_rpc(call[0], args=tuple(call[1:]))
         batches.append(run_batch(llm, [prompt_of(request, batches) for request in requests]))
+        gauges.append(read_series("moe_guard_up", "moe_guard_blind_layers"))
     num_requests = sum(
         request["sampling"].get("n", 1) for requests in case["batches"] for request in requests
     )
@@ -93,6 +96,7 @@ def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, A
             as_json(decision) for decision in read_decisions() if decision.decision_id not in seen
         ],
         "counters": moved,
+        "gauges": gauges,
         "rows": llm.collective_rpc("recorded_rows")[0] if record else {},
     }
 
@@ -163,15 +167,19 @@ def as_json(decision: Any) -> dict[str, Any]:
 
 
 def read_counters() -> dict[str, float]:
-    """The guard's counters as Prometheus would scrape them, named without model and engine."""
+    series = read_series("moe_guard_", "vllm:spec_decode_")
+    return {name: value for name, value in series.items() if "_total{" in name}
+
+
+def read_series(*prefixes: str) -> dict[str, float]:
+    """The metrics as Prometheus would scrape them, named without model and engine."""
     from prometheus_client import REGISTRY
 
     return {
         _series(sample.name, sample.labels): sample.value
         for metric in REGISTRY.collect()
         for sample in metric.samples
-        if sample.name.startswith(("moe_guard_", "vllm:spec_decode_"))
-        and sample.name.endswith("_total")
+        if sample.name.startswith(prefixes)
     }
 
 

@@ -149,3 +149,33 @@ FAULT_ON_RANK_1 = case(
     [request(tokens(610, 20), max_tokens=6)],
 ) | {"before_batch": [None, ["fail_next_evaluation", 1]]}
 """Two requests that are judged, then one whose first step rank 1 cannot judge."""
+
+
+FAULT_LAYER = 3
+"""The last one: a gate weight that is NaN there reaches no KV."""
+
+
+def routing_fault(kind: str, enforce: Sequence[str]) -> Case:
+    """Behind a sound batch a faulty one, and a sound one again; each runs for longer than the running
+    check leaves out steps."""
+
+    def batch(number: int) -> list[Request]:
+        return [
+            request(tokens(900 + 10 * number + i, 20), max_tokens=40, enforce=[name] if name else [])
+            for i, name in enumerate(enforce)
+        ]
+
+    calls = [None, ["set_routing_fault", kind, [FAULT_LAYER]], ["clear_routing_faults"]]
+    name = "-".join([kind, *(name for name in enforce if name)])
+    return case(name, *map(batch, range(3))) | {"before_batch": calls}
+
+
+def routing_faults() -> list[Case]:
+    """Those that pass come first: a mask that was not obeyed leaves the guard down."""
+    kinds = ("silent", "out_of_range", "not_finite", "duplicate")
+    unjudged = [routing_fault(kind, ["", "closed"]) for kind in kinds]
+    methods = [
+        routing_fault("ignores_masks", [method, f"{method}-closed"])
+        for method in ("reroute", "drop", "drop-renorm", "force")
+    ]
+    return unjudged + methods

@@ -18,6 +18,8 @@ _CHECKOUT = Path(__file__).parents[3]
 _SUPPORT = _CHECKOUT / "tests" / "support"
 _TIMEOUT_SECONDS = 600
 
+_ROUTING_FAULTS = "tests.support.routing_faults.RoutingFaults"
+
 MODES = ("eager", "compiled", "v2")
 """Model Runner V1, the same compiled, and Model Runner V2."""
 
@@ -133,6 +135,9 @@ class Engines:
             ]
         if group == "processes":
             return [self._engine("main", "main", _ENFORCING)]
+        if kind == "faults":
+            faults = {"worker_extension_cls": _ROUTING_FAULTS}
+            return [self._engine("faults", "faults", cases.routing_faults(), **more, **faults)]
         if kind == "plain":
             cases_of_mode = _PLAIN if mode == "compiled" else _PLAIN_MORE
             return [self._engine("plain", None, cases_of_mode, **more)]
@@ -211,4 +216,5 @@ def write_inputs(folder: Path) -> None:
     (folder / "empty").mkdir()
     policies.write(folder / "main", policies.MAIN)
     policies.write(folder / "never", policies.NEVER_FIRES)
+    policies.write(folder / "faults", policies.FAULTS)
     policies.write(folder / "range", policies.OUT_OF_RANGE)

@@ -105,6 +105,31 @@ OUT_OF_RANGE = [
 ]
 
 
+CLOSED = policy("closed", [{"name": "never", "when": count("request", NEVER_REACHED)}])
+CLOSED["spec"]["onError"] = "closed"
+
+
+def _masking(method: str, on_error: str) -> dict[str, Any]:
+    """Of a layer at most the k that it chooses can be forced."""
+    mask = {"mask": {"experts": "flagged", "method": method.replace("-", "_")}}
+    name = method if on_error == "open" else f"{method}-{on_error}"
+    experts = [0, 2] if method == "force" else list(FLAGGED)
+    sets = {"flagged": [{"layers": f"0-{NUM_LAYERS - 1}", "experts": experts}]}
+    made = policy(name, [{"name": "mask", "when": {"always": {}}, "then": mask}], sets)
+    made["spec"]["onError"] = on_error
+    return made
+
+
+FAULTS = [
+    CLOSED,
+    *(
+        _masking(method, on_error)
+        for method in ("reroute", "drop", "drop-renorm", "force")
+        for on_error in ("open", "closed")
+    ),
+]
+
+
 def write(folder: Path, policies: list[dict[str, Any]]) -> Path:
     """JSON is YAML."""
     folder.mkdir()

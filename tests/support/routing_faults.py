@@ -1,0 +1,75 @@
+"""Faults in a model's routing that a test turns on and off while the engine runs: for tests only.
+
+vLLM mixes `RoutingFaults` into its worker class (`worker_extension_cls`), and a test reaches it with
+`LLM.collective_rpc`. Importing this module makes every guard of the process attachable to faults; they
+are tensors that the forward reads, so that a compiled forward shows them without being compiled anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from guard_vllm import routers, worker
+
+from guard.device.mask import MaskedExperts
+
+KINDS = ("silent", "out_of_range", "not_finite", "duplicate", "ignores_masks")
+SILENT, OUT_OF_RANGE, NOT_FINITE, DUPLICATE, IGNORES_MASKS = range(len(KINDS))
+_is_on = torch.zeros((len(KINDS), 64), dtype=torch.bool)  # [kind, layer]; layers are numbered from 0
+
+
+class RoutingFaults:
+    """Methods of the worker."""
+
+    def set_routing_fault(self, kind: str, layers: list[int]) -> None:
+        """Only this fault, in these layers."""
+        _is_on.zero_()
+        _is_on[KINDS.index(kind), layers] = True
+
+    def clear_routing_faults(self) -> None:
+        _is_on.zero_()
+
+
+_stock_attach, _stock_route_masked = worker.attach, routers.route_masked
+
+
+def _attach(guard: Any, layers: list[Any]) -> None:
+    """Between the stock router and the guard, and between the guard and its tap."""
+    for index, layer in enumerate(layers):
+        layer.router._compute_routing = _faulty_router(index, layer.router._compute_routing)
+    guard.tap.record = _faulty_record(guard.tap, guard.tap.record)
+    _stock_attach(guard, layers)
+
+
+def _faulty_router(index: int, stock: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_routing(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = stock(*args, **kwargs)
+        weights = torch.where(_is_on[NOT_FINITE, index], float("nan"), weights)
+        ids = torch.where(_is_on[DUPLICATE, index], ids[:, :1].expand_as(ids), ids)
+        return weights, ids
+
+    return compute_routing
+
+
+def _faulty_record(tap: Any, stock: Callable[..., None]) -> Callable[..., None]:
+    def record(layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        rows, top_k = topk_ids.shape
+        before = tap.topk_ids_TLK[:rows, layer, :top_k]
+        ids = torch.where(_is_on[SILENT, layer], before, topk_ids.to(before.dtype))
+        ids = torch.where(_is_on[OUT_OF_RANGE, layer], ids + 1000, ids)
+        stock(layer, ids, topk_weights)
+
+    return record
+
+
+def _route_masked(layer: Any, router_logits: torch.Tensor, masked: MaskedExperts, *args: Any) -> Any:
+    obeys = ~_is_on[IGNORES_MASKS, layer.number]
+    return _stock_route_masked(
+        layer, router_logits, MaskedExperts(*(wanted & obeys for wanted in masked)), *args
+    )
+
+
+worker.attach = _attach
+routers.route_masked = _route_masked
