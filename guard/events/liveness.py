@@ -9,7 +9,7 @@ import numpy as np
 
 from guard.events.message import Health
 from guard.failures import Stage
-from guard.program.step_report import Finding, RoutingCheck, StepReport
+from guard.program.step_report import Finding, Judged, RequestColumn, RoutingCheck, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,9 @@ class Liveness:
 
     def note(self, report: StepReport) -> dict[str, int]:
         """Take a step's report. Returns the faults that its check found, by stage."""
-        self._judges = not report.failed
+        judged_B = report.requests_B[:, RequestColumn.JUDGED]
+        ranks_differ = len(judged_B) > 0 and bool((judged_B == Judged.RANKS_DIFFER).all())
+        self._judges = not report.failed and not ranks_differ
         if report.check is None:
             return {}
         return self._note_check(report.check)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import guard_vllm.routers
+import guard_vllm.worker
 import torch
-from guard_vllm import routers, worker
 
 from guard.device.mask import MaskedExperts
 
@@ -32,7 +33,9 @@ class RoutingFaults:
         _is_on.zero_()
 
 
-_stock_attach, _stock_route_masked = worker.attach, routers.route_masked
+_worker: Any = guard_vllm.worker
+_routers: Any = guard_vllm.routers
+_stock_attach, _stock_route_masked = _worker.attach, _routers.route_masked
 
 
 def _attach(guard: Any, layers: list[Any]) -> None:
@@ -71,5 +74,5 @@ def _route_masked(layer: Any, router_logits: torch.Tensor, masked: MaskedExperts
     )
 
 
-worker.attach = _attach
-routers.route_masked = _route_masked
+_worker.attach = _attach
+_routers.route_masked = _route_masked

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from guard.events.message import Decision, EvidenceFacts, Hello, RuleFacts, SetFacts
-from guard.program.step_report import NEVER, EventColumn, Judged, RequestColumn, StepReport
+from guard.program.step_report import (
+    NEVER,
+    EventColumn,
+    Finding,
+    Judged,
+    RequestColumn,
+    RoutingCheck,
+    StepReport,
+)
 
 
 def rule(
@@ -75,6 +83,35 @@ def report(
         len(events) + lost_events,
         failures or {},
     )
+
+
+def check(
+    num_requests: int = 1,
+    *,
+    num_actions: int = 1,
+    silent: Sequence[int] = (),
+    findings: Sequence[tuple[int, int, int]] = (),
+    violations: Sequence[tuple[int, int, int]] = (),
+) -> RoutingCheck:
+    """Of a model with MoE layers 3 and 5. silent: rows of layers, silent to every request; findings:
+    (request, row of a layer, kind); violations: (request, row of a layer, action)."""
+    made = RoutingCheck(
+        layers=(3, 5),
+        findings_LF=np.zeros((2, Finding.NUM), dtype=np.int64),
+        silent_L=np.zeros(2, dtype=np.bool_),
+        findings_BF=np.zeros((num_requests, Finding.NUM), dtype=np.int64),
+        violations_L=np.zeros(2, dtype=np.int64),
+        violations_BA=np.zeros((num_requests, num_actions), dtype=np.int64),
+    )
+    everyone = [(r, layer, Finding.MISSING) for layer in silent for r in range(num_requests)]
+    made.silent_L[list(silent)] = True
+    for request, layer, kind in [*everyone, *findings]:
+        made.findings_LF[layer, kind] += 1
+        made.findings_BF[request, kind] += 1
+    for request, layer, action in violations:
+        made.violations_L[layer] += 1
+        made.violations_BA[request, action] += 1
+    return made
 
 
 def failed(*req_ids: str) -> StepReport:

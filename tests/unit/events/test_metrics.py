@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from guard.events.message import DecisionCount, Delta
+from guard.events.message import DecisionCount, Delta, Health
 from guard.events.metrics import GuardMetrics
 from guard.failures import Stage
 from tests.unit.events.reports import HELLO, decision
@@ -115,3 +115,18 @@ def test_another_revision_puts_the_old_one_to_zero() -> None:
         return registry.get_sample_value("moe_guard_program_info", labels)
 
     assert (shown("rev-1"), shown("rev-2")) == (0, 1)
+
+
+def test_a_change_of_health_and_violations_show_on_the_engine_they_are_of() -> None:
+    registry = CollectorRegistry()
+    metrics = GuardMetrics("m", registry)
+    metrics.greet(HELLO)
+    metrics.tell(Health(0, False, 2))
+    metrics.apply(Delta(0, selections=[0, 0], mask_violations={"p": 3}))
+    engine = {"model_name": "m", "engine": "0"}
+    assert registry.get_sample_value("moe_guard_up", engine) == 0
+    assert registry.get_sample_value("moe_guard_blind_layers", engine) == 2
+    labels = engine | {"policy": "p"}
+    assert registry.get_sample_value("moe_guard_mask_violations_total", labels) == 3
+    metrics.tell(Health(0, True, 0))
+    assert registry.get_sample_value("moe_guard_up", engine) == 1

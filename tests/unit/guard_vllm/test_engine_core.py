@@ -17,7 +17,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from guard.errors import NotLiveError
-from guard.events.message import Delta, Hello, decode
+from guard.events.ledger import Ledger
+from guard.events.message import Delta, Health, Hello, decode
 from guard.policy import parse_policies
 from guard.program.compile import compile_policies
 from guard.program.step_report import StepReport
@@ -319,3 +320,38 @@ def test_the_client_knows_its_request_by_the_id_in_the_log() -> None:
     assert external_request_id("chatcmpl-abc-01234567") == "chatcmpl-abc"
     assert external_request_id("2_cmpl-abc-0-01234567") == "cmpl-abc-0"
     assert external_request_id("unknown form") == "unknown form"
+
+
+def test_every_api_server_is_told_when_the_guard_falls_and_when_it_is_up_again() -> None:
+    core, _ = guarded(policy_text(rule_text(COUNT)))
+    engine = Engine(policy_text(rule_text(COUNT)))
+    engine.guard.add_request("a", 1)
+    core.add_request(request("a"))
+    core.sent()
+
+    def health() -> list[tuple[int, Health]]:
+        return [(to, message) for to, message in core.sent() if isinstance(message, Health)]
+
+    step(core, None, "a")
+    assert health() == [(0, Health(0, False, 0)), (1, Health(0, False, 0))]
+    step(core, None, "a")
+    assert health() == []
+    step(core, engine.step({"a": (0, [OTHER])}), "a")
+    assert health() == [(0, Health(0, True, 0)), (1, Health(0, True, 0))]
+
+
+def test_the_guard_falls_where_not_even_a_failed_step_can_be_entered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core, _ = guarded(policy_text(rule_text(COUNT)))
+    core.add_request(request("a"))
+    core.sent()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(Ledger, "begin_step", broken)
+    step(core, None, "a")
+    told = [message for _, message in core.sent()]
+    assert Health(0, False, 0) in told
+    assert [m.failures for m in told if isinstance(m, Delta)] == [{"ledger": 2}]
