@@ -27,11 +27,8 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """group: the process that shows it, at its end: a failed start leaves vLLM unable to start more
-    error: part of vLLM's own message; why: the same for a reader
-    """
+    """error: part of vLLM's own message; why: the same for a reader"""
 
-    group: str
     error: str
     why: str
 
@@ -40,7 +37,7 @@ class Failure:
 class Family:
     """moe_layers: the model's own layer numbers; groups, kept_groups: of a grouped router.
 
-    compiled: it is run compiled as well, for its router's mechanism
+    v2, compiled: it is run there as well, for its router's mechanism or its kind of stack
     hash_layers: those of moe_layers that a table routes, so that no mask can name them
     failure: of one that vLLM itself cannot run here
     refusal: part of the guard's own message where it does not start on this one
@@ -56,6 +53,7 @@ class Family:
     kept_groups: int = 1
     correction_bias: tuple[float, float] = (0.0, 0.1)
     engine: dict[str, Any] = field(default_factory=dict)
+    v2: bool = False
     compiled: bool = False
     hash_layers: tuple[int, ...] = ()
     failure: Failure | None = None
@@ -63,7 +61,8 @@ class Family:
 
     def runs_on(self, place: str) -> bool:
         """place: v1, v2 or compiled"""
-        return not self.failure and not self.refusal and (place != "compiled" or self.compiled)
+        chosen = {"v1": True, "v2": self.v2, "compiled": self.compiled}[place]
+        return chosen and not self.failure and not self.refusal
 
     @property
     def is_recorded(self) -> bool:
@@ -138,6 +137,7 @@ def _deepseek_v3(name: str, bias: tuple[float, float], groups: int, kept: int, *
         groups=groups,
         kept_groups=kept,
         correction_bias=bias,
+        v2=name == "DeepSeek-V3",
         compiled=name == "DeepSeek-V3",
     )
 
@@ -156,7 +156,9 @@ def _glm(name: str, architecture: str, model_type: str, **own: Any) -> Family:
         "attention_bias": True,
     }
     config = _config(architecture, model_type, **(words | own))
-    return Family(name, config, moe_layers=(1, 2), correction_bias=BIAS_OF_GLM_5_2)
+    return Family(
+        name, config, moe_layers=(1, 2), correction_bias=BIAS_OF_GLM_5_2, v2=name == "GLM-4.5"
+    )
 
 
 _LINEAR_ATTENTION: Config = {
@@ -188,6 +190,7 @@ FAMILIES: tuple[Family, ...] = (
             mlp_only_layers=[],
         ),
         compiled=True,
+        v2=True,
     ),
     Family("Mixtral", _config("MixtralForCausalLM", "mixtral", num_local_experts=EXPERTS)),
     Family(
@@ -201,6 +204,7 @@ FAMILIES: tuple[Family, ...] = (
             head_dim=None,
         ),
         renormalizes=False,
+        v2=True,
     ),
     Family(
         "Qwen2-MoE",
@@ -214,6 +218,7 @@ FAMILIES: tuple[Family, ...] = (
             shared_expert_intermediate_size=WIDTH,
         ),
         renormalizes=False,
+        v2=True,
     ),
     Family(
         "DeepSeek-V2-Lite",
@@ -233,6 +238,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         moe_layers=(1, 2),
         renormalizes=False,
+        v2=True,
     ),
     _deepseek_v3("DeepSeek-V3", BIAS_OF_GLM_5_2, 4, 2),
     _deepseek_v3("DeepSeek-V3, bias 34.5", BIAS_OF_GLM_5_1, 4, 2),
@@ -261,6 +267,7 @@ FAMILIES: tuple[Family, ...] = (
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
             rope_scaling=None,
         ),
+        v2=True,
     ),
     Family(
         "ERNIE-4.5-MoE",
@@ -277,6 +284,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         moe_layers=(1, 2),
         correction_bias=BIAS_OF_GLM_5_2,
+        v2=True,
     ),
     Family(
         "Llama 4",
@@ -295,6 +303,7 @@ FAMILIES: tuple[Family, ...] = (
         top_k=1,
         renormalizes=False,
         compiled=True,
+        v2=True,
     ),
     Family(
         "Gemma 4",
@@ -312,6 +321,7 @@ FAMILIES: tuple[Family, ...] = (
             hidden_activation="gelu_pytorch_tanh",
             num_kv_shared_layers=0,
         ),
+        v2=True,
     ),
     Family(
         "Hunyuan-MoE-V1",
@@ -365,18 +375,19 @@ FAMILIES: tuple[Family, ...] = (
         moe_layers=(1, 2),
         correction_bias=BIAS_OF_GLM_5_2,
         engine=_HYBRID_ENGINE,
+        v2=True,
     ),
     Family(
         "Qwen3-Next",
         _config("Qwen3NextForCausalLM", "qwen3_next", **_LINEAR_ATTENTION),
         engine=_HYBRID_ENGINE,
+        v2=True,
     ),
     Family(
         "Qwen3.5-MoE",
         _config("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", **_LINEAR_ATTENTION),
         engine=_HYBRID_ENGINE,
         failure=Failure(
-            "v1-plain",
             "failed to be inspected",
             "its module imports torchvision, which is not there for this torch",
         ),
@@ -409,7 +420,6 @@ FAMILIES: tuple[Family, ...] = (
         correction_bias=BIAS_OF_GLM_5_2,
         engine=_HYBRID_ENGINE,
         failure=Failure(
-            "v1-plain",
             "is_act_and_mul=False is supported only for",
             "experts without a gate projection need a GPU",
         ),
@@ -459,7 +469,6 @@ FAMILIES: tuple[Family, ...] = (
         ),
         correction_bias=BIAS_OF_GLM_5_2,
         failure=Failure(
-            "v1-plain",
             'assert self.scoring_func == "softmax"',
             "its CPU router knows a sigmoid only with groups",
         ),
@@ -478,6 +487,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         top_k=2,
         renormalizes=False,
+        v2=True,
     ),
     Family(
         "Step-3.5",
@@ -499,7 +509,6 @@ FAMILIES: tuple[Family, ...] = (
         ),
         moe_layers=(1, 2),
         failure=Failure(
-            "v1-guarded",
             'assert self.scoring_func == "softmax"',
             "its CPU router knows a sigmoid only with groups",
         ),
@@ -526,9 +535,7 @@ FAMILIES: tuple[Family, ...] = (
         top_k=2,
         renormalizes=False,
         engine=_HYBRID_ENGINE,
-        failure=Failure(
-            "v2-plain", "has no attribute 'selective_scan_fwd'", "the Mamba-1 scan needs a GPU"
-        ),
+        failure=Failure("has no attribute 'selective_scan_fwd'", "the Mamba-1 scan needs a GPU"),
     ),
     Family(
         "LongCat-Flash",
@@ -553,7 +560,6 @@ FAMILIES: tuple[Family, ...] = (
         moe_layers=(0, 1),
         renormalizes=False,
         failure=Failure(
-            "v1-plain",
             "has no attribute 'topk_softmax'",
             "its router for zero experts needs a kernel of a GPU",
         ),
@@ -592,7 +598,6 @@ FAMILIES: tuple[Family, ...] = (
         num_experts=256,
         top_k=6,
         failure=Failure(
-            "v1-plain",
             "'function' object is not subscriptable",
             "its attention needs Triton",
         ),
@@ -734,7 +739,6 @@ FAMILIES: tuple[Family, ...] = (
         moe_layers=(1, 2),
         correction_bias=BIAS_OF_GLM_5_2,
         failure=Failure(
-            "v1-plain",
             'assert self.scoring_func == "softmax"',
             "its CPU router knows a sigmoid only with groups",
         ),
