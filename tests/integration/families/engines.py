@@ -76,7 +76,6 @@ class FamilyEngines(Engines):
         mode, _, kind = group.partition("-")
         chosen = [family for family in FAMILIES if family.runs_on(mode)]
         engines = [self._family_engine(family, mode, guarded=kind == "guarded") for family in chosen]
-        failing = (family for family in FAMILIES if family.failure and family.failure.group == group)
         if group == "v1-guarded":
             refused = (family for family in FAMILIES if family.refusal)
             engines += [self._family_engine(family, mode, guarded=True) for family in refused]
