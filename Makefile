@@ -21,7 +21,7 @@ serve: install ## Leave the demo model running under the demo policies
 	$(BIN)/moe-guard serve demo/model --policies demo/policies $(ARGS)
 
 test: install ## Run the whole test suite, in two processes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(ARGS)
 
 check: install ## Lint, format, types, direction of imports, seams of the newest vLLM and the installed
 	$(BIN)/ruff check .

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from tests.support.support_recorder import SupportRecord, SupportRecorder
-
-_INTEGRATION = Path(__file__).parent / "integration"
 
 # Nothing here may reach a network: not for models, not for usage statistics. Servers that a test
 # starts inherit this.
@@ -30,13 +28,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_recorder, "support-recorder")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """`make test` runs two processes side by side. Tests of a folder share running engines, so they
-    share a process; those that share only one of several, which a parameter names, say so themselves
-    with a mark `xdist_group`."""
-    if item.path.is_relative_to(_INTEGRATION) and not item.get_closest_marker("xdist_group"):
-        folder = item.path.relative_to(_INTEGRATION).parts[0]
-        item.add_marker(pytest.mark.xdist_group(folder))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`make test` runs two processes side by side. Tests of a folder of tests/integration share running
+    engines, so they share a process; others share one with their file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolderOfEngines(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            if path.startswith("tests/integration/"):
+                return "/".join(path.split("/")[:3])
+            return path
+
+    return ByFolderOfEngines(config, log)
 
 
 @pytest.fixture

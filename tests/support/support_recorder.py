@@ -56,11 +56,10 @@ class SupportRecorder:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         if report.when == "call" and (said := self._said.pop(item.nodeid, [])):
-            test = _without_group(item)
             facts = [
                 fact
                 for arguments, words in said
-                for fact in facts_of(test, report.passed, *arguments, **words)
+                for fact in facts_of(item.nodeid, report.passed, *arguments, **words)
             ]
             report.user_properties.append((_PROPERTY, as_json(facts)))
         return report
@@ -118,11 +117,3 @@ class SupportRecorder:
             terminalreporter.line(
                 f"FAILED: {names} are not what these tests showed; run make support and commit that"
             )
-
-
-def _without_group(item: pytest.Item) -> str:
-    """pytest-xdist puts a test's group behind its name, where there are several processes."""
-    test = item.nodeid
-    for mark in item.iter_markers("xdist_group"):
-        test = test.removesuffix(f"@{mark.args[0]}")
-    return test

@@ -135,10 +135,7 @@ def test_a_partial_run_adds_its_facts_and_judges_no_docs(pytester: pytest.Pytest
 
 def test_facts_of_several_processes_come_together(pytester: pytest.Pytester) -> None:
     _suite(pytester)
-    inner = pytester.path / "inner" / "test_cells.py"
-    grouped = '@pytest.mark.xdist_group("cells")\ndef test_cell'
-    inner.write_text(inner.read_text().replace("def test_cell", grouped))
-    result = pytester.runpytest_inprocess("-n", "2", "--dist", "loadgroup")
+    result = pytester.runpytest_inprocess("-n", "2")
     result.stdout.fnmatch_lines(["*docs/support.json and docs/support.md are not what*"])
     assert _facts(pytester) == (True, {"drop": True, "force": True})
     stored = json.loads((pytester.path / "facts" / "facts.json").read_text())
