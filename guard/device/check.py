@@ -86,7 +86,7 @@ class LivenessCheck:
             return None, self._sees
         findings, sound_T1 = self._find(tap, batch, in_force_TA)
         self._sees.copy_(~findings.silent_L.any())
-        return findings, sound_T1 & self._sees
+        return findings, sound_T1  # a silent layer is a finding in every row
 
     def _find(
         self, tap: RoutingTap, batch: StepBatch, in_force_TA: torch.Tensor | None
