@@ -76,11 +76,6 @@ class Liveness:
         """A step of which not even a report could be taken."""
         self._judges = False
 
-    def prove_again(self, *, live: bool, blind_layers: int) -> None:
-        """The start-up proof was repeated: what was seen before it is mended, or shown again."""
-        self._proved, self._proved_blind = live, blind_layers
-        self._blind, self.silent, self.violated = frozenset(), False, frozenset()
-
     def _note_check(self, check: RoutingCheck) -> dict[str, int]:
         numbers = np.array(check.layers, dtype=np.int64)
         self.silent = bool(check.silent_L.any())
