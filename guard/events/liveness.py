@@ -25,7 +25,7 @@ class Liveness:
     """One engine's. What its start-up proof said, and what the running check has said since.
 
     A layer whose reports can be believed again is live again. A mask that was not obeyed stays broken
-    until the proof is repeated: that it is not seen broken now says nothing about the next step.
+    until a restart: that it is not seen broken now says nothing about the next step.
 
     silent: some layer reports nothing, as of the last check
     violated: mask actions that were seen not to be obeyed
