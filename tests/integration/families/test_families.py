@@ -16,7 +16,7 @@ from tests.integration.families.engines import (
     masked_experts,
     masked_request,
 )
-from tests.integration.offline.reading import rows, text
+from tests.integration.offline.reading import counter, rows, text
 from tests.support.families import FAMILIES, Family
 from tests.support.support_facts import Method, Mode, Runner
 from tests.support.support_recorder import SupportRecord
@@ -151,6 +151,15 @@ def test_only_the_masked_requests_differ_from_vllm_without_the_plugin(
             if text(ours["samples"][0]) != text(theirs["samples"][0])
         }
         assert found == differing
+
+
+@pytest.mark.parametrize(("place", "family"), _RUNS)
+def test_the_running_check_finds_nothing_wrong(
+    family_engines: FamilyEngines, place: str, family: Family
+) -> None:
+    for case in _cases(family_engines, place, family):
+        assert case["gauges"] == [{"up{}": 1.0, "blind_layers{}": 0.0}]
+        assert counter(case, "failures_total") == counter(case, "mask_violations_total") == 0
 
 
 @pytest.mark.parametrize(
