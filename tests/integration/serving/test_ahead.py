@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 
-from tests.integration.offline.policies import expert_set
-from tests.integration.offline.reading import Case, counter, decisions, flagged, rows, selections
+from tests.integration.offline.reading import (
+    Case,
+    counted_selections,
+    counter,
+    decisions,
+    flagged,
+    rows,
+    selections,
+)
 from tests.integration.serving.engines import AHEAD, RUNNERS, SPECULATING, ServingEngines
-from tests.support.tiny_models import NUM_EXPERTS, NUM_LAYERS
+from tests.support.tiny_models import NUM_LAYERS
 
 pytestmark = pytest.mark.vllm
 
@@ -78,21 +84,7 @@ def test_selections_are_those_of_the_target_model_at_accepted_tokens(
             assert again["cached"] > 0
             seen += selections(row for row in _accepted(case, first) if row[0] < again["cached"])
     assert {layer for layer, _ in seen} == set(range(NUM_LAYERS))
-    counted = Counter(
-        {
-            (layer, expert): int(
-                counter(
-                    case,
-                    "expert_selections_total",
-                    policy="every-expert",
-                    set=expert_set(layer, expert),
-                )
-            )
-            for layer in range(NUM_LAYERS)
-            for expert in range(NUM_EXPERTS)
-        }
-    )
-    assert +counted == seen
+    assert counted_selections(case) == seen
 
 
 @pytest.mark.parametrize("way", SPECULATING["v2"])
