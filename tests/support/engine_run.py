@@ -6,7 +6,8 @@ Job: {"engines": [{"name", "engine": arguments of LLM, "config_only": false, "re
 "async": false, "correction_bias": fills the model by `random_weights`, optional,
 "cases": [{"name", "batches": [[{"prompt": token ids, "sampling": of SamplingParams,
 "continues": [batch, request] whose whole text goes before the prompt, "salt": keeps its KV apart;
-optional}]], "before_batch": of each batch a worker method with its arguments, or null; optional}]}]}.
+optional}]], "before_batch": of each batch a worker method with its arguments, or null; optional,
+"stepped": true where requests have what `tests.support.stepping` adds; optional}]}]}.
 The batches of a case run one after another; the prefix cache is emptied before each case.
 
 Result: by engine name, "error" or "compile_key" and, by case name, what `run_case` returns. All
@@ -75,7 +76,7 @@ def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, A
     """batches: outputs of each; decisions, counters: what moved; gauges: the guard's state behind each
     batch; rows: see `RoutingRecorder`."""
     llm.reset_prefix_cache()
-    counters, seen = read_counters(), {decision.decision_id for decision in read_decisions()}
+    counters, decisions = read_counters(), NewDecisions()
     if record:
         llm.collective_rpc("start_recording")
     batches: list[list[dict[str, Any]]] = []
@@ -84,7 +85,9 @@ def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, A
     for requests, call in zip(case["batches"], calls, strict=True):
         if call is not None:
             llm.collective_rpc(call[0], args=tuple(call[1:]))
-        batches.append(run_batch(llm, [prompt_of(request, batches) for request in requests]))
+        requests = [prompt_of(request, batches) for request in requests]
+        run = run_stepped if case.get("stepped") else run_batch
+        batches.append(run(llm, requests, batches, decisions))
         gauges.append(read_series("moe_guard_up", "moe_guard_blind_layers"))
     num_requests = sum(
         request["sampling"].get("n", 1) for requests in case["batches"] for request in requests
@@ -92,9 +95,7 @@ def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, A
     moved = wait_for_counters(counters, num_requests)
     return {
         "batches": batches,
-        "decisions": [
-            as_json(decision) for decision in read_decisions() if decision.decision_id not in seen
-        ],
+        "decisions": [as_json(decision) for decision in decisions.collect()],
         "counters": moved,
         "gauges": gauges,
         "rows": llm.collective_rpc("recorded_rows")[0] if record else {},
@@ -110,27 +111,90 @@ def prompt_of(request: dict[str, Any], batches: list[list[dict[str, Any]]]) -> d
     return request | {"prompt": text + request["prompt"]}
 
 
-def run_batch(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    from vllm import SamplingParams
-
+def run_batch(
+    llm: Any,
+    requests: list[dict[str, Any]],
+    _earlier: list[list[dict[str, Any]]],
+    _decisions: NewDecisions,
+) -> list[dict[str, Any]]:
     outputs = llm.generate(
         [
             {"prompt_token_ids": request["prompt"]}
             | ({"cache_salt": request["salt"]} if "salt" in request else {})
             for request in requests
         ],
-        [SamplingParams(detokenize=False, **request["sampling"]) for request in requests],
+        [sampling_params(request) for request in requests],
         use_tqdm=False,
     )
+    return [output_json(output) for output in outputs]
+
+
+def run_stepped(
+    llm: Any,
+    requests: list[dict[str, Any]],
+    earlier: list[list[dict[str, Any]]],
+    decisions: NewDecisions,
+) -> list[dict[str, Any]]:
+    """As `run_batch`, from an empty prefix cache; each request has also the worker's slots behind the
+    batch, and what was known of it as it was cancelled, if it was."""
+    from tests.support.stepping import SteppedBatch
+
+    def fires_after(asked: list[Any]) -> int:
+        batch, number, rule = asked
+        output = earlier[batch][number]
+        [position] = [
+            decision.position
+            for decision in decisions.collect()
+            if (decision.request_id, decision.rule) == (output["request_id"], rule)
+        ]
+        return int(position) - len(output["prompt"]) + 1
+
+    llm.reset_prefix_cache()
+    stepped = SteppedBatch(llm, requests, sampling_params, fires_after, after_step=decisions.collect)
+    outputs = stepped.run()
+    slots = llm.collective_rpc("slots")[0]
     return [
-        {
-            "request_id": output.request_id,
-            "prompt": list(output.prompt_token_ids),
-            "cached": output.num_cached_tokens,
-            "samples": [sample_json(sample) for sample in output.outputs],
-        }
-        for output in outputs
+        (output_json(output) if output is not None else nothing_json(request, external_id))
+        | {"cancelled": stepped.cancelled.get(number), "slots": slots}
+        for number, (request, output, external_id) in enumerate(
+            zip(requests, outputs, stepped.external_ids(), strict=True)
+        )
     ]
+
+
+def sampling_params(request: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    sampling = dict(request["sampling"])
+    if "structured_outputs" in sampling:
+        sampling["structured_outputs"] = StructuredOutputsParams(**sampling["structured_outputs"])
+    return SamplingParams(detokenize=False, **sampling)
+
+
+def output_json(output: Any) -> dict[str, Any]:
+    return {
+        "request_id": output.request_id,
+        "prompt": list(output.prompt_token_ids),
+        "cached": output.num_cached_tokens,
+        "samples": [sample_json(sample) for sample in output.outputs],
+    }
+
+
+def nothing_json(request: dict[str, Any], request_id: str) -> dict[str, Any]:
+    """Of a request whose client got nothing."""
+    empty: dict[str, Any] = {
+        "tokens": [],
+        "logprobs": [],
+        "finish_reason": "abort",
+        "stop_reason": None,
+    }
+    return {
+        "request_id": request_id,
+        "prompt": request["prompt"],
+        "cached": 0,
+        "samples": [empty | {"routed_experts": None}],
+    }
 
 
 def sample_json(sample: Any) -> dict[str, Any]:
@@ -159,6 +223,22 @@ def read_decisions() -> list[Any]:
     return decisions()
 
 
+class NewDecisions:
+    """Those since it was made; the process itself keeps only the latest, so collect often."""
+
+    def __init__(self) -> None:
+        self._before = {decision.decision_id for decision in read_decisions()}
+        self._new: dict[str, Any] = {}
+
+    def collect(self) -> list[Any]:
+        self._new |= {
+            decision.decision_id: decision
+            for decision in read_decisions()
+            if decision.decision_id not in self._before
+        }
+        return list(self._new.values())
+
+
 def as_json(decision: Any) -> dict[str, Any]:
     import msgspec
 
@@ -167,7 +247,7 @@ def as_json(decision: Any) -> dict[str, Any]:
 
 
 def read_counters() -> dict[str, float]:
-    series = read_series("moe_guard_", "vllm:spec_decode_")
+    series = read_series("moe_guard_", "vllm:spec_decode_", "vllm:num_preemptions")
     return {name: value for name, value in series.items() if "_total{" in name}
 
 

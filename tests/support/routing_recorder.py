@@ -40,6 +40,17 @@ class RoutingRecorder:
 
         guard.end_step = end_step
 
+    def slots(self) -> dict[str, int]:
+        """What the guard's slots are at now, between two steps."""
+        status: Any = self.moe_guard_status  # type: ignore[attr-defined]
+        guard = status.__self__._hooks.guard
+        return {
+            "all": guard._state.num_slots - 1,
+            "free": len(set(guard._free_slots)),
+            "followed": guard.num_requests,
+            "awaiting": len(guard._cached) + len(guard._missed),
+        }
+
     def recorded_rows(self) -> dict[str, list[Any]]:
         """By vLLM's own request id: [position, [layers, top_k] ids] of each row, in step order."""
         return self._recorded_rows

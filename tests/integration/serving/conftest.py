@@ -6,6 +6,7 @@ import pytest
 
 from tests.integration.offline.engines import write_inputs
 from tests.integration.serving.engines import ServingEngines, write_draft
+from tests.integration.serving.lives import LifeEngines, write_lives
 from tests.support.tiny_models import write_tiny_moe
 
 
@@ -16,3 +17,11 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> ServingEngines:
     write_draft(folder / "moe", folder / "draft")
     write_inputs(folder)
     return ServingEngines(folder)
+
+
+@pytest.fixture(scope="session")
+def life_engines(tmp_path_factory: pytest.TempPathFactory) -> LifeEngines:
+    folder = tmp_path_factory.mktemp("lives")
+    write_tiny_moe(folder / "moe")
+    write_lives(folder)
+    return LifeEngines(folder)
