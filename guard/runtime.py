@@ -6,10 +6,12 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from guard.device.agreement import RankAgreement
-from guard.device.check import CheckFindings, LivenessCheck
+from guard.device.check import LivenessCheck
 from guard.device.evaluate import StepEvaluator
+from guard.device.findings import CheckFindings
 from guard.device.kept_evidence import KeptEvidence
 from guard.device.layout import NULL_SLOT, Capacity
 from guard.device.mask import ExpertMask
@@ -32,7 +34,7 @@ class Guard:
 
     blind: set it where not every layer reports: then nothing is judged, and every step says so
     tap: routing of the step, written by the model's routers
-    agreement: set it where several ranks compute the same rows; None where one rank does
+    agreement: of several ranks that compute the same rows (`agree_with`); None where one rank does
     mask: what the routers must exclude; None where the server was started to observe only, and then
         the rules that mask are in audit for every request
     """
@@ -73,6 +75,10 @@ class Guard:
         """Rows of the topology whose routers are on this rank."""
         return range(len(self.program.topology.layers))
 
+    def agree_with(self, group: dist.ProcessGroup) -> None:
+        """The ranks of this group compute the same rows. Each of them must call it."""
+        self.agreement = RankAgreement(group, self.capacity.max_slots, self._check.form, self.device)
+
     @property
     def num_requests(self) -> int:
         return len(self._slot_of)
@@ -85,12 +91,14 @@ class Guard:
         """
         if self._evaluator is None or req_id in self._slot_of:
             return
-        with self.failures.caught(Stage.ADMIT):
+        with self.failures.caught(Stage.ADMIT) as attempt:
             enforced_R = self.program.enforced_for(frozenset(tightened))
             if self.mask is None:
                 enforced_R = enforced_R & ~self.program.is_mask_rule
             slot = self._take_slot(req_id)
             self._state.add_request(Admission(slot, prompt_tokens, enforced_R))
+        if attempt.failed:
+            self.finish_requests([req_id])  # its slot still says what the request before it left
 
     def _take_slot(self, req_id: str) -> int:
         if not self._free_slots:
@@ -183,7 +191,9 @@ class Guard:
             decisions = self._judge(req_ids, batch, signal_TX, rejected_B)
             evaluated = True
             if self.agreement is not None:
-                decisions = self.agreement.agree(decisions)
+                decisions, self._findings = self.agreement.agree(decisions, self._findings)
+                if self._findings is not None:
+                    self._check.hear(self._findings)
             readback = Readback(
                 self.program.revision,
                 req_ids,

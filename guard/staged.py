@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from guard.device.layout import NULL_SLOT, Capacity
-from guard.device.pipeline import PendingStep, PipelineStage
+from guard.device.pipeline import PendingStep, PipelineStage, StageEvidence
 from guard.device.readback import Readback, StepDecisions
 from guard.device.rows import StepBatch
 from guard.device.state import host_to_device
@@ -40,7 +40,7 @@ class StagedGuard(Guard):
         self._check.watch(stage.layers)
         self._num_signals = program.signals.num_signals
         self._behind: set[str] = set()  # requests whose slots here are not what they are elsewhere
-        self._evidence_TY = torch.empty(0, 0)
+        self._evidence = StageEvidence(torch.empty(0, 0))
         self._num_step_requests = 0
 
     @property
@@ -54,32 +54,60 @@ class StagedGuard(Guard):
 
     @torch.inference_mode()
     def evidence(
-        self, num_rows: int, num_requests: int, earlier_TY: torch.Tensor | None
-    ) -> torch.Tensor | None:
+        self, num_rows: int, num_requests: int, earlier: StageEvidence | None
+    ) -> StageEvidence | None:
         """What this rank and those before saw in a step, to be sent on with the hidden states.
 
         num_rows, num_requests: T and B of the step, known even where `begin_step` failed
-        earlier_TY: what came with the hidden states; None on the first rank
-        Returns int64 [T, X + W]; all zeros after a fault. None where no step has evidence.
+        earlier: what came with the hidden states; None on the first rank
+        Returns rows of zeros after a fault. None where no step has evidence.
         """
         if self._evaluator is None:
             return None
         width = self._num_signals + self.capacity.mask_words
-        self._evidence_TY = torch.zeros((num_rows, width), dtype=torch.int64, device=self.device)
+        zeros_TY = torch.zeros((num_rows, width), dtype=torch.int64, device=self.device)
+        self._evidence = StageEvidence(zeros_TY)
         self._num_step_requests = num_requests
-        batch = self._batch
-        has_all = (earlier_TY is None) == self.stage.is_first
-        if batch is None or self.blind or not has_all:
-            return self._evidence_TY
-        with self.failures.caught(Stage.EVALUATE):
-            speaks_np = np.array([r not in self._behind for r in self._req_ids], dtype=np.int64)
-            speaks_T = host_to_device(speaks_np, self.device)[batch.request_T]
-            own_TX = self._own_signals(batch) * speaks_T[:, None]
-            row_bits_TW = self._evidence_TY[:, self._num_signals :]
-            if self.mask is not None:
-                row_bits_TW = self.mask.row_bits_TW[:num_rows]
-            self._evidence_TY = self.stage.forward(own_TX, row_bits_TW, earlier_TY)
-        return self._evidence_TY
+        batch, spoke = self._batch, False
+        if batch is not None and not self.blind and (earlier is None) == self.stage.is_first:
+            with self.failures.caught(Stage.EVALUATE):
+                rows_TY = self._own_rows(batch, None if earlier is None else earlier.rows_TY)
+                if self.agreement is not None and not self.stage.is_last:
+                    spoke = True  # the last rank compares what it decides
+                    rows_TY, self._findings = self.agreement.agree_on_rows(
+                        rows_TY, batch.request_T, num_requests, self._findings
+                    )
+                    if self._findings is not None:
+                        self._check.hear(self._findings)
+                self._add_findings(rows_TY, earlier, num_requests)
+        if not spoke and not self.stage.is_last:
+            self._report_fault()
+        return self._evidence
+
+    def _own_rows(self, batch: StepBatch, earlier_TY: torch.Tensor | None) -> torch.Tensor:
+        speaks_np = np.array([r not in self._behind for r in self._req_ids], dtype=np.int64)
+        speaks_T = host_to_device(speaks_np, self.device)[batch.request_T]
+        own_TX = self._own_signals(batch) * speaks_T[:, None]
+        row_bits_TW = own_TX.new_zeros((len(own_TX), self.capacity.mask_words))
+        if self.mask is not None:
+            row_bits_TW = self.mask.row_bits_TW[: len(own_TX)]
+        return self.stage.forward(own_TX, row_bits_TW, earlier_TY)
+
+    def _add_findings(
+        self, rows_TY: torch.Tensor, earlier: StageEvidence | None, num_requests: int
+    ) -> None:
+        """Ranks that do not check the same steps could not speak for one another: then none does."""
+        own = self._findings
+        if earlier is not None and (earlier.findings_N is None) != (own is None):
+            return
+        if own is None:
+            self._evidence = StageEvidence(rows_TY)
+            return
+        findings_N = self._check.form.pack(own)
+        if earlier is not None and earlier.findings_N is not None:
+            findings_N = findings_N + earlier.findings_N
+            self._findings = self._check.form.unpack(findings_N, num_requests)
+        self._evidence = StageEvidence(rows_TY, findings_N)
 
     @torch.inference_mode()
     def end_step(self, rejected_B: torch.Tensor | None = None) -> Readback | StepReport | None:
@@ -88,7 +116,7 @@ class StagedGuard(Guard):
             return None
         assert self.stage.is_last, "only the last rank samples"
         with self.failures.caught(Stage.RANKS):
-            signal_TX = self.stage.complete(self._evidence_TY, self._num_signals)
+            signal_TX = self.stage.complete(self._evidence.rows_TY, self._num_signals)
             if rejected_B is None:
                 rejected_B = signal_TX.new_zeros(self._num_step_requests)
             self.stage.send_back(signal_TX, rejected_B)
@@ -133,7 +161,7 @@ class StagedGuard(Guard):
         return step.batch.slots_B.where(host_to_device(is_here_np, self.device), NULL_SLOT)
 
     def _signals(self, batch: StepBatch) -> torch.Tensor:
-        return self.stage.complete(self._evidence_TY, self._num_signals)
+        return self.stage.complete(self._evidence.rows_TY, self._num_signals)
 
     def _judge(
         self,

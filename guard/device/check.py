@@ -7,12 +7,12 @@ report. Letters: F kinds of finding (`Finding`), others as in `layout`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import embedding_bag
 
+from guard.device.findings import CheckFindings, FindingsForm
 from guard.device.mask import pack_bits
 from guard.device.rows import StepBatch
 from guard.device.tap import RoutingTap
@@ -25,26 +25,19 @@ CHECK_EVERY_STEPS = 13
 with powers of two always escapes; far below the 100 steps within which a fault must show."""
 
 
-class CheckFindings(NamedTuple):
-    """`RoutingCheck`'s arrays while they are on the device."""
-
-    findings_LF: torch.Tensor
-    silent_L: torch.Tensor
-    findings_BF: torch.Tensor
-    violations_L: torch.Tensor
-    violations_BA: torch.Tensor
-
-
 class LivenessCheck:
     """Checks every real row of a step; padding rows are behind them and never looked at.
 
     The tap was cleared before the forward, so what a layer did not write is -1 and not the last
     step's. No host synchronisation: what follows within the step follows on the device.
+
+    form: in which findings travel between ranks
     """
 
     def __init__(self, topology: Topology, masks: MaskTable, device: torch.device) -> None:
         num_layers, num_experts = len(topology.layers), topology.max_experts
         self._num_actions = masks.num_actions
+        self.form = FindingsForm(num_layers, masks.num_actions)
         experts_L = np.array([layer.num_experts for layer in topology.layers], dtype=np.int32)
         top_k_L = np.array([layer.top_k for layer in topology.layers], dtype=np.int64)
         place_K = np.arange(topology.max_top_k)
@@ -85,8 +78,12 @@ class LivenessCheck:
         if (self._steps - 1) % CHECK_EVERY_STEPS:
             return None, self._sees
         findings, sound_T1 = self._find(tap, batch, in_force_TA)
-        self._sees.copy_(~findings.silent_L.any())
+        self.hear(findings)
         return findings, sound_T1  # a silent layer is a finding in every row
+
+    def hear(self, findings: CheckFindings) -> None:
+        """Of all ranks that route the same rows: until the next check they trust the same ones."""
+        self._sees.copy_(~findings.silent_L.any())
 
     def _find(
         self, tap: RoutingTap, batch: StepBatch, in_force_TA: torch.Tensor | None

@@ -29,6 +29,17 @@ class PendingStep(NamedTuple):
     work: dist.Work
 
 
+class StageEvidence(NamedTuple):
+    """What a rank sends on with the hidden states: its own word, added to that of the ranks before.
+
+    rows_TY: int64 [T, X + W], see `PipelineStage.forward`
+    findings_N: int64, by `FindingsForm`; None in the steps that the running check leaves out
+    """
+
+    rows_TY: torch.Tensor
+    findings_N: torch.Tensor | None = None
+
+
 class PipelineStage:
     """One rank's place in the pipeline.
 

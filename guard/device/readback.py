@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from guard.device.check import CheckFindings
 from guard.device.drafts import DraftDecisions
+from guard.device.findings import CheckFindings
 from guard.program.step_report import DraftReport, EventColumn, RequestColumn, RoutingCheck, StepReport
 
 _ADDED = np.array([RequestColumn.PROMPT_TOKENS, RequestColumn.OUTPUT_TOKENS])
@@ -47,6 +47,8 @@ class StepFacts(NamedTuple):
 class Readback:
     """A copy to the host that is under way. `result` waits for it, and for nothing else.
 
+    req_ids: the requests of the step
+
     On CUDA it runs on a stream of its own behind the decisions, into pinned memory of its own, so
     the next step can begin before the host looks.
     """
@@ -64,7 +66,7 @@ class Readback:
         """layers: the model's own numbers of the MoE layers, for what the check found"""
         self._revision = revision
         self._layers = layers
-        self._req_ids = tuple(req_ids)
+        self.req_ids = tuple(req_ids)
         self._failures = failures
         self._done: torch.cuda.Event | None = None
         self._keep_alive: tuple[list[StepDecisions], CheckFindings | None] | None = None
@@ -108,7 +110,7 @@ class Readback:
         order = np.lexsort([events_V[:, column] for column in columns])
         return StepReport(
             self._revision,
-            self._req_ids,
+            self.req_ids,
             requests_B,
             own.masked_BW.numpy(),
             own.extremes_BC.numpy(),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from guard.device.agreement import RankAgreement
 from guard.runtime import Guard
 from guard_vllm.compat import seam
 
 
-def tensor_parallel_agreement(guard: Guard) -> RankAgreement | None:
+def agree_on_tensor_parallel_ranks(guard: Guard) -> None:
     """Tensor-parallel ranks route the same rows, each by itself; only the first one's word reaches
     the engine core. On the group that also carries the layers' sums: the same order of collectives
     on every rank, and no traffic at all without tensor parallelism."""
     group = seam("vllm.distributed.parallel_state", "get_tp_group")()
-    if group.world_size == 1:
-        return None
-    return RankAgreement(group.device_group, guard.capacity.max_slots, guard.device)
+    if group.world_size > 1:
+        guard.agree_with(group.device_group)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
-from guard.device.pipeline import PipelineStage
+from guard.device.pipeline import PipelineStage, StageEvidence
 from guard.errors import UnsupportedHostError
 from guard.program.topology import MoELayer
 from guard.staged import StagedGuard
 from guard_vllm.compat import seam
 from guard_vllm.steps import StepHooks, wrap
 
-EVIDENCE_KEY = "moe_guard_evidence"
+EVIDENCE_KEY, FINDINGS_KEY = "moe_guard_evidence", "moe_guard_findings"
 """In the tensors that a rank sends on. Model Runner V2 takes out of them the keys that it knows."""
 
 
@@ -63,15 +63,13 @@ def hook_pipeline(runner: Any, guard: StagedGuard, hooks: StepHooks) -> None:
         output = stock(scheduler_output, intermediate_tensors, *args, **kwargs)
         if not batches:
             return output
-        earlier_TY = None
-        if intermediate_tensors is not None:
-            earlier_TY = intermediate_tensors.tensors.get(EVIDENCE_KEY)
         [batch] = batches
-        evidence_TY = guard.evidence(batch.num_tokens, batch.num_reqs, earlier_TY)
-        if evidence_TY is None or not isinstance(output, intermediate_tensors_type):
+        earlier = {} if intermediate_tensors is None else intermediate_tensors.tensors
+        evidence = guard.evidence(batch.num_tokens, batch.num_reqs, _received(earlier))
+        if evidence is None or not isinstance(output, intermediate_tensors_type):
             return output
         # A new object: a captured graph returns the same one at every replay.
-        return intermediate_tensors_type({**output.tensors, EVIDENCE_KEY: evidence_TY})
+        return intermediate_tensors_type({**output.tensors, **_sent(evidence)})
 
     def sample_tokens(stock: Any, *args: Any, **kwargs: Any) -> Any:
         output = stock(*args, **kwargs)
@@ -91,6 +89,18 @@ def hook_pipeline(runner: Any, guard: StagedGuard, hooks: StepHooks) -> None:
     wrap(runner, "execute_model", execute_model)
     if not guard.stage.is_last:
         wrap(runner, "sample_tokens", sample_tokens)
+
+
+def _received(tensors: Mapping[str, Any]) -> StageEvidence | None:
+    rows_TY = tensors.get(EVIDENCE_KEY)
+    return None if rows_TY is None else StageEvidence(rows_TY, tensors.get(FINDINGS_KEY))
+
+
+def _sent(evidence: StageEvidence) -> dict[str, Any]:
+    tensors = {EVIDENCE_KEY: evidence.rows_TY}
+    if evidence.findings_N is not None:
+        tensors[FINDINGS_KEY] = evidence.findings_N
+    return tensors
 
 
 def _group() -> Any:

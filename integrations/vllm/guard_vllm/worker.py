@@ -20,7 +20,7 @@ from guard.program.topology import Topology
 from guard.runtime import Guard
 from guard.staged import StagedGuard
 from guard_vllm.monolithic import modular_kernels_only
-from guard_vllm.parallel import tensor_parallel_agreement
+from guard_vllm.parallel import agree_on_tensor_parallel_ranks
 from guard_vllm.pipeline import hook_pipeline, layers_of_pipeline, make_stage, pipeline_size
 from guard_vllm.prefix_evidence import KeptGroup, PrefixEvidence, kept_group, memory_share
 from guard_vllm.proof import PROBE_ROWS, Proof, prove, require
@@ -87,7 +87,7 @@ class WorkerGuard:
         program = compile_policies(load_policies(self._settings.policies), topology)
         guard = self._make_guard(program, layers)
         attach(guard, layers)
-        guard.agreement = tensor_parallel_agreement(guard)
+        agree_on_tensor_parallel_ranks(guard)
         is_v2 = bool(self._worker.use_v2_model_runner)
         self._hooks = hook_runner(runner, guard, is_v2=is_v2)
         if isinstance(guard, StagedGuard):

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from guard.device.agreement import RankAgreement
 from guard.failures import Stage
 from guard.program.step_report import Judged, RequestColumn, StepReport
 from tests.support.ranks import run_ranks
@@ -19,7 +17,7 @@ MASKS = policy_text(rule_text(COUNT, MASK))
 
 def engine_of(group: dist.ProcessGroup, text: str = MASKS) -> Engine:
     engine = Engine(text)
-    engine.guard.agreement = RankAgreement(group, 4, torch.device("cpu"))
+    engine.guard.agree_with(group)
     return engine
 
 

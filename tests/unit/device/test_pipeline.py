@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from guard.device.layout import Capacity
-from guard.device.pipeline import PipelineStage
+from guard.device.pipeline import PipelineStage, StageEvidence
 from guard.device.readback import Readback
 from guard.policy import parse_policies
 from guard.program.compile import compile_policies
@@ -60,20 +60,37 @@ class Rank:
         guard.tap.record(self.rank, ids, torch.full(ids.shape, 0.5))
         width = guard.program.signals.num_signals + guard.capacity.mask_words
         if self.rank == 0:
-            evidence_TY = guard.evidence(num_rows, len(rows), None)
-            assert evidence_TY is not None
-            assert evidence_TY.shape == (num_rows, width)
-            dist.broadcast(evidence_TY.clone(), group=self.group, group_src=0)
+            evidence = guard.evidence(num_rows, len(rows), None)
+            assert evidence is not None
+            assert evidence.rows_TY.shape == (num_rows, width)
+            self._send(evidence)
             guard.expect_decisions(
                 list(rows), starts, position_T, list(rows) if sampled is None else sampled
             )
             position_T.fill_(-1)  # as an engine that writes its next step over these
             return None
-        received_TY = torch.empty((num_rows, width), dtype=torch.int64)
-        dist.broadcast(received_TY, group=self.group, group_src=0)
-        guard.evidence(num_rows, len(rows), received_TY)
+        guard.evidence(num_rows, len(rows), self._received(torch.empty((num_rows, width))))
         report = guard.end_step()
         return report.result() if isinstance(report, Readback) else report
+
+    def _send(self, evidence: StageEvidence) -> None:
+        dist.broadcast(evidence.rows_TY.clone(), group=self.group, group_src=0)
+        found = evidence.findings_N
+        size = torch.tensor(-1 if found is None else len(found))
+        dist.broadcast(size, group=self.group, group_src=0)
+        if found is not None:
+            dist.broadcast(found.clone(), group=self.group, group_src=0)
+
+    def _received(self, like_TY: torch.Tensor) -> StageEvidence:
+        rows_TY = torch.empty(like_TY.shape, dtype=torch.int64)
+        dist.broadcast(rows_TY, group=self.group, group_src=0)
+        size = torch.tensor(0)
+        dist.broadcast(size, group=self.group, group_src=0)
+        if size < 0:
+            return StageEvidence(rows_TY)
+        findings_N = torch.empty(int(size), dtype=torch.int64)
+        dist.broadcast(findings_N, group=self.group, group_src=0)
+        return StageEvidence(rows_TY, findings_N)
 
 
 STEPS: list[Rows] = [
