@@ -10,7 +10,7 @@ import math
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -129,6 +129,13 @@ class Ledger:
         if report.num_events > len(report.events_V):
             self._drop(Stage.EVALUATE, report.num_events - len(report.events_V))
         return blocked
+
+    def give_up(self, req_ids: Iterable[str]) -> dict[str, Ending]:
+        """As `begin_step`, where not even a failed step can be entered."""
+        self._report, self._row_of = None, {req_id: row for row, req_id in enumerate(req_ids)}
+        for req_id in self._row_of:
+            self._note_unjudged(req_id)
+        return self._owed_blocks()
 
     def accept(self, req_id: str, last_position: int) -> None:
         """The engine kept a request's tokens of this step as far as the one fed back at a position:

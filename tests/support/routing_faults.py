@@ -16,18 +16,28 @@ import torch
 
 from guard.device.mask import MaskedExperts
 
-KINDS = ("silent", "out_of_range", "not_finite", "duplicate", "ignores_masks")
-SILENT, OUT_OF_RANGE, NOT_FINITE, DUPLICATE, IGNORES_MASKS = range(len(KINDS))
+KINDS = (
+    "silent",
+    "out_of_range",
+    "not_finite",
+    "reports_not_finite",  # and routes as it should: what follows in the forward is sound
+    "duplicate",
+    "ignores_masks",
+)
+SILENT, OUT_OF_RANGE, NOT_FINITE, REPORTS_NOT_FINITE, DUPLICATE, IGNORES_MASKS = range(len(KINDS))
 _is_on = torch.zeros((len(KINDS), 64), dtype=torch.bool)  # [kind, layer]; layers are numbered from 0
 
 
 class RoutingFaults:
-    """Methods of the worker."""
+    """Methods of the worker, where `rank` is the worker's own."""
 
-    def set_routing_fault(self, kind: str, layers: list[int]) -> None:
-        """Only this fault, in these layers."""
+    rank: int
+
+    def set_routing_fault(self, kind: str, layers: list[int], rank: int | None = None) -> None:
+        """Only this fault, in these layers, and only on the rank that is given."""
         _is_on.zero_()
-        _is_on[KINDS.index(kind), layers] = True
+        if rank in (None, self.rank):
+            _is_on[KINDS.index(kind), layers] = True
 
     def clear_routing_faults(self) -> None:
         _is_on.zero_()
@@ -62,7 +72,7 @@ def _faulty_record(tap: Any, stock: Callable[..., None]) -> Callable[..., None]:
         before = tap.topk_ids_TLK[:rows, layer, :top_k]
         ids = torch.where(_is_on[SILENT, layer], before, topk_ids.to(before.dtype))
         ids = torch.where(_is_on[OUT_OF_RANGE, layer], ids + 1000, ids)
-        stock(layer, ids, topk_weights)
+        stock(layer, ids, topk_weights.where(~_is_on[REPORTS_NOT_FINITE, layer], float("nan")))
 
     return record
 

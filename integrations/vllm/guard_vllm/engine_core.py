@@ -136,6 +136,9 @@ class EngineCoreGuard:
                     self._blocked = {**unjudged, **self._blocked}
                 if second.failed:
                     self._liveness.note_fault()
+                    with self._failures.caught(Stage.LEDGER):
+                        counted = filter(self._is_counted, req_ids)
+                        self._blocked = self._ledger.give_up(counted)
         outputs = stock(scheduler_output, output)
         self._ledger.end_step()
         return outputs

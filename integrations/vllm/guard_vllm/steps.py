@@ -89,10 +89,12 @@ def with_report(output: Any, pending: Readback | StepReport | None, guard: Guard
     if isinstance(output, AsyncModelRunnerOutput):
         return _ReportingOutput(output, pending, guard)
     assert isinstance(output, ModelRunnerOutput)
-    # Without a report the engine core takes the step for one that was not judged.
-    with guard.failures.caught(Stage.READBACK):
+    with guard.failures.caught(Stage.READBACK) as attempt:
         report = pending.result() if isinstance(pending, Readback) else pending
-        setattr(output, REPORT_ATTRIBUTE, report)
+    if attempt.failed:
+        revision, faults = guard.program.revision, guard.failures.take()
+        report = StepReport.of_failed_step(revision, pending.req_ids, faults)
+    setattr(output, REPORT_ATTRIBUTE, report)
     return output
 
 

@@ -153,21 +153,63 @@ FAULT_ON_RANK_1 = case(
 
 FAULT_LAYER = 3
 """The last one: a gate weight that is NaN there reaches no KV."""
+FIRST_STAGE_FAULT_LAYER = 1
+"""The last one of the first of two ranks of a pipeline."""
 
 
-def routing_fault(kind: str, enforce: Sequence[str]) -> Case:
+def routing_fault(
+    kind: str,
+    enforce: Sequence[str],
+    layer: int = FAULT_LAYER,
+    rank: int | None = None,
+    max_tokens: int = 40,
+) -> Case:
     """Behind a sound batch a faulty one, and a sound one again; each runs for longer than the running
-    check leaves out steps."""
+    check leaves out steps. rank: the only one with the fault; all if none is given"""
 
     def batch(number: int) -> list[Request]:
         return [
-            request(tokens(900 + 10 * number + i, 20), max_tokens=40, enforce=[name] if name else [])
+            request(
+                tokens(900 + 10 * number + i, 20), max_tokens=max_tokens, enforce=[name] if name else []
+            )
             for i, name in enumerate(enforce)
         ]
 
-    calls = [None, ["set_routing_fault", kind, [FAULT_LAYER]], ["clear_routing_faults"]]
+    calls = [None, ["set_routing_fault", kind, [layer], rank], ["clear_routing_faults"]]
     name = "-".join([kind, *(name for name in enforce if name)])
     return case(name, *map(batch, range(3))) | {"before_batch": calls}
+
+
+RANKED_FAULTS = ("silent", "reports_not_finite", "duplicate")
+RANKED_TOKENS = 20
+
+
+def routing_faults_of_rank(rank: int, layer: int) -> list[Case]:
+    """Of one rank of several."""
+    faults = [(kind, ["", "closed"]) for kind in RANKED_FAULTS]
+    faults.append(("ignores_masks", ["reroute", "reroute-closed"]))
+    return [routing_fault(kind, names, layer, rank, RANKED_TOKENS) for kind, names in faults]
+
+
+STAGES_IN_A_STEP = ("admit", "begin_step", "evaluate", "readback", "ledger")
+STAGES_BEHIND_IT = ("deliver", "metrics", "decision_log", "event_buffer")
+STAGE_FAULT_TOKENS = 4
+
+
+def stage_faults() -> list[Case]:
+    """Of each stage a batch that meets the fault, and one that does not; an open and a closed request
+    in each."""
+
+    def batch(number: int) -> list[Request]:
+        return [
+            request(tokens(950 + 10 * number + i, 20), max_tokens=STAGE_FAULT_TOKENS, enforce=enforce)
+            for i, enforce in enumerate(([], ["closed"]))
+        ]
+
+    return [
+        case(stage, batch(0), batch(1)) | {"before_batch": [["fail_stage", stage], None]}
+        for stage in (*STAGES_IN_A_STEP, *STAGES_BEHIND_IT)
+    ]
 
 
 def routing_faults() -> list[Case]:

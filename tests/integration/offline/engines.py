@@ -18,7 +18,8 @@ _CHECKOUT = Path(__file__).parents[3]
 _SUPPORT = _CHECKOUT / "tests" / "support"
 _TIMEOUT_SECONDS = 600
 
-_ROUTING_FAULTS = "tests.support.routing_faults.RoutingFaults"
+_STAGE_FAULTS_ON = {"worker_extension_cls": "tests.support.stage_faults.StageFaults"}
+_FAULTS_ON = {"worker_extension_cls": "tests.support.routing_faults.RoutingFaults"}
 
 MODES = ("eager", "compiled", "v2")
 """Model Runner V1, the same compiled, and Model Runner V2."""
@@ -46,6 +47,10 @@ _ENFORCING_MORE = [
     cases.CROWD,
 ]
 
+
+# Of the rank whose output reaches nobody: the second of two alike, and the first of a pipeline.
+_FAULTS_OF_TP2 = cases.routing_faults_of_rank(1, cases.FAULT_LAYER)
+_FAULTS_OF_PP2 = cases.routing_faults_of_rank(0, cases.FIRST_STAGE_FAULT_LAYER)
 
 _TWO_RANKS = ("tp2", "v2-pp2")
 RANKED_RECORDER = "tests.support.ranked_recorder.RankedRecorder"
@@ -75,6 +80,10 @@ class Engines:
             pytest.fail(f"{group}/{engine} did not start:\n{result['error'][-4000:]}")
         found: dict[str, Any] = result["cases"][case]
         return found
+
+    def log(self, group: str) -> str:
+        """What a group's process wrote, of all its engines and ranks."""
+        return (self.folder / f"{group}.log").read_text(encoding="utf-8")
 
     def _run(self, group: str) -> dict[str, Any]:
         job, out, log = (self.folder / f"{group}.{suffix}" for suffix in ("json", "out", "log"))
@@ -124,6 +133,7 @@ class Engines:
             return [
                 self._engine("main", "main", cases_of_tp2, **two),
                 self._engine("faulty", "main", [cases.FAULT_ON_RANK_1], **two),
+                self._engine("faults", "faults", _FAULTS_OF_TP2, **two | _FAULTS_ON),
             ]
         if group == "v2-pp2":
             cases_of_pp2 = [*_ENFORCING, cases.mask_midway(["late"]), cases.blocks(["stop"])]
@@ -132,12 +142,15 @@ class Engines:
             return [
                 self._engine("main", "main", cases_of_pp2, **two),
                 self._engine("chunked", "main", [cases.LONG_PROMPTS], **two, **chunks),
+                self._engine("faults", "faults", _FAULTS_OF_PP2, **two | _FAULTS_ON),
             ]
         if group == "processes":
             return [self._engine("main", "main", _ENFORCING)]
         if kind == "faults":
-            faults = {"worker_extension_cls": _ROUTING_FAULTS}
-            return [self._engine("faults", "faults", cases.routing_faults(), **more, **faults)]
+            engines = [self._engine("faults", "faults", cases.routing_faults(), **more, **_FAULTS_ON)]
+            if mode == "eager":
+                engines.insert(0, self._stage_faults())
+            return engines
         if kind == "plain":
             cases_of_mode = _PLAIN if mode == "compiled" else _PLAIN_MORE
             return [self._engine("plain", None, cases_of_mode, **more)]
@@ -166,6 +179,13 @@ class Engines:
             tight = {"num_gpu_blocks_override": cases.CROWDED_BLOCKS}
             engines.append(self._engine("crowded", "main", [cases.CROWD], **tight))
         return engines
+
+    def _stage_faults(self) -> dict[str, Any]:
+        """Behind the first engine of a process no decision log is opened."""
+        engine = self._engine("stages", "faults", cases.stage_faults(), **_STAGE_FAULTS_ON)
+        section = engine["engine"]["additional_config"]["moe_guard"]
+        section["decision_log"] = str(self.folder / "stages.jsonl")
+        return engine
 
     def _starts(self) -> list[dict[str, Any]]:
         def start(name: str, section: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:

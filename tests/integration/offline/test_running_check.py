@@ -6,6 +6,12 @@ from typing import Any
 
 import pytest
 
+from tests.integration.offline.cases import (
+    FAULT_LAYER,
+    FIRST_STAGE_FAULT_LAYER,
+    RANKED_FAULTS,
+    RANKED_TOKENS,
+)
 from tests.integration.offline.engines import MODES, Engines
 from tests.integration.offline.reading import Case, counter
 
@@ -82,3 +88,53 @@ def test_a_mask_that_a_router_ignores_is_counted_and_the_guard_stays_down(
     assert counter(case, "requests_total", outcome="masked") == 2, "of the sound batch alone"
     assert counter(case, "requests_total", outcome="unjudged") == 2
     assert counter(case, "requests_total", outcome="blocked") == 2
+
+
+RANKED = {"tp2": FAULT_LAYER, "v2-pp2": FIRST_STAGE_FAULT_LAYER}
+"""With the fault on the one rank of two whose output does not reach the engine core, in this layer."""
+
+_IN_THE_LOG = {
+    "silent": "report nothing",
+    "reports_not_finite": "gate weights that are NaN or infinite",
+    "duplicate": "an expert twice in a row",
+}
+
+
+@pytest.mark.parametrize("group", RANKED)
+@pytest.mark.parametrize("kind", RANKED_FAULTS)
+def test_a_layer_of_a_rank_whose_word_reaches_nobody_blinds_the_guard_by_name(
+    engines: Engines, group: str, kind: str
+) -> None:
+    case = engines.case(group, "faults", f"{kind}-closed")
+    assert _health(case) == [UP, DOWN_AND_BLIND, UP]
+    found = [line for line in engines.log(group).splitlines() if "does not see MoE layers" in line]
+    assert any(f" {RANKED[group]} as" in line and _IN_THE_LOG[kind] in line for line in found)
+    assert counter(case, "failures_total", stage="routing") >= 1
+    assert counter(case, "mask_violations_total") == 0
+    sound, faulty, mended = _endings(case)
+    assert faulty[0] == (RANKED_TOKENS, None), "open: it passes"
+    assert faulty[1][0] < RANKED_TOKENS
+    assert faulty[1][1] == "moe_guard:closed/never", "closed: it is blocked"
+    assert sound == [(RANKED_TOKENS, None)] * 2
+    assert mended[0] == (RANKED_TOKENS, None)
+    assert counter(case, "requests_total", outcome="unjudged") >= 1
+    assert counter(case, "requests_total") == 6
+
+
+@pytest.mark.parametrize("group", RANKED)
+def test_a_mask_that_one_rank_ignores_is_counted_by_name_and_the_guard_stays_down(
+    engines: Engines, group: str
+) -> None:
+    case = engines.case(group, "faults", "ignores_masks-reroute-reroute-closed")
+    assert _health(case) == [UP, DOWN, DOWN]
+    said = f"at work in MoE layers {RANKED[group]}, against the masks of reroute"
+    assert said in engines.log(group)
+    assert counter(case, "mask_violations_total", policy="reroute") >= 1
+    assert counter(case, "failures_total", stage="routing") == 0
+    sound, faulty, mended = _endings(case)
+    assert sound == [(RANKED_TOKENS, None)] * 2
+    for ending in (faulty, mended):
+        assert ending[0] == (RANKED_TOKENS, None), "open: it passes"
+    assert faulty[1][0] < RANKED_TOKENS
+    assert faulty[1][1] == "moe_guard:reroute-closed/mask", "closed: it is blocked"
+    assert counter(case, "requests_total", outcome="unjudged") == 2, "the open ones, then and later"

@@ -144,6 +144,25 @@ def fail(*_: object) -> None:
     raise RuntimeError("injected")
 
 
+def test_a_request_whose_slot_could_not_be_written_is_not_judged_by_what_another_left_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(COUNTS, max_slots=1)
+    engine.guard.add_request("before", 1)
+    engine.step({"before": (0, [FLAGGED])})
+    engine.guard.finish_requests(["before"])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.guard._state, "add_request", fail)
+        engine.guard.add_request("a", 1)
+    engine.guard.add_request("b", 1)  # the slot is free again
+
+    report = engine.step({"a": (0, [OTHER]), "b": (0, [FLAGGED])})
+
+    assert report.requests_B[:, RequestColumn.JUDGED].tolist() == [0, 1]
+    assert report.failures == {Stage.ADMIT: 1}
+    assert fired(report) == [("b", 0)]
+
+
 def test_a_fault_in_the_evaluation_fails_that_step_and_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -355,3 +355,28 @@ def test_the_guard_falls_where_not_even_a_failed_step_can_be_entered(
     told = [message for _, message in core.sent()]
     assert Health(0, False, 0) in told
     assert [m.failures for m in told if isinstance(m, Delta)] == [{"ledger": 2}]
+
+
+@pytest.mark.parametrize(
+    ("on_error", "got", "outcome"),
+    [(CLOSED, ([], True), "blocked"), ("", ([7], False), "unjudged")],
+    ids=["closed", "open"],
+)
+def test_requests_follow_on_error_where_not_even_a_failed_step_can_be_entered(
+    monkeypatch: pytest.MonkeyPatch, on_error: str, got: tuple[list[int], bool], outcome: str
+) -> None:
+    core, scheduler = guarded(policy_text(rule_text(COUNT), extra=on_error))
+    core.add_request(request("a"))
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "begin_step", broken)
+        step(core, None, "a")
+    assert scheduler.got["a"] == got
+    if not got[1]:
+        scheduler._free_request(scheduler.requests["a"])
+    core.post_step(True)
+    outcomes = [m.outcomes for _, m in core.sent() if isinstance(m, Delta)]
+    assert {name: n for found in outcomes for name, n in found.items()} == {outcome: 1}

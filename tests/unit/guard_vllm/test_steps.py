@@ -122,12 +122,13 @@ def test_the_report_of_this_step_and_of_no_other_travels_with_the_output() -> No
 
 
 def guard() -> Any:
-    return SimpleNamespace(failures=Failures())
+    return SimpleNamespace(failures=Failures(), program=SimpleNamespace(revision="rev"))
 
 
-def test_a_readback_that_fails_leaves_the_output_without_a_report() -> None:
+def test_a_readback_that_fails_is_reported_once_as_a_step_that_was_not_judged() -> None:
     class Broken(Readback):
-        def __init__(self) -> None: ...
+        def __init__(self) -> None:
+            self.req_ids = ("a",)
 
         def result(self) -> Any:
             raise RuntimeError("lost")
@@ -135,8 +136,11 @@ def test_a_readback_that_fails_leaves_the_output_without_a_report() -> None:
     holder = guard()
     output = with_report(ModelRunnerOutput(req_ids=[], req_id_to_index={}), Broken(), holder)
 
-    assert not hasattr(output, REPORT_ATTRIBUTE)
-    assert holder.failures.count == {"readback": 1}
+    report: StepReport = getattr(output, REPORT_ATTRIBUTE)
+    assert report.failed
+    assert report.req_ids == ("a",)
+    assert report.failures == {"readback": 1}
+    assert holder.failures.take() == {}
 
 
 class Later(AsyncModelRunnerOutput):  # type: ignore[misc]
