@@ -158,7 +158,11 @@ def _bindings(body: list[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
                 yield alias.asname or alias.name, node
         elif isinstance(node, ast.Assign):
             for target in node.targets:
-                yield from ((name.id, node) for name in ast.walk(target) if isinstance(name, ast.Name))
+                yield from (
+                    (name.id, node)
+                    for name in ast.walk(target)
+                    if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+                )
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield node.target.id, node
         elif isinstance(node, ast.If | ast.Try | ast.With):

@@ -16,6 +16,8 @@ exception only withholds masks, and fewer are never harder to honour. For each l
   and so, under the large biases of real checkpoints, never chosen: lost without a mask on it.
 - sparsemixer makes two passes, and each needs an expert of its own.
 
+A router inside a kernel is masked through its logits: they can reroute, but neither drop nor force.
+
 Zero experts cannot be named, so they are always live. A layer that a table routes by token id makes no
 choice that a mask could change.
 """
@@ -82,10 +84,25 @@ def _layer_faults(layer: MoELayer, masks: _LayerMasks) -> list[Fault]:
         )
         return [Fault(_worst(masks.asked).mask.location, text)]
     rerouted = masks.with_method(MaskMethod.REROUTE)
+    if layer.router.is_in_kernel and (faults := _in_kernel_faults(layer, masks)):
+        return faults
     faults = _live_faults(layer, rerouted)
     if not faults and layer.router.num_groups > 1:
         faults = _group_faults(layer, rerouted)
     return [*faults, *_forced_faults(layer, masks.with_method(MaskMethod.FORCE))]
+
+
+def _in_kernel_faults(layer: MoELayer, masks: _LayerMasks) -> list[Fault]:
+    others = [asked for asked in masks.asked if asked.mask.method is not MaskMethod.REROUTE]
+    if not others:
+        return []
+    methods = ", ".join(sorted({asked.mask.method.value for asked in others}))
+    text = (
+        f"layer {layer.number} is routed inside its kernel, where a mask can reroute experts and "
+        f"nothing else, but {_names(others)} would mask it by {methods}; use method: reroute, or take "
+        "that layer out of the set, or serve with a kernel that leaves routing to its router"
+    )
+    return [Fault(_worst(others).mask.location, text)]
 
 
 def _live_faults(layer: MoELayer, rerouted: Sequence[_Asked]) -> list[Fault]:

@@ -22,6 +22,8 @@ class Router:
         before experts are chosen; 1 and 1 without groups
     has_bias: a vector of the checkpoint is added to the scores for the choice, not for the weights
     num_zero_experts: identity experts, whose ids follow those of the routed ones
+    is_in_kernel: the layer's kernel routes inside itself and is masked through its logits, which can
+        reroute and nothing else
     """
 
     scoring: str = "softmax"
@@ -31,6 +33,7 @@ class Router:
     has_bias: bool = False
     kind: str = "topk"
     num_zero_experts: int = 0
+    is_in_kernel: bool = False
 
 
 PLAIN_SOFTMAX: Final = Router()

@@ -3,7 +3,8 @@
     python engine_run.py JOB.json RESULT.json
 
 Job: {"engines": [{"name", "engine": arguments of LLM, "config_only": false, "record": false,
-"async": false, "correction_bias": fills the model by `random_weights`, optional,
+"async": false, "correction_bias": fills the model by `random_weights`, "kernel": of `routing_kernel`,
+which vLLM then has for its experts and no other; both optional,
 "cases": [{"name", "batches": [[{"prompt": token ids, "sampling": of SamplingParams,
 "continues": [batch, request] whose whole text goes before the prompt, "salt": keeps its KV apart;
 optional}]], "before_batch": of each batch a worker method with its arguments, or null; optional,
@@ -21,7 +22,7 @@ import json
 import sys
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
 
             random_weights.install(*job["correction_bias"])
         recorder = {"worker_extension_cls": _RECORDER} if job.get("record") else {}
-        with async_scheduling() if job.get("async") else nullcontext():
+        with async_scheduling() if job.get("async") else nullcontext(), kernel(job.get("kernel")):
             llm = LLM(**recorder | job["engine"])
         start_seconds = round(time.monotonic() - started, 1)
         return {
@@ -67,6 +68,14 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what the test looks at
         # The error of a start that failed in another process is in that process's log only.
         return {"error": "".join(traceback.format_exception(error))}
+
+
+def kernel(name: str | None) -> AbstractContextManager[None]:
+    if name is None:
+        return nullcontext()
+    from tests.support import routing_kernel
+
+    return routing_kernel.instead_of_vllms(getattr(routing_kernel, name))
 
 
 _RECORDER = "tests.support.routing_recorder.RoutingRecorder"

@@ -12,8 +12,6 @@ from typing import Any
 class RoutingRecorder:
     """Keeps, for each request, the position and the chosen experts of every row that was judged."""
 
-    records_weights = False
-
     def start_recording(self) -> None:
         rows: dict[str, list[Any]] = {}
         self._recorded_rows = rows
@@ -28,9 +26,7 @@ class RoutingRecorder:
             batch, req_ids = guard._batch, guard._req_ids
             if batch is not None:
                 num_rows = len(batch.position_T)
-                columns = [batch.position_T.tolist(), guard.tap.topk_ids_TLK[:num_rows].tolist()]
-                if self.records_weights:
-                    columns.append(guard.tap.topk_weights_TLK[:num_rows].tolist())
+                columns = [batch.position_T.tolist(), *self.recorded_columns(guard, num_rows)]
                 starts = batch.query_start_B1.tolist()
                 for req_id, first, stop in zip(req_ids, starts, starts[1:], strict=False):
                     self._recorded_rows.setdefault(req_id, []).extend(
@@ -51,6 +47,10 @@ class RoutingRecorder:
             "awaiting": len(guard._cached) + len(guard._missed),
         }
 
+    def recorded_columns(self, guard: Any, num_rows: int) -> list[list[Any]]:
+        """What is kept of a step's rows, beside their positions."""
+        return [guard.tap.topk_ids_TLK[:num_rows].tolist()]
+
     def recorded_rows(self) -> dict[str, list[Any]]:
         """By vLLM's own request id: [position, [layers, top_k] ids] of each row, in step order."""
         return self._recorded_rows
@@ -59,4 +59,8 @@ class RoutingRecorder:
 class WeightsRecorder(RoutingRecorder):
     """Its rows have a third entry: [layers, top_k] gate weights."""
 
-    records_weights = True
+    def recorded_columns(self, guard: Any, num_rows: int) -> list[list[Any]]:
+        return [
+            *super().recorded_columns(guard, num_rows),
+            guard.tap.topk_weights_TLK[:num_rows].tolist(),
+        ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,13 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from guard.device.mask import ExpertMask, MaskedExperts
 from guard.device.routing import route_masked
 from guard.errors import UnsupportedHostError
-from guard.program.topology import MoELayer, Topology
+from guard.program.topology import PLAIN_SOFTMAX, MoELayer, Topology
 from guard.runtime import Guard
 from guard_vllm.compat import seam
 from guard_vllm.families import Family, family_of
+from guard_vllm.logit_masks import inside_kernel, route_through_logits
 
+_OTHER_KERNEL = "choose another --moe-backend (triton or marlin)"
 _OBSERVE_ONLY = "start with --observe-only to watch this model without masks"
 _NAMED_LIKE_EXPERTS = re.compile(r"moe|expert", re.IGNORECASE)
 
@@ -29,12 +32,16 @@ class RoutedLayer(NamedTuple):
     """A MoE layer of the served model (never of a draft model) and its router.
 
     num_logical_experts: None where the router knows of no others
+    runner: of vLLM, which holds router and experts
+    kernel: the class of the layer's kernel, if it routes inside itself
     """
 
     number: int
     name: str
     router: BaseRouter
     num_logical_experts: int | None = None
+    runner: MoERunner | None = None
+    kernel: type | None = None
 
     @property
     def num_experts(self) -> int:
@@ -43,17 +50,23 @@ class RoutedLayer(NamedTuple):
 
     @property
     def family(self) -> Family:
-        return family_of(self.router, self.num_experts)
+        family = family_of(self.router, self.num_experts)
+        if self.kernel is None:
+            return family
+        return replace(family, router=replace(family.router, is_in_kernel=True))
 
     @property
     def facts(self) -> MoELayer:
         return MoELayer(self.number, self.num_experts, int(self.router.top_k), self.family.router)
 
 
-def routed_layers(model: torch.nn.Module, *, some: bool = True) -> list[RoutedLayer]:
+def routed_layers(
+    model: torch.nn.Module, *, some: bool = True, taken: Mapping[str, type] | None = None
+) -> list[RoutedLayer]:
     """By layer number. Raises UnsupportedHostError for a layer that the guard could not watch.
 
     some: there must be some; a rank of a pipeline may have none
+    taken: kernels that route inside themselves and were taken by `guardable_kernels`, by layer name
     """
     layers = []
     for module in _without_runners_insides(model):
@@ -61,11 +74,6 @@ def routed_layers(model: torch.nn.Module, *, some: bool = True) -> list[RoutedLa
             _refuse_experts_outside_a_runner(module)
             continue
         name, router = module.layer_name, module.router
-        if module.is_monolithic:
-            raise UnsupportedHostError(
-                f"layer {name} routes inside its kernel, where the guard cannot see it; "
-                "choose a modular kernel with --moe-backend (triton or marlin)"
-            )
         if isinstance(router, RoutingSimulatorRouter):
             raise UnsupportedHostError(
                 f"layer {name} routes at random: unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
@@ -74,8 +82,12 @@ def routed_layers(model: torch.nn.Module, *, some: bool = True) -> list[RoutedLa
             raise UnsupportedHostError(
                 f"layer {name} has the router {type(router).__name__}, which is not supported yet"
             )
+        kernel = inside_kernel(module)
         num_experts = int(seam(module.moe_config, "num_logical_experts"))
-        layers.append(RoutedLayer(int(module.layer_id), name, router, num_experts))
+        layer = RoutedLayer(int(module.layer_id), name, router, num_experts, module, kernel)
+        if kernel is not None:
+            _check_kernel(layer, kernel, (taken or {}).get(name))
+        layers.append(layer)
     if some and not layers:
         raise UnsupportedHostError(
             f"{type(model).__name__} has no MoE layers that vLLM routes, so there is nothing to "
@@ -86,6 +98,24 @@ def routed_layers(model: torch.nn.Module, *, some: bool = True) -> list[RoutedLa
     if len(set(numbers)) != len(numbers):
         raise UnsupportedHostError(f"several MoE layers share a layer number: {numbers}")
     return layers
+
+
+def _check_kernel(layer: RoutedLayer, kernel: type, taken: type | None) -> None:
+    """vLLM may make or change a kernel behind its own choice, as it processes weights."""
+    where = (
+        f"layer {layer.name} routes inside its kernel {kernel.__name__}, where the guard cannot see it"
+    )
+    if kernel is not taken:
+        chosen = "a kernel that does not" if taken is None else taken.__name__
+        raise UnsupportedHostError(
+            f"{where}, although vLLM's choice for it was {chosen}; {_OTHER_KERNEL}"
+        )
+    plain = replace(PLAIN_SOFTMAX, is_in_kernel=True)
+    if layer.family.router != plain or layer.family.unmaskable is not None:
+        raise UnsupportedHostError(
+            f"{where}, and its router {type(layer.router).__name__} is no plain softmax over the "
+            f"chosen experts, so it cannot be masked through its logits; {_OTHER_KERNEL}"
+        )
 
 
 def _without_runners_insides(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -126,7 +156,8 @@ def attach(guard: Guard, layers: list[RoutedLayer]) -> None:
     """Let every router report to the guard's tap and obey its mask.
 
     What is replaced is `_compute_routing` of each instance: there ids are logical, before expert
-    load balancing, and vLLM's own record sees the masked choice.
+    load balancing, and vLLM's own record sees the masked choice. Where the kernel routes, it is what
+    the kernel is called by (`logit_masks`).
 
     Raises UnsupportedHostError where masking is provisioned and a router cannot honour it. Hash
     layers are watched all the same: that a policy masks one is refused when it is compiled.
@@ -142,6 +173,12 @@ def attach(guard: Guard, layers: list[RoutedLayer]) -> None:
                     f"{_OBSERVE_ONLY}"
                 )
             mask = None
+        if layer.kernel is not None:
+            experts = seam(layer.runner, "routed_experts")
+            experts.forward_monolithic = route_through_logits(
+                experts, layer.router, guard.tap, mask, index, layer.facts.top_k
+            )
+            continue
         stock = seam(layer.router, "_compute_routing")
         layer.router._compute_routing = _guarded(guard, index, layer, mask, stock)
 

@@ -19,7 +19,8 @@ from guard.program.program import WORD_BITS, NamedSet, Program, ProgramRule
 from guard.program.topology import Topology
 from guard.runtime import Guard
 from guard.staged import StagedGuard
-from guard_vllm.monolithic import modular_kernels_only
+from guard_vllm.kernel_proof import kernel_faults
+from guard_vllm.monolithic import guardable_kernels
 from guard_vllm.parallel import agree_on_tensor_parallel_ranks
 from guard_vllm.pipeline import hook_pipeline, layers_of_pipeline, make_stage, pipeline_size
 from guard_vllm.prefix_evidence import KeptGroup, PrefixEvidence, kept_group, memory_share
@@ -67,6 +68,7 @@ class WorkerGuard:
         self._hooks: StepHooks | None = None
         self._proof: Proof | None = None
         self._kept_group: KeptGroup | None = None
+        self._layers: list[RoutedLayer] = []
         wrap(worker, "load_model", self._load_model)
         wrap(worker, "determine_available_memory", self._determine_available_memory)
         wrap(worker, "compile_or_warm_up_model", self._compile_or_warm_up_model)
@@ -74,12 +76,12 @@ class WorkerGuard:
         setattr(worker, STATUS_METHOD, self.status)
 
     def _load_model(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
-        with modular_kernels_only():
+        with guardable_kernels() as taken:
             loaded = stock(*args, **kwargs)
         # Behind vLLM's memory pool for weights, which sleep mode discards, and before it measures
         # how much memory is left for the KV cache.
         runner = self._worker.model_runner
-        layers = routed_layers(runner.get_model(), some=pipeline_size() == 1)
+        layers = routed_layers(runner.get_model(), some=pipeline_size() == 1, taken=taken)
         architecture = self._worker.model_config.hf_config.architectures[0]
         topology = topology_of(architecture, layers)
         topology = replace(topology, layers=layers_of_pipeline(topology.layers))
@@ -87,6 +89,7 @@ class WorkerGuard:
         program = compile_policies(load_policies(self._settings.policies), topology)
         guard = self._make_guard(program, layers)
         attach(guard, layers)
+        self._layers = layers
         agree_on_tensor_parallel_ranks(guard)
         is_v2 = bool(self._worker.use_v2_model_runner)
         self._hooks = hook_runner(runner, guard, is_v2=is_v2)
@@ -210,7 +213,10 @@ class WorkerGuard:
         return result
 
     def _prove(self, guard: Guard) -> Proof:
-        """In each kind of step that vLLM compiles or captures on its own."""
+        """In each kind of step that vLLM compiles or captures on its own, if each layer still has the
+        kernel that the guard is attached to."""
+        if faults := kernel_faults(self._layers):
+            return Proof(len(self._layers), (), 0, tuple(faults))
         proofs = [
             prove(guard, partial(self._run_probe_rows, uniform_decode=uniform), num_rows)
             for num_rows, uniform in self._probe_steps()

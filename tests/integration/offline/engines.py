@@ -60,8 +60,8 @@ RANKED_RECORDER = "tests.support.ranked_recorder.RankedRecorder"
 class Engines:
     """Starts a group's process when a test first asks for it, and keeps its result.
 
-    The groups are `MODE-plain` (no plugin is loaded), `MODE-guarded`, `starts`, `processes`, and for
-    two ranks `tp2` and `v2-pp2`.
+    The groups are `MODE-plain` (no plugin is loaded), `MODE-guarded`, `starts`, `processes`, `kernel`
+    (vLLM has no kernel but one that routes inside itself), and for two ranks `tp2` and `v2-pp2`.
     """
 
     folder: Path
@@ -144,6 +144,8 @@ class Engines:
                 self._engine("chunked", "main", [cases.LONG_PROMPTS], **two, **chunks),
                 self._engine("faults", "faults", _FAULTS_OF_PP2, **two | _FAULTS_ON),
             ]
+        if group == "kernel":
+            return self._engines_of_a_kernel_that_routes()
         if group == "processes":
             return [self._engine("main", "main", _ENFORCING)]
         if kind == "faults":
@@ -186,6 +188,18 @@ class Engines:
         section = engine["engine"]["additional_config"]["moe_guard"]
         section["decision_log"] = str(self.folder / "stages.jsonl")
         return engine
+
+    def _engines_of_a_kernel_that_routes(self) -> list[dict[str, Any]]:
+        kernels = {"worker_extension_cls": "tests.support.routing_kernel.KernelRecorder"}
+        engines = [
+            self._engine("off", None, _PLAIN),
+            self._engine("main", "main", [*_ENFORCING, cases.LONG_PROMPTS], **kernels),
+            self._engine("compiled", "main", _ENFORCING, enforce_eager=False, **kernels),
+            self._engine("drops", "faults", []),
+            self._engine("deaf", "main", [], **kernels),
+        ]
+        kernel_of = {"deaf": "DeafKernel"}
+        return [{"kernel": kernel_of.get(one["name"], "RoutingKernel")} | one for one in engines]
 
     def _starts(self) -> list[dict[str, Any]]:
         def start(name: str, section: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:

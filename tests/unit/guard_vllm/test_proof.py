@@ -237,3 +237,29 @@ def test_weights_that_are_no_numbers_under_a_mask_are_a_fault() -> None:
         bare.guard.tap.topk_weights_TLK[Turn.DROP] = float("nan")
 
     assert "no numbers under a mask (drop)" in prove(bare.guard, broken).faults[0]
+
+
+def test_a_layer_that_is_routed_inside_its_kernel_is_proved_to_reroute_and_nothing_else() -> None:
+    in_kernel = Router(is_in_kernel=True)
+
+    def through_logits(_: int, asked: MaskedExperts) -> MaskedExperts:
+        nobody = torch.zeros_like(asked.rerouted_TE)
+        return MaskedExperts(asked.rerouted_TE, nobody, nobody, nobody)
+
+    bare = Bare(MoELayer(0, 8, 2, in_kernel), MoELayer(1, 8, 2, in_kernel))
+    proof = prove(bare.guard, model(bare, through_logits))
+    assert (proof.holds, proof.num_layers, proof.masked_layers) == (True, 2, 2)
+
+    bare = Bare(MoELayer(0, 8, 2, in_kernel), MoELayer(1, 8, 2, in_kernel))
+    assert prove(bare.guard, model(bare, without("rerouted"))).faults == (
+        "layer 1 uses masked experts (reroute)",
+    )
+    assert prove(bare.guard, model(bare, leak)).faults == ()  # of methods that are in no such layer
+    assert prove(bare.guard, model(bare, first_for_all)).faults == tuple(
+        f"layer {number} masks rows that no mask is for" for number in range(2)
+    )
+    bare = Bare(MoELayer(0, 8, 2, in_kernel), MoELayer(1, 8, 2))
+    assert prove(bare.guard, model(bare, without("dropped"))).faults == (
+        "layer 1 uses masked experts (drop)",
+    )
+    assert prove(bare.guard, model(bare, obey, blind=(0,))).blind_layers == (0,)

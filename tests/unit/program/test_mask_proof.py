@@ -238,3 +238,26 @@ def test_masks_at_the_places_of_their_rules_in_a_file() -> None:
 def test_ranges() -> None:
     assert ranges([0, 2, 3, 4, 8]) == "0, 2-4, 8"
     assert ranges([]) == "none"
+
+
+IN_KERNEL = Router(is_in_kernel=True)
+
+
+def test_a_router_inside_a_kernel_can_be_rerouted() -> None:
+    assert not faults(topology(IN_KERNEL), policy("a", {0, 1}), policy("b", {1, 2}))
+
+
+@pytest.mark.parametrize("method", ["drop", "drop_renorm", "force"])
+def test_a_router_inside_a_kernel_can_do_nothing_else(method: str) -> None:
+    (fault,) = faults(topology(IN_KERNEL), policy("a", {0, 1}), policy("b", {2}, method))
+
+    assert "layer 3 is routed inside its kernel" in fault.message
+    assert f"but b/r would mask it by {method}; use method: reroute" in fault.message
+    assert "a/r" not in fault.message
+    assert fault.location == HERE
+
+
+def test_a_router_inside_a_kernel_needs_enough_live_experts_as_any_does() -> None:
+    (fault,) = faults(topology(IN_KERNEL), policy("a", set(range(13))))
+
+    assert "only 3 are left" in fault.message

@@ -47,6 +47,8 @@ class Core(Parent):
     @staticmethod
     def make(selfish):
         return selfish
+
+Core.judge.is_fast = True
 """
 BASE = """
 class Root:
