@@ -213,15 +213,15 @@ class WorkerGuard:
         return result
 
     def _prove(self, guard: Guard) -> Proof:
-        """In each kind of step that vLLM compiles or captures on its own, if each layer still has the
-        kernel that the guard is attached to."""
-        if faults := kernel_faults(self._layers):
-            return Proof(len(self._layers), (), 0, tuple(faults))
+        """In each kind of step that vLLM compiles or captures on its own, whatever the kernels say: the
+        ranks run their layers together."""
+        faults = tuple(kernel_faults(self._layers))
         proofs = [
             prove(guard, partial(self._run_probe_rows, uniform_decode=uniform), num_rows)
             for num_rows, uniform in self._probe_steps()
         ]
-        return next((proof for proof in proofs if not proof.holds), proofs[0])
+        proof = next((proof for proof in proofs if not proof.holds), proofs[0])
+        return replace(proof, faults=faults + proof.faults)
 
     def _probe_steps(self) -> list[tuple[int, bool]]:
         """(rows, whether each row is a request of its own): decodes, then a batch that cannot be all
