@@ -173,7 +173,7 @@ class GuardedServer:
         """
         self.wait_until_healthy(timeout_s)
         deadline = time.monotonic() + GUARD_TIMEOUT_S
-        while (up := self._guard_up()) is None:
+        while not (up := self._guards_up()):
             if time.monotonic() > deadline:
                 self.stop()
                 raise NotLiveError(
@@ -181,7 +181,7 @@ class GuardedServer:
                     "'Failed to load plugin' in its log"
                 )
             time.sleep(POLL_S)
-        if not up and self._settings.strict:
+        if not all(up) and self._settings.strict:
             self.stop()
             raise NotLiveError(
                 "MoE Guard reports itself blind, so the server was stopped; --no-strict serves all "
@@ -212,11 +212,13 @@ class GuardedServer:
     def metrics(self) -> str:
         return self._get("/metrics") or ""
 
-    def _guard_up(self) -> bool | None:
-        for line in self.metrics().splitlines():
-            if line.startswith("moe_guard_up{"):
-                return float(line.rsplit(" ", 1)[1]) == 1
-        return None
+    def _guards_up(self) -> list[bool]:
+        """Of each engine. One that is not shown does not pass the API servers, which wait for all."""
+        return [
+            float(line.rsplit(" ", 1)[1]) == 1
+            for line in self.metrics().splitlines()
+            if line.startswith("moe_guard_up{")
+        ]
 
     def _get(self, path: str) -> str | None:
         return _get(self.base_url + path)

@@ -81,10 +81,13 @@ class ExpertMask:
         self.row_bits_TW[: self._rows_in_use].zero_()
         self._rows_in_use = 0
 
-    def wanted(self, layer: int, num_rows: int) -> MaskedExperts:
-        """What masks in force ask of a layer's first `num_rows` rows. Traced into compiled graphs."""
+    def wanted(self, layer: int, row_bits_TW: torch.Tensor) -> MaskedExperts:
+        """What masks in force ask of the rows that a layer routes. Traced into compiled graphs.
+
+        row_bits_TW: int64, of those rows: the first of the step's, or with other engines' among them
+        """
         num_experts = self._num_experts_L[layer]
-        rows_MT1W = (self.row_bits_TW[:num_rows] & self.method_bits_MW[:, None]).unsqueeze(2)
+        rows_MT1W = (row_bits_TW & self.method_bits_MW[:, None]).unsqueeze(2)
         hits_MTE = (rows_MT1W & self.expert_bits_LEW[layer, :num_experts]).ne(0).any(dim=-1)
         rerouted, drop_renormed, dropped, forced = hits_MTE.unbind()
         drop_renormed = drop_renormed & ~rerouted

@@ -29,7 +29,8 @@ class EventBus:
         self._model = model
         self._failures = Failures()
         self._lock = threading.Lock()
-        self._greeted = threading.Event()
+        self._greeting = threading.Condition(self._lock)
+        self._greeted: set[int] = set()
         self._log = None if decision_log is None else DecisionLog(decision_log, self._dropped)
         self.hellos: dict[int, Hello] = {}
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
@@ -45,7 +46,8 @@ class EventBus:
                     self.hellos[hello.engine] = hello
                     for listener in self.on_hello:
                         listener(hello)
-                    self._greeted.set()
+                    self._greeted.add(hello.engine)
+                    self._greeting.notify_all()
                 case Delta() as delta:
                     self._take(delta)
                 case Health() as health:
@@ -64,13 +66,17 @@ class EventBus:
             for _ in range(count):
                 self._metrics.fail(delta.engine, Stage(stage))
 
-    def expect_hello(self) -> None:
-        """An engine is about to start: that another one was up before says nothing of it."""
-        self._greeted.clear()
+    def expect_hellos(self) -> None:
+        """Engines are about to start: that others were up before says nothing of them."""
+        with self._lock:
+            self._greeted.clear()
 
-    def wait_for_hello(self, timeout_s: float) -> bool:
-        """Whether an engine has said that its guard is up, waiting for it if need be."""
-        return self._greeted.wait(timeout_s)
+    def wait_for_hellos(self, num_engines: int, timeout_s: float) -> list[Hello]:
+        """What the engines said that greeted since `expect_hellos`, waiting until they are so many, or
+        until the time is over."""
+        with self._lock:
+            self._greeting.wait_for(lambda: len(self._greeted) >= num_engines, timeout_s)
+            return [self.hellos[engine] for engine in sorted(self._greeted)]
 
     def _dropped(self, count: int) -> None:
         """Called by the log's thread too: a fault here must not end that."""

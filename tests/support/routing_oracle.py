@@ -49,22 +49,40 @@ def chosen(
 def _in_kept_groups(
     layer: MoELayer, choice: Sequence[float], asked: Asked, bias_E: torch.Tensor | None
 ) -> Collection[int]:
-    router = layer.router
-    if router.num_groups == 1:
+    if layer.router.num_groups == 1:
         return range(len(choice))
-    size = len(choice) // router.num_groups
-    groups = [range(g * size, (g + 1) * size) for g in range(router.num_groups)]
+    scores = _group_scores(layer, choice, asked, bias_E)
+    best = sorted(range(len(scores)), key=lambda g: -scores[g])[: layer.router.topk_groups]
+    size = len(choice) // layer.router.num_groups
+    return {e for g in best for e in range(g * size, (g + 1) * size)}
 
-    def score(group: range) -> float:
+
+def groups_tie(
+    layer: MoELayer, choice: Sequence[float], asked: Asked, bias_E: torch.Tensor | None
+) -> bool:
+    """Whether a group that is kept scores as much as one that is not, so that either may be."""
+    router = layer.router
+    if router.num_groups in (1, router.topk_groups):
+        return False
+    scores = sorted(_group_scores(layer, choice, asked, bias_E), reverse=True)
+    return scores[router.topk_groups - 1] == scores[router.topk_groups]
+
+
+def _group_scores(
+    layer: MoELayer, choice: Sequence[float], asked: Asked, bias_E: torch.Tensor | None
+) -> list[float]:
+    size = len(choice) // layer.router.num_groups
+
+    def score(first: int) -> float:
+        group = range(first, first + size)
         live = sorted((choice[e] for e in group if e not in asked.rerouted), reverse=True)
         if bias_E is None:
             return live[0] if live else -math.inf
         filler = float(bias_E.min() - 1)
-        first, second = [*live, filler, filler][:2]
-        return float(torch.tensor(first) + torch.tensor(second))
+        best, second = [*live, filler, filler][:2]
+        return float(torch.tensor(best) + torch.tensor(second))
 
-    best = sorted(groups, key=score, reverse=True)[: router.topk_groups]
-    return {e for group in best for e in group}
+    return [score(g * size) for g in range(layer.router.num_groups)]
 
 
 def gate_weights(

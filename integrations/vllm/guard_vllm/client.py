@@ -40,7 +40,7 @@ def open_bus(settings: Settings, model: str) -> EventBus:
         path = None if settings.decision_log is None else Path(settings.decision_log)
         _buses.append(EventBus(GuardMetrics(model, REGISTRY), model, path))
     bus = _buses[0]
-    bus.expect_hello()
+    bus.expect_hellos()
     return bus
 
 
@@ -49,16 +49,32 @@ def decisions() -> list[Decision]:
     return [decision for bus in _buses for decision in bus.decisions]
 
 
-def require_hello(bus: EventBus, timeout_s: float = HELLO_TIMEOUT_S) -> None:
-    """Raises NotLiveError where the engine does not say that its guard is up.
+def num_engines(engine_client: Any) -> int:
+    """With how many engines vLLM's client speaks: several under data parallelism."""
+    ranks = getattr(engine_client, "engine_ranks_managed", None)
+    return 1 if ranks is None else len(ranks)  # an engine core in this very process has no ranks
+
+
+def require_hellos(bus: EventBus, num_engines: int, timeout_s: float = HELLO_TIMEOUT_S) -> None:
+    """Raises NotLiveError where not every engine says that its guard is up, with the same policies.
 
     vLLM only logs a plugin that fails to import, so an engine process can come up without one.
     """
-    if not bus.wait_for_hello(timeout_s):
+    hellos = bus.wait_for_hellos(num_engines, timeout_s)
+    if len(hellos) < num_engines:
+        up = ", ".join(str(hello.engine) for hello in hellos) or "none"
         raise NotLiveError(
-            "the engine did not say that MoE Guard is live in it; "
-            "look for 'Failed to load plugin' in its log, and mend the installation"
+            f"of {num_engines} engines not all said that MoE Guard is live in them (these did: {up}); "
+            "look for 'Failed to load plugin' in the others' logs, and mend the installation"
         )
+    first = hellos[0]
+    for hello in hellos[1:]:
+        if hello.revision != first.revision:
+            raise NotLiveError(
+                f"engine {hello.engine} has policy revision {hello.revision}, but engine "
+                f"{first.engine} has {first.revision}; give every engine the same policy files, then "
+                "start again"
+            )
 
 
 def _receive_messages() -> None:

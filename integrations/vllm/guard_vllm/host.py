@@ -37,9 +37,21 @@ def _reasons(config: Any) -> list[str | None]:
             "speculative decoding in a pipeline of ranks is not supported yet",
         ),
         unless(
-            size("data_parallel_size") == 1,
-            "data parallelism is not supported yet: rows of other engines pass through the routers of "
-            "each; run independent servers behind a load balancer instead",
+            size("data_parallel_size") == 1 or size("pipeline_parallel_size") == 1,
+            "data parallelism together with pipeline parallelism is not supported yet",
+        ),
+        unless(
+            not (
+                getattr(parallel, "data_parallel_external_lb", False)
+                or getattr(parallel, "data_parallel_hybrid_lb", False)
+            ),
+            "data parallelism with an external or hybrid load balancer is not supported yet: let "
+            "vLLM's own API servers balance it",
+        ),
+        unless(
+            not getattr(parallel, "enable_elastic_ep", False),
+            "engines that come and go (--enable-elastic-ep) are not supported: each start would have "
+            "to be proved",
         ),
         unless(
             size("decode_context_parallel_size") == 1 and size("prefill_context_parallel_size") == 1,

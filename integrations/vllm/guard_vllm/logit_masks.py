@@ -103,7 +103,8 @@ def route_through_logits(
         input_ids: torch.Tensor | None = None,
     ) -> Any:
         if mask is not None:
-            router_logits = without(router_logits, mask.wanted(index, len(router_logits)).rerouted_TE)
+            masked = mask.wanted(index, mask.row_bits_TW[: len(router_logits)])
+            router_logits = without(router_logits, masked.rerouted_TE)
         topk_weights, topk_ids = compute_routing(x, router_logits, None, input_ids=input_ids)
         tap.record(index, topk_ids[:, :top_k], topk_weights[:, :top_k])
         return stock(x=x, router_logits=router_logits, input_ids=input_ids)

@@ -88,9 +88,9 @@ def _init_llm_engine(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kw
     bus = _front_end_bus(vllm_config)
     stock(engine, vllm_config, *args, **kwargs)
     if bus is not None:
-        from guard_vllm.client import require_hello
+        from guard_vllm.client import num_engines, require_hellos
 
-        require_hello(bus)
+        require_hellos(bus, num_engines(engine.engine_core))
 
 
 def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -101,12 +101,12 @@ def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwa
     get_supported_tasks = seam(engine, "get_supported_tasks")
 
     async def guarded_get_supported_tasks() -> Any:
-        """What an API server asks the engine before it serves. The engine's hello is ahead of its
+        """What an API server asks its engines before it serves. An engine's hello is ahead of its
         answer, on the same socket."""
-        from guard_vllm.client import require_hello
+        from guard_vllm.client import num_engines, require_hellos
 
         tasks = await get_supported_tasks()
-        require_hello(bus, timeout_s=0)
+        require_hellos(bus, num_engines(engine.engine_core), timeout_s=0)
         return tasks
 
     engine.get_supported_tasks = guarded_get_supported_tasks

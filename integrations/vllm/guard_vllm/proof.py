@@ -94,11 +94,16 @@ class _Routing:
         return _Routing(self.ids_TK[rows], self.weights_TK[rows])
 
 
-def prove(guard: Guard, run_rows: Callable[[int], None], num_rows: int = PROBE_ROWS) -> Proof:
+def prove(
+    guard: Guard, run_rows: Callable[[int], None], num_rows: int = PROBE_ROWS, *, shift: int = 0
+) -> Proof:
     """Run the proof; leaves the guard's buffers as they were before.
+
+    Whatever it finds, it runs rows equally often: other engines may have to run theirs beside.
 
     run_rows: runs that many dummy rows through the model, as a step of serving would; where they are
         fewer than the turns, it runs several times
+    shift: gives the rows other turns, so that engines whose rows are routed together differ
     """
     own = _own_layers(guard)
     layers = [layer for _, layer in own]
@@ -112,10 +117,12 @@ def prove(guard: Guard, run_rows: Callable[[int], None], num_rows: int = PROBE_R
         if not _reports(routing.ids_TK, layer.num_experts)
     )
     guard.tap.clear()
-    if blind or guard.mask is None:
+    if guard.mask is None:
         return Proof(len(layers), blind, 0, ())
-    faults = _prove_masks(guard, guard.mask, run_rows, num_rows)
+    faults = _prove_masks(guard, guard.mask, run_rows, num_rows, shift)
     guard.tap.clear()
+    if blind:
+        return Proof(len(layers), blind, 0, ())
     num_masked = sum(layer.router.kind != "hash" for layer in layers)
     return Proof(len(layers), (), num_masked, tuple(faults))
 
@@ -149,14 +156,13 @@ def _reports(ids_TK: np.ndarray, num_experts: int) -> bool:
 
 
 def _prove_masks(
-    guard: Guard, mask: ExpertMask, run_rows: Callable[[int], None], num_rows: int
+    guard: Guard, mask: ExpertMask, run_rows: Callable[[int], None], num_rows: int, shift: int
 ) -> list[str]:
     layers = guard.program.topology.layers
     try:
-        faults, leaking = _probe(guard, mask, run_rows, num_rows, 0)
+        faults, leaking = _probe(guard, mask, run_rows, num_rows, 0, shift)
         for round_ in range(1, LEAK_ROUNDS):
-            if leaking:
-                leaking &= _probe(guard, mask, run_rows, num_rows, round_)[1]
+            leaking &= _probe(guard, mask, run_rows, num_rows, round_, shift)[1]
     finally:
         mask.clear_rows()
         mask.install(guard.program.masks)
@@ -167,7 +173,12 @@ def _prove_masks(
 
 
 def _probe(
-    guard: Guard, mask: ExpertMask, run_rows: Callable[[int], None], num_rows: int, round_: int
+    guard: Guard,
+    mask: ExpertMask,
+    run_rows: Callable[[int], None],
+    num_rows: int,
+    round_: int,
+    shift: int,
 ) -> tuple[list[str], set[tuple[int, Turn]]]:
     """Faults, and (row of the topology, turn) where the free rows chose what a turn's rows should."""
     topology = guard.program.topology
@@ -175,7 +186,7 @@ def _probe(
     leaking: set[tuple[int, Turn]] = set()
     mask.install(_probe_masks(topology, round_))
     for first_turn in range(0, len(Turn), num_rows):
-        turn_T = (np.arange(num_rows) + first_turn) % len(Turn)
+        turn_T = (np.arange(num_rows) + first_turn + shift) % len(Turn)
         in_force_TA = turn_T[:, None] == np.array([turn for turn, _ in _ACTIONS])
         guard.tap.clear()
         mask.set_rows(torch.from_numpy(in_force_TA).to(guard.device))

@@ -20,6 +20,7 @@ from guard.errors import UnsupportedHostError
 from guard.program.topology import PLAIN_SOFTMAX, MoELayer, Topology
 from guard.runtime import Guard
 from guard_vllm.compat import seam
+from guard_vllm.data_parallel import routed_rows
 from guard_vllm.families import Family, family_of
 from guard_vllm.logit_masks import inside_kernel, route_through_logits
 
@@ -32,7 +33,7 @@ class RoutedLayer(NamedTuple):
     """A MoE layer of the served model (never of a draft model) and its router.
 
     num_logical_experts: None where the router knows of no others
-    runner: of vLLM, which holds router and experts
+    runner: what calls the router and holds the experts; it knows whose rows it routes
     kernel: the class of the layer's kernel, if it routes inside itself
     """
 
@@ -196,6 +197,7 @@ def _guarded(
     """
     tap, facts, family, router = guard.tap, layer.facts, layer.family, layer.router
     top_k = facts.top_k
+    rows = routed_rows(layer.runner, mask)
 
     def compute_routing(
         hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
@@ -203,7 +205,7 @@ def _guarded(
         topk_weights, topk_ids = stock(hidden_states, router_logits, *args, **kwargs)
         gate_weights = _gate_weights(family, router_logits, topk_weights, topk_ids, top_k)
         if mask is not None:
-            masked = mask.wanted(index, router_logits.shape[0])
+            masked = mask.wanted(index, rows.bits_TW(router_logits.shape[0]))
             bias = None if family.bias is None else family.bias(kwargs.get("input_ids"))
             own_gates, own_ids = route_masked(facts, router_logits, masked, bias)
             own_weights = own_gates * family.scaling
@@ -218,7 +220,7 @@ def _guarded(
             gate_weights = torch.where(is_masked_TK, own_gates, gate_weights)
             topk_weights = _replaced(topk_weights, is_masked_TK, own_weights)
             topk_ids = _replaced(topk_ids, is_masked_TK, own_ids)
-        tap.record(index, topk_ids[:, :top_k], gate_weights)
+        tap.record(index, topk_ids[rows.own, :top_k], gate_weights[rows.own])
         return topk_weights, topk_ids
 
     return compute_routing

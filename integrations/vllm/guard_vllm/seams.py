@@ -132,6 +132,9 @@ SEAMS: tuple[Seam, ...] = (
         "ParallelConfig",
         "layouts that are handled or refused",
         has=(
+            "data_parallel_external_lb",
+            "data_parallel_hybrid_lb",
+            "data_parallel_rank",
             "data_parallel_size",
             "decode_context_parallel_size",
             "enable_dbo",
@@ -141,6 +144,12 @@ SEAMS: tuple[Seam, ...] = (
             "prefill_context_parallel_size",
             "tensor_parallel_size",
         ),
+    ),
+    Seam(
+        "vllm.config.parallel",
+        "ParallelConfig.enable_elastic_ep",
+        "no engines that come and go",
+        optional=True,
     ),
     Seam(
         "vllm.config.scheduler",
@@ -432,6 +441,11 @@ SEAMS: tuple[Seam, ...] = (
         "receives messages",
         exact=("output", "utility_results"),
     ),
+    Seam(
+        "vllm.v1.engine.core_client",
+        "MPClient.engine_ranks_managed",
+        "every engine must greet",
+    ),
     # Routers.
     *(
         Seam(f"{_MOE}.oracle.{oracle}", "backend_to_kernel_cls", "passes over what routes inside")
@@ -501,6 +515,18 @@ SEAMS: tuple[Seam, ...] = (
         "RoutingMethodType",
         "how a kernel routes",
         has=("Renormalize", "RenormalizeNaive"),
+    ),
+    Seam(
+        f"{_MOE}.runner.moe_runner",
+        "MoERunner._maybe_dispatch",
+        "masks go with the rows to other engines",
+        exact=("hidden_states", "router_logits"),
+        returns=2,
+    ),
+    Seam(
+        f"{_MOE}.runner.moe_runner",
+        "MoERunner.do_naive_dispatch_combine",
+        "whether rows are routed by other engines too",
     ),
     Seam(
         f"{_MOE}.router.base_router",
@@ -640,6 +666,21 @@ SEAMS: tuple[Seam, ...] = (
     # Ranks.
     Seam("vllm.distributed.parallel_state", "get_tp_group", "ranks agree on a verdict"),
     Seam("vllm.distributed.parallel_state", "get_pp_group", "ranks of a pipeline share evidence"),
+    Seam("vllm.distributed.parallel_state", "get_dp_group", "which rows are this engine's"),
+    Seam("vllm.distributed.parallel_state", "get_ep_group", "masks go with the rows"),
+    Seam(
+        "vllm.distributed.parallel_state",
+        "GroupCoordinator.dispatch_router_logits",
+        "masks go with the rows",
+        leading=("hidden_states", "router_logits"),
+        takes=("extra_tensors",),
+    ),
+    Seam("vllm.forward_context", "get_forward_context", "which rows are this engine's"),
+    Seam(
+        "vllm.forward_context",
+        "DPMetadata.get_chunk_sizes_across_dp_rank",
+        "which rows are this engine's",
+    ),
     Seam(
         "vllm.distributed.parallel_state",
         "GroupCoordinator",

@@ -191,13 +191,20 @@ class WorkerGuard:
 
     def _reload_weights(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """New weights bring new gates and biases, perhaps another kernel: nothing is judged until they
-        have been proved as the first ones were, and what was seen under the old ones is forgotten."""
+        have been proved as the first ones were, and what was seen under the old ones is forgotten.
+        The proof of one of several engines would wait for the others, who may have none to run."""
         assert self._hooks is not None, "weights are loaded before they are loaded again"
         hooks = self._hooks
         hooks.guard.blind = True
         result = stock(*args, **kwargs)
         if hooks.prefixes is not None:
             hooks.prefixes.lose_track()
+        if self._data_parallel.data_parallel_size > 1:
+            logger.error(
+                "MoE Guard is blind since weights were reloaded: under data parallelism they cannot be "
+                "proved while serving; every request is unjudged until the server is restarted"
+            )
+            return result
         hooks.armed = False  # the rows of the proof are dummy ones
         try:
             proof = self._prove(hooks.guard)
@@ -216,12 +223,17 @@ class WorkerGuard:
         """In each kind of step that vLLM compiles or captures on its own, whatever the kernels say: the
         ranks run their layers together."""
         faults = tuple(kernel_faults(self._layers))
+        rank = self._data_parallel.data_parallel_rank
         proofs = [
-            prove(guard, partial(self._run_probe_rows, uniform_decode=uniform), num_rows)
+            prove(guard, partial(self._run_probe_rows, uniform_decode=uniform), num_rows, shift=rank)
             for num_rows, uniform in self._probe_steps()
         ]
         proof = next((proof for proof in proofs if not proof.holds), proofs[0])
         return replace(proof, faults=faults + proof.faults)
+
+    @property
+    def _data_parallel(self) -> Any:
+        return self._worker.vllm_config.parallel_config
 
     def _probe_steps(self) -> list[tuple[int, bool]]:
         """(rows, whether each row is a request of its own): decodes, then a batch that cannot be all

@@ -86,22 +86,37 @@ class Engines:
         return (self.folder / f"{group}.log").read_text(encoding="utf-8")
 
     def _run(self, group: str) -> dict[str, Any]:
-        job, out, log = (self.folder / f"{group}.{suffix}" for suffix in ("json", "out", "log"))
-        job.write_text(json.dumps({"engines": self._engines(group)}))
+        return self._results_of(group, self._start(group, self._engines(group)))
+
+    def _start(
+        self, group: str, engines: list[dict[str, Any]], name: str = "", **environment: str
+    ) -> subprocess.Popen[bytes]:
+        """name: of the process, if not the group's; environment: beside the group's own"""
+        job, out, log = self._files(name or group)
+        job.write_text(json.dumps({"engines": engines}))
         with log.open("w") as output:
-            process = subprocess.run(
+            return subprocess.Popen(
                 [sys.executable, str(_SUPPORT / "engine_run.py"), str(job), str(out)],
-                env=self._environment(group),
+                env=self._environment(group) | environment,
                 cwd=self.folder,
                 stdout=output,
                 stderr=output,
-                timeout=_TIMEOUT_SECONDS,
-                check=False,
             )
-        if process.returncode != 0:
-            pytest.fail(f"{group} ended with {process.returncode}:\n{log.read_text()[-4000:]}")
+
+    def _results_of(self, name: str, process: subprocess.Popen[bytes]) -> dict[str, Any]:
+        _, out, log = self._files(name)
+        try:
+            returncode = process.wait(_TIMEOUT_SECONDS)
+        finally:
+            process.kill()
+        if returncode != 0:
+            pytest.fail(f"{name} ended with {returncode}:\n{log.read_text()[-4000:]}")
         results: dict[str, Any] = json.loads(out.read_text())
         return results
+
+    def _files(self, name: str) -> tuple[Path, Path, Path]:
+        job, out, log = (self.folder / f"{name}.{suffix}" for suffix in ("json", "out", "log"))
+        return job, out, log
 
     def _environment(self, group: str) -> dict[str, str]:
         paths = [str(_CHECKOUT), str(_CHECKOUT / "integrations" / "vllm")]

@@ -75,8 +75,9 @@ class Engine:
         return report
 
     def masked_rows(self, num_rows: int) -> list[bool]:
-        assert self.guard.mask is not None
-        return self.guard.mask.wanted(0, num_rows).excluded_TE[:, FLAGGED].tolist()
+        mask = self.guard.mask
+        assert mask is not None
+        return mask.wanted(0, mask.row_bits_TW[:num_rows]).excluded_TE[:, FLAGGED].tolist()
 
 
 def fired(report: StepReport) -> list[tuple[str, int]]:

@@ -70,7 +70,7 @@ def test_an_expert_is_asked_for_by_the_first_method_in_force_that_names_it(
     mask.set_rows(torch.from_numpy(rows_TA))
 
     for layer, facts in enumerate(topology.layers):
-        wanted = mask.wanted(layer, 9)
+        wanted = mask.wanted(layer, mask.row_bits_TW)
         for row in range(9):
             for expert in range(facts.num_experts):
                 in_force = rows_TA[row] & named_LEA[layer, expert] if row < 7 else np.zeros(0, bool)
@@ -92,7 +92,7 @@ def test_a_shorter_step_leaves_no_mask_on_the_rows_behind_it() -> None:
     mask.set_rows(torch.ones((6, 1), dtype=torch.bool))
     mask.set_rows(torch.ones((2, 1), dtype=torch.bool))
 
-    assert mask.wanted(0, 8).rerouted_TE[:, 0].tolist() == [True] * 2 + [False] * 6
+    assert mask.wanted(0, mask.row_bits_TW).rerouted_TE[:, 0].tolist() == [True] * 2 + [False] * 6
 
 
 def test_installing_other_masks_forgets_the_old_ones() -> None:
@@ -101,7 +101,7 @@ def test_installing_other_masks_forgets_the_old_ones() -> None:
     mask.install(mask_table(np.eye(4, dtype=bool)[None, :, :1]))
     mask.row_bits_TW.fill_(-1)
 
-    assert mask.wanted(0, 1).rerouted_TE.tolist() == [[True, False, False, False]]
+    assert mask.wanted(0, mask.row_bits_TW[:1]).rerouted_TE.tolist() == [[True, False, False, False]]
 
 
 def test_installing_other_masks_forgets_the_old_methods() -> None:
@@ -110,7 +110,7 @@ def test_installing_other_masks_forgets_the_old_methods() -> None:
     mask.install(mask_table(np.ones((1, 4, 1), dtype=bool)))
     mask.row_bits_TW.fill_(-1)
 
-    wanted = mask.wanted(0, 1)
+    wanted = mask.wanted(0, mask.row_bits_TW[:1])
 
     assert wanted.rerouted_TE.all()
     assert not wanted.forced_TE.any()

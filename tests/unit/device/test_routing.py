@@ -7,13 +7,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from guard.device.mask import MaskedExperts
 from guard.device.routing import route_masked
 from guard.program.topology import MoELayer, Router
-from tests.support.routing_oracle import Asked, choice_scores, chosen, gate_weights
+from tests.support.routing_oracle import Asked, choice_scores, chosen, gate_weights, groups_tie
 
 GROUPED = {"num_groups": 8, "topk_groups": 4}
 
@@ -96,7 +96,8 @@ def check(layer: MoELayer, logits: torch.Tensor, asks: list[Asked], bias: torch.
         assert len(set(mine)) == len(mine)
         assert asked.rerouted.isdisjoint(mine)
         assert asked.forced <= set(mine)
-        assert sorted(choice[e] for e in mine) == sorted(choice[e] for e in expected), "up to ties"
+        if not groups_tie(layer, choice, asked, bias):
+            assert sorted(choice[e] for e in mine) == sorted(choice[e] for e in expected), "up to ties"
         for place, expert in enumerate(mine):
             if expert in asked.dropped | asked.drop_renormed:
                 assert gates[place] == 0
@@ -106,6 +107,7 @@ def check(layer: MoELayer, logits: torch.Tensor, asks: list[Asked], bias: torch.
 
 @every_family
 @settings(max_examples=25)
+@example(seed=3418, mean=0.0, spread=20.0)  # two groups of equal score
 @given(
     seed=st.integers(0, 2**32 - 1),
     mean=st.sampled_from([0.0, -2.0, -6.0, -60.0]),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from guard.events.bus import KEPT_DECISIONS, EventBus
@@ -32,7 +33,7 @@ def test_broken_metrics_stop_neither_the_log_nor_the_greeting(tmp_path: Path) ->
     bus.receive(encode(Delta(0, decisions=[decision()], selections=[0, 0])))
     bus.close()
 
-    assert (heard, bus.wait_for_hello(0)) == ([HELLO], True)
+    assert heard == bus.wait_for_hellos(1, 0) == [HELLO]
     assert [d.model for d in bus.decisions] == ["m"]
     assert json.loads((tmp_path / "log").read_text())["model"] == "m"
 
@@ -65,10 +66,21 @@ def test_what_the_log_drops_is_counted_and_never_ends_its_thread(tmp_path: Path)
 def test_nobody_is_greeted_until_an_engine_says_hello() -> None:
     bus = EventBus(GuardMetrics("m", CollectorRegistry()), "m")
 
-    assert not bus.wait_for_hello(0)
+    assert bus.wait_for_hellos(1, 0) == []
     bus.receive(encode(HELLO))
-    assert bus.wait_for_hello(0)
-    assert bus.hellos == {0: HELLO}
+    bus.receive(encode(HELLO))
+    assert bus.wait_for_hellos(2, 0) == [HELLO]
+    other = msgspec.structs.replace(HELLO, engine=1)
+    bus.receive(encode(other))
+    assert bus.wait_for_hellos(2, 0) == [HELLO, other]
+    assert bus.hellos == {0: HELLO, 1: other}
+
+
+def test_what_engines_said_before_others_start_is_not_counted() -> None:
+    bus = EventBus(GuardMetrics("m", CollectorRegistry()), "m")
+    bus.receive(encode(HELLO))
+    bus.expect_hellos()
+    assert bus.wait_for_hellos(1, 0) == []
 
 
 def test_the_latest_decisions_stay_readable_and_no_more() -> None:

@@ -39,7 +39,7 @@ def test_requests_may_be_scheduled_by_priority() -> None:
 
 
 def test_a_plain_server_passes() -> None:
-    check_host(config({"tensor_parallel_size": 4}, {}, {}))
+    check_host(config({"tensor_parallel_size": 4, "data_parallel_size": 2}, {}, {}))
 
 
 def test_a_pipeline_passes_on_model_runner_v2() -> None:
@@ -59,7 +59,15 @@ def test_a_pipeline_passes_on_model_runner_v2() -> None:
             },
             "pipeline of ranks",
         ),
-        ({"data_parallel_size": 2}, {}, {}, "data parallelism"),
+        (
+            {"data_parallel_size": 2, "pipeline_parallel_size": 2},
+            {},
+            {"use_v2_model_runner": True},
+            "data parallelism together with pipeline",
+        ),
+        ({"data_parallel_size": 2, "data_parallel_external_lb": True}, {}, {}, "load balancer"),
+        ({"data_parallel_size": 2, "data_parallel_hybrid_lb": True}, {}, {}, "load balancer"),
+        ({"data_parallel_size": 2, "enable_elastic_ep": True}, {}, {}, "--enable-elastic-ep"),
         ({"decode_context_parallel_size": 2}, {}, {}, "context parallelism"),
         ({"prefill_context_parallel_size": 2}, {}, {}, "context parallelism"),
         ({"enable_dbo": True}, {}, {}, "dual-batch"),

@@ -56,7 +56,8 @@ def model(
             logits = torch.randn(columns, generator=generator).expand(num_rows, -1)
             asked = _nothing(num_rows, layer.num_experts)
             if guard.mask is not None and layer.router.kind != "hash":
-                asked = change(index, guard.mask.wanted(index, num_rows))
+                row_bits_TW = guard.mask.row_bits_TW[:num_rows]
+                asked = change(index, guard.mask.wanted(index, row_bits_TW))
             bias = torch.full((columns,), 7.0) if layer.router.has_bias else None
             weights, ids = route_masked(layer, logits, asked, bias)
             is_zero = ids >= layer.num_experts

@@ -1,0 +1,67 @@
+"""Data parallelism: a layer may route all engines' rows together, so masks travel with the rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from guard.device.mask import ExpertMask
+from guard_vllm.compat import seam
+from guard_vllm.steps import wrap
+
+
+class RoutedRows:
+    """The rows that one layer's router sees: those of this engine's step, or of all engines' steps,
+    by rank, each with the padding of its own.
+
+    own: this engine's among them
+    """
+
+    def __init__(self, mask: ExpertMask | None) -> None:
+        self.own = slice(None)
+        self._mask = mask
+        self._gathered_bits_TW: torch.Tensor | None = None
+
+    def bits_TW(self, num_rows: int) -> torch.Tensor:
+        """int64: the mask actions in force for each of them."""
+        assert self._mask is not None, "nothing is masked"
+        if self._gathered_bits_TW is not None:
+            return self._gathered_bits_TW
+        return self._mask.row_bits_TW[:num_rows]
+
+    def follow(self, runner: Any) -> None:
+        """Send this engine's masks wherever the layer sends its rows to be routed."""
+
+        def dispatch(stock: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> Any:
+            self.own, self._gathered_bits_TW = slice(None), None
+            if not runner.do_naive_dispatch_combine:  # its kernel exchanges rows that are routed
+                return stock(hidden_states, router_logits)
+            self.own = _own_rows()
+            if self._mask is None:
+                return stock(hidden_states, router_logits)
+            group = seam("vllm.distributed.parallel_state", "get_ep_group")()
+            bits_TW = self._mask.row_bits_TW[: len(hidden_states)]
+            hidden_states, router_logits, (self._gathered_bits_TW,) = seam(
+                group, "dispatch_router_logits"
+            )(hidden_states, router_logits, extra_tensors=[bits_TW])
+            return hidden_states, router_logits
+
+        wrap(runner, "_maybe_dispatch", dispatch)
+
+
+def routed_rows(runner: Any | None, mask: ExpertMask | None) -> RoutedRows:
+    """runner: the layer's, if it has one. Of one engine alone it stays as it is."""
+    rows = RoutedRows(mask)
+    if runner is not None and int(runner.moe_config.dp_size) > 1:
+        rows.follow(runner)
+    return rows
+
+
+def _own_rows() -> slice:
+    """Numbers of the host: where a CUDA graph keeps them, vLLM pads all engines' rows to one count."""
+    context = seam("vllm.forward_context", "get_forward_context")()
+    sizes = seam(context.dp_metadata, "get_chunk_sizes_across_dp_rank")()
+    rank = seam("vllm.distributed.parallel_state", "get_dp_group")().rank_in_group
+    first = sum(sizes[:rank])
+    return slice(first, first + sizes[rank])

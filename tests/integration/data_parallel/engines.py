@@ -1,0 +1,81 @@
+"""Two engines that route each other's rows, each with requests of its own; and the same one by one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from tests.integration.offline import cases
+from tests.integration.offline.engines import Engines
+
+RANKS = 2
+SHIM = Path(__file__).parents[2] / "support" / "data_parallel_on_cpu"
+
+_BATCH = cases.batch_of_16(["isolate"])
+_LONGER = [
+    [cases.request(cases.tokens(600 + i, 40), max_tokens=30, enforce=["isolate"])]
+    for i in range(len(cases.BLOCK_VARIANTS))
+]
+
+CASES = [
+    # Batches of other sizes on each rank, with masked requests among both.
+    [cases.case("masked", _BATCH[:5]), cases.case("masked", _BATCH[5:])],
+    # A mask comes on in the middle, beside an engine that has nothing to do.
+    [cases.mask_midway(["late"]), cases.case("midway", [], [], [])],
+    # A request is blocked, so that its engine falls idle while the other goes on.
+    [cases.blocks(["stop"]), cases.case("blocks", *_LONGER)],
+]
+"""By case, what each rank runs: as many batches, for they step together."""
+
+
+class EnginePairs(Engines):
+    """The groups are `eager-guarded`, `eager-plain` and `v2-guarded`, of engines `rank0` and `rank1`
+    side by side, and `eager-alone`, where each runs the same by itself."""
+
+    def _run(self, group: str) -> dict[str, Any]:
+        if group.endswith("-alone"):
+            return super()._run(group)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        processes = {f"rank{rank}": self._start_rank(group, rank, port) for rank in range(RANKS)}
+        try:
+            return {
+                name: self._results_of(f"{group}-{name}", process)["main"]
+                for name, process in processes.items()
+            }
+        finally:
+            for process in processes.values():  # one waits for ever if the other failed
+                process.kill()
+
+    def _start_rank(self, group: str, rank: int, port: int) -> subprocess.Popen[bytes]:
+        return self._start(
+            group,
+            [self._rank(group, rank)],
+            f"{group}-rank{rank}",
+            VLLM_DP_RANK=str(rank),
+            VLLM_DP_SIZE=str(RANKS),
+            VLLM_DP_MASTER_IP="127.0.0.1",
+            VLLM_DP_MASTER_PORT=str(port),
+            VLLM_CPU_OMP_THREADS_BIND="|".join("01"[:RANKS]),
+        )
+
+    def _rank(self, group: str, rank: int) -> dict[str, Any]:
+        policies = None if group.endswith("plain") else "main"
+        more = {"enable_return_routed_experts": True} if group.startswith("v2") else {}
+        its_cases = CASES[:1] if group in ("eager-plain", "v2-guarded") else CASES
+        return self._engine("main", policies, [ranks[rank] for ranks in its_cases], **more)
+
+    def _engines(self, group: str) -> list[dict[str, Any]]:
+        return [self._rank(group, rank) | {"name": f"rank{rank}"} for rank in range(RANKS)]
+
+    def _environment(self, group: str) -> dict[str, str]:
+        environment = super()._environment(group)
+        environment["PYTHONPATH"] += os.pathsep + str(SHIM)
+        environment["VLLM_PLUGINS"] = (
+            "data_parallel_on_cpu" if group.endswith("plain") else "data_parallel_on_cpu,moe_guard"
+        )
+        return environment

@@ -1,0 +1,117 @@
+"""Two data-parallel engines route each other's rows; each judges and masks its own alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.integration.data_parallel.engines import RANKS, EnginePairs
+from tests.integration.offline.policies import STOP_AT
+from tests.integration.offline.reading import (
+    Case,
+    counted_selections,
+    counter,
+    decisions,
+    flagged,
+    rows,
+    samples,
+    selections,
+    text,
+)
+from tests.support.support_recorder import SupportRecord
+
+pytestmark = pytest.mark.vllm
+
+RUNNERS = ("eager", "v2")
+NAMES = ("masked", "midway", "blocks")
+
+
+def on_ranks(pairs: EnginePairs, group: str, name: str) -> list[Case]:
+    return [pairs.case(group, f"rank{rank}", name) for rank in range(RANKS)]
+
+
+def facts(case: Case) -> list[list[Any]]:
+    """By request, in order: what was decided where, on what evidence and with what outcome."""
+    return [
+        [
+            (d["policy"], d["rule"], d["mode"], d["position"], d["evidence"], d["outcome"])
+            for d in case["decisions"]
+            if d["request_id"] == output["request_id"]
+        ]
+        for batch in case["batches"]
+        for output in batch
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_engine_decides_what_it_would_alone(pairs: EnginePairs, name: str) -> None:
+    groups = [on_ranks(pairs, group, name) for group in ("eager-guarded", "eager-alone")]
+    for here, there in zip(*groups, strict=True):
+        assert [s["tokens"] for s in samples(here)] == [s["tokens"] for s in samples(there)]
+        assert facts(here) == facts(there)
+        assert here["counters"] == there["counters"]
+    assert any(any(facts(case)) for case in groups[0]), "nothing was decided"
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_masked_request_uses_no_masked_expert_and_the_others_of_both_engines_do(
+    pairs: EnginePairs, runner: str
+) -> None:
+    number = 0
+    for case in on_ranks(pairs, f"{runner}-guarded", "masked"):
+        for output in case["batches"][0]:
+            assert (flagged(rows(case, output)) == 0) == bool(number % 2), f"request {number}"
+            number += 1
+
+
+def test_unmasked_requests_of_both_engines_get_bit_for_bit_what_vllm_alone_gives(
+    pairs: EnginePairs, support_record: SupportRecord
+) -> None:
+    number = 0
+    for guarded, plain in zip(
+        on_ranks(pairs, "eager-guarded", "masked"),
+        on_ranks(pairs, "eager-plain", "masked"),
+        strict=True,
+    ):
+        for output, plain_output in zip(guarded["batches"][0], plain["batches"][0], strict=True):
+            same = text(output["samples"][0]) == text(plain_output["samples"][0])
+            assert same == (number % 2 == 0), f"request {number}"
+            number += 1
+    support_record("Qwen3-MoE", "observe", "reroute", parallelism=f"DP={RANKS}")
+
+
+def test_an_idle_engine_counts_nothing_while_it_routes_for_the_other(pairs: EnginePairs) -> None:
+    busy, idle = on_ranks(pairs, "eager-guarded", "midway")
+    assert counter(busy, "tokens_evaluated_total") > 0
+    assert idle["counters"] == {}
+    assert idle["decisions"] == []
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_an_engine_counts_the_selections_of_its_own_rows_alone(pairs: EnginePairs, runner: str) -> None:
+    for case in on_ranks(pairs, f"{runner}-guarded", "masked"):
+        recorded = [row for output in case["batches"][0] for row in rows(case, output)]
+        assert counted_selections(case) == selections(recorded)
+        assert counter(case, "requests_total") == len(case["batches"][0])
+
+
+def test_a_block_leaves_the_other_engine_to_its_requests(pairs: EnginePairs) -> None:
+    blocking, going_on = on_ranks(pairs, "eager-guarded", "blocks")
+    assert {s["finish_reason"] for s in samples(blocking)} == {"content_filter"}
+    for [output] in blocking["batches"]:
+        for fired in decisions(blocking, output, "stop"):
+            assert fired["evidence"][0]["value"] >= STOP_AT
+    assert {s["finish_reason"] for s in samples(going_on)} == {"length"}
+    assert all(flagged(rows(going_on, output)) == 0 for [output] in going_on["batches"])
+
+
+def test_vllms_own_record_is_what_was_judged(pairs: EnginePairs, support_record: SupportRecord) -> None:
+    number = 0
+    for case in on_ranks(pairs, "v2-guarded", "masked"):
+        for output in case["batches"][0]:
+            record = output["samples"][0]["routed_experts"]
+            assert record[: len(rows(case, output))] == [ids for _, ids in rows(case, output)]
+            assert (flagged(enumerate(record)) == 0) == bool(number % 2)  # type: ignore[arg-type]
+            number += 1
+    support_record("Qwen3-MoE", "observe", "reroute", runner="v2", parallelism=f"DP={RANKS}")
