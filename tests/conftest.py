@@ -55,10 +55,13 @@ def support_record(request: pytest.FixtureRequest) -> SupportRecord:
         support_record("Phi-3.5-MoE", "force", runner="router")  # its routing code alone
         support_record("LongCat", "force", refused="zero experts cannot be forced")
         support_record("MiniMax-M2", "observe", untestable="vLLM fails on a CPU: ...")
+        support_record.feature("chunked prefill", runner="v2")
+        support_record.feature("LoRA adapters", refused="the message of the refusal")
 
     Methods: observe, reroute, drop, drop_renorm, force; runner: v1, v2, router; mode: eager,
-    compiled; parallelism: none, or a layout in vLLM's words. `refused` is for a test that shows
-    the guard's refusal, `untestable` for one that shows vLLM's own. Reasons must not vary from run
-    to run. `make support` writes the table from what the last whole run recorded.
+    compiled; parallelism: none, or a layout such as TP=2; features: `support_facts.FEATURES`.
+    `refused` is for a test that shows the guard's refusal, `untestable` for one that shows vLLM's
+    own. Reasons must not vary from run to run. `make support` writes the table from what the last
+    whole run recorded.
     """
     return _recorder.record(request.node.nodeid)

@@ -10,12 +10,16 @@ from itertools import groupby
 from pathlib import Path
 
 from tests.support.support_facts import (
+    HOSTS,
     METHODS,
     ONE_WORKER,
+    SERVING,
     Cell,
     Fact,
+    Feature,
     Method,
     Verdict,
+    feature_verdicts,
     from_json,
     verdicts,
 )
@@ -34,6 +38,8 @@ _PLACES = {
     ("router", "compiled"): "routing code, compiled",
 }
 
+_LAYOUTS = {"TP": "tensor parallelism", "PP": "pipeline parallelism", "DP": "data parallelism"}
+
 _HEAD = """\
 # What is supported
 
@@ -43,14 +49,17 @@ of random weights: a cell says that routing is seen and masks hold there, not ho
 
 *V1* and *V2* are vLLM's two model runners in a real engine; *routing code* is the family's own routing
 called without an engine. *all* means observing and all four methods: `reroute`, `drop`, `drop_renorm`,
-`force`. An empty cell is not tested.
+`force`. An empty cell is not tested. *refused*: the server does not start, or the request gets an
+error; nothing is served unguarded.
 """
 
 
 def render(facts: Iterable[Fact]) -> dict[str, str]:
     """File name -> text."""
-    table = verdicts(facts)
-    return dict(zip(NAMES, (_json(table), _markdown(table)), strict=True))
+    found = tuple(facts)
+    table, features = verdicts(found), feature_verdicts(found)
+    rows = [*table.items(), *features.items()]
+    return dict(zip(NAMES, (_json(rows), _markdown(table, features)), strict=True))
 
 
 def differing(facts: Iterable[Fact], docs: Path = DOCS) -> list[str]:
@@ -62,21 +71,24 @@ def differing(facts: Iterable[Fact], docs: Path = DOCS) -> list[str]:
     ]
 
 
-def _json(table: dict[Cell, Verdict]) -> str:
+def _json(rows: Iterable[tuple[Cell | Feature, Verdict]]) -> str:
     lines = [
         json.dumps({**cell._asdict(), "status": v.status, "reason": v.reason, "tests": list(v.tests)})
-        for cell, v in table.items()
+        for cell, v in rows
     ]
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
-def _markdown(table: dict[Cell, Verdict]) -> str:
+def _markdown(table: dict[Cell, Verdict], features: dict[Feature, Verdict]) -> str:
     notes = _Notes()
     alone = {cell: v for cell, v in table.items() if cell.parallelism == ONE_WORKER}
     parts = [_HEAD, "## Router families, one worker\n", *_families(alone, notes)]
     if len(alone) < len(table):
         parts += ["\n## Several workers\n", *_layouts(table, notes)]
-    parts += ["\n## Notes\n", *(f"{number}. {note}" for note, number in notes.numbers.items())]
+    parts += ["\n## Serving\n", *_serving(features, notes)]
+    parts += ["\n## Hosts and layouts\n", *_hosts(features, table)]
+    if notes.numbers:
+        parts += ["\n## Notes\n", *(f"{number}. {note}" for note, number in notes.numbers.items())]
     return "\n".join(parts) + "\n"
 
 
@@ -119,6 +131,53 @@ def _layouts(table: dict[Cell, Verdict], notes: _Notes) -> Iterator[str]:
     yield _line("---", "---", "---", "---")
     for (layout, place, summary), families in lines.items():
         yield _line(layout, place, ", ".join(families), summary)
+
+
+def _serving(features: dict[Feature, Verdict], notes: _Notes) -> Iterator[str]:
+    """A line for each feature, tested or not."""
+    places = [p for p in _PLACES if any((f.runner, f.mode) == p for f in features if f.name in SERVING)]
+    yield _line("feature", *(_PLACES[place] for place in places))
+    yield _line(*("---" for _ in range(len(places) + 1)))
+    for name in SERVING:
+        own: dict[tuple[str, str], Verdict] = {
+            (f.runner, f.mode): verdict for f, verdict in features.items() if f.name == name
+        }
+        everywhere = own.pop(("any", "eager"), None)
+        cells = [_word(own.get(place) or everywhere, notes) for place in places]
+        yield _line(name, *(cells if own or everywhere else ["not tested"] * len(places)))
+
+
+def _layouts_that_work(table: dict[Cell, Verdict]) -> dict[Feature, Verdict]:
+    """What the cells of several workers come to: details are in their own section."""
+    found: dict[Feature, Verdict] = {}
+    for cell, verdict in table.items():
+        name = _LAYOUTS.get(cell.parallelism.partition("=")[0])
+        if name is None:
+            continue
+        place = Feature(name, cell.runner, cell.mode)
+        if place not in found or verdict.status == "fails":
+            found[place] = verdict
+    return found
+
+
+def _word(verdict: Verdict | None, notes: _Notes) -> str:
+    if verdict is None:
+        return ""
+    return verdict.status + (f" [{notes.number(verdict.reason)}]" if verdict.reason else "")
+
+
+def _hosts(features: dict[Feature, Verdict], table: dict[Cell, Verdict]) -> Iterator[str]:
+    """A line for each, tested or not, and one more where runners differ."""
+    found = {**_layouts_that_work(table), **features}
+    yield _line("start with", "state", "why")
+    yield _line("---", "---", "---")
+    for name in HOSTS:
+        own = {f: verdict for f, verdict in found.items() if f.name == name}
+        for feature, verdict in own.items():
+            where = "" if feature.runner == "any" else f", {_PLACES[feature.runner, feature.mode]}"
+            yield _line(name + where, verdict.status, verdict.reason)
+        if not own:
+            yield _line(name, "not tested", "")
 
 
 def _summary(methods: dict[Method, Verdict], notes: _Notes) -> str:

@@ -34,11 +34,77 @@ class Cell(NamedTuple):
     method: Method
 
 
+SERVING = (
+    "chunked prefill",
+    "prefix caching",
+    "preemption and recompute",
+    "n > 1",
+    "log probabilities",
+    "streamed output",
+    "structured output",
+    "priority scheduling",
+    "async scheduling",
+    "speculative decoding: n-gram",
+    "speculative decoding: draft model",
+    "speculative decoding: EAGLE, MTP, Medusa, suffix",
+    "cancelled requests",
+    "ten requests for each slot",
+    "weights reloaded while serving",
+    "several API servers",
+    "mixed load of 200 requests",
+    "beam search",
+    "streamed input",
+)
+"""What requests may ask for, and how an engine may serve them."""
+
+HOSTS = (
+    "tensor parallelism",
+    "pipeline parallelism",
+    "speculative decoding in a pipeline",
+    "data parallelism",
+    "expert parallelism",
+    "expert load balancing (EPLB)",
+    "dual-batch overlap (DBO)",
+    "context parallelism",
+    "LoRA adapters",
+    "KV connectors and offloading",
+    "KV sharing in fast prefill",
+    "sleep mode",
+    "weight transfer",
+    "speculative decoding: other drafters",
+    "adaptive verification of drafts",
+    "synthetic acceptance of drafts",
+    "prompt embeddings",
+    "pooling models",
+    "encoder-decoder models",
+    "diffusion models",
+    "multimodal inputs",
+    "kernels that route inside themselves",
+    "dense models",
+    "gRPC server",
+    "Rust front end",
+    "Ray executor",
+    "external launcher",
+    "NVIDIA or AMD GPUs",
+)
+"""What a server may be started with."""
+
+FEATURES = (*SERVING, *HOSTS)
+
+
+class Feature(NamedTuple):
+    """name: one of `FEATURES`; runner: `any` where the tests that speak of it run none"""
+
+    name: str
+    runner: Runner | Literal["any"]
+    mode: Mode
+
+
 @dataclass(frozen=True, slots=True)
 class Fact:
     """reason: why the guard refuses this, or why vLLM itself cannot run it here."""
 
-    cell: Cell
+    cell: Cell | Feature
     test: str
     passed: bool
     status: Literal["works", "refused", "not tested"] = "works"
@@ -71,25 +137,58 @@ def facts_of(
     for words, known in ((wanted, METHODS), ((runner,), RUNNERS), ((mode,), MODES)):
         if not words or set(words) - set(known):
             raise ValueError(f"the support table has {', '.join(known)}, not {words}")
+    said = _said(refused, untestable)
+    return [
+        Fact(Cell(family, parallelism, runner, mode, method), test, passed, *said) for method in wanted
+    ]
+
+
+def feature_fact(
+    test: str,
+    passed: bool,
+    name: str,
+    *,
+    runner: Runner | Literal["any"] = "any",
+    mode: Mode = "eager",
+    refused: str = "",
+    untestable: str = "",
+) -> Fact:
+    """Raises ValueError for a word that the table does not know."""
+    for word, known in ((name, FEATURES), (runner, (*RUNNERS, "any")), (mode, MODES)):
+        if word not in known:
+            raise ValueError(f"the support table has {', '.join(known)}, not {word}")
+    return Fact(Feature(name, runner, mode), test, passed, *_said(refused, untestable))
+
+
+def _said(refused: str, untestable: str) -> tuple[Literal["works", "refused", "not tested"], str]:
     if refused and untestable:
         raise ValueError("a cell is refused by the guard or cannot be tested here, not both")
     status: Literal["works", "refused", "not tested"] = (
         "refused" if refused else "not tested" if untestable else "works"
     )
-    return [
-        Fact(
-            Cell(family, parallelism, runner, mode, method), test, passed, status, refused or untestable
-        )
-        for method in wanted
-    ]
+    return status, refused or untestable
 
 
 def verdicts(facts: Iterable[Fact]) -> dict[Cell, Verdict]:
     """By cell, sorted. Tests that contradict each other make a cell fail, as a failed test does."""
     by_cell: dict[Cell, list[Fact]] = defaultdict(list)
     for fact in facts:
-        by_cell[fact.cell].append(fact)
+        if isinstance(fact.cell, Cell):
+            by_cell[fact.cell].append(fact)
     return {cell: _verdict(by_cell[cell]) for cell in sorted(by_cell, key=_order)}
+
+
+def feature_verdicts(facts: Iterable[Fact]) -> dict[Feature, Verdict]:
+    """As `verdicts`, in the order of `FEATURES`."""
+    by_feature: dict[Feature, list[Fact]] = defaultdict(list)
+    for fact in facts:
+        if isinstance(fact.cell, Feature):
+            by_feature[fact.cell].append(fact)
+    return {cell: _verdict(by_feature[cell]) for cell in sorted(by_feature, key=_feature_order)}
+
+
+def _feature_order(cell: Feature) -> tuple[Any, ...]:
+    return FEATURES.index(cell.name), (*RUNNERS, "any").index(cell.runner), MODES.index(cell.mode)
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
@@ -119,4 +218,8 @@ def as_json(facts: Iterable[Fact]) -> list[dict[str, Any]]:
 
 
 def from_json(stored: Iterable[dict[str, Any]]) -> list[Fact]:
-    return [Fact(**{**fact, "cell": Cell(**fact["cell"])}) for fact in stored]
+    return [Fact(**{**fact, "cell": _cell(fact["cell"])}) for fact in stored]
+
+
+def _cell(stored: dict[str, Any]) -> Cell | Feature:
+    return Cell(**stored) if "family" in stored else Feature(**stored)

@@ -6,30 +6,95 @@ Facts ride on a test's report, so that they reach the process that started pytes
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import pytest
 
 from tests.support.support_docs import DOCS, FACTS, differing
-from tests.support.support_facts import Fact, Method, Mode, Runner, as_json, facts_of, from_json
+from tests.support.support_facts import (
+    ONE_WORKER,
+    Fact,
+    Method,
+    Mode,
+    Runner,
+    as_json,
+    facts_of,
+    feature_fact,
+    from_json,
+)
 
 _PROPERTY = "support"
 """Of a test's report."""
 
 
-class SupportRecord(Protocol):
+class SupportRecord:
+    """What the fixture `support_record` gives to one test."""
+
+    def __init__(self, test: str) -> None:
+        self._test = test
+        self._said: list[Callable[[bool], list[Fact]]] = []
+
     def __call__(
         self,
         family: str,
         *methods: Method,
         runner: Runner = "v1",
         mode: Mode = "eager",
-        parallelism: str = "none",
+        parallelism: str = ONE_WORKER,
         refused: str = "",
         untestable: str = "",
-    ) -> None: ...
+    ) -> None:
+        """Cells of a router family."""
+
+        def facts(passed: bool) -> list[Fact]:
+            return facts_of(
+                self._test,
+                passed,
+                family,
+                methods,
+                runner=runner,
+                mode=mode,
+                parallelism=parallelism,
+                refused=refused,
+                untestable=untestable,
+            )
+
+        self._say(facts)
+
+    def feature(
+        self,
+        name: str,
+        *,
+        runner: Runner | Literal["any"] = "any",
+        mode: Mode = "eager",
+        refused: str = "",
+        untestable: str = "",
+    ) -> None:
+        """A cell of one of `FEATURES`."""
+
+        def facts(passed: bool) -> list[Fact]:
+            return [
+                feature_fact(
+                    self._test,
+                    passed,
+                    name,
+                    runner=runner,
+                    mode=mode,
+                    refused=refused,
+                    untestable=untestable,
+                )
+            ]
+
+        self._say(facts)
+
+    def _say(self, facts: Callable[[bool], list[Fact]]) -> None:
+        facts(True)  # a wrong word fails the test that says it
+        self._said.append(facts)
+
+    def facts(self, passed: bool) -> list[Fact]:
+        return [fact for said in self._said for fact in said(passed)]
 
 
 class SupportRecorder:
@@ -39,29 +104,21 @@ class SupportRecorder:
         self._facts_path = facts_path
         self._docs = docs
         self._facts: dict[str, list[Fact]] = {}
-        self._said: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._records: dict[str, SupportRecord] = {}
         self._whole = True
         self._differing: list[str] = []
 
     def record(self, test: str) -> SupportRecord:
-        def support_record(family: str, *methods: Method, **words: Any) -> None:
-            facts_of(test, True, family, methods, **words)  # a wrong word fails the test that says it
-            self._said.setdefault(test, []).append(((family, methods), words))
-
-        return support_record
+        self._records[test] = SupportRecord(test)
+        return self._records[test]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
-        if report.when == "call" and (said := self._said.pop(item.nodeid, [])):
-            facts = [
-                fact
-                for arguments, words in said
-                for fact in facts_of(item.nodeid, report.passed, *arguments, **words)
-            ]
-            report.user_properties.append((_PROPERTY, as_json(facts)))
+        if report.when == "call" and (record := self._records.pop(item.nodeid, None)):
+            report.user_properties.append((_PROPERTY, as_json(record.facts(report.passed))))
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

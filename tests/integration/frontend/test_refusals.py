@@ -9,6 +9,7 @@ import pytest
 from guard_vllm.frontend.refusals import refuse_unguarded_frontends
 
 from guard.errors import UnsupportedHostError
+from tests.support.support_recorder import SupportRecord
 
 SERVE = ["vllm", "serve", "MODEL"]
 
@@ -19,9 +20,10 @@ def test_the_http_server_starts(value: str | None) -> None:
     refuse_unguarded_frontends(SERVE, env, modules=("vllm", "vllm.entrypoints.openai.api_server"))
 
 
-def test_the_rust_front_end_is_refused() -> None:
-    with pytest.raises(UnsupportedHostError, match="unset VLLM_USE_RUST_FRONTEND"):
+def test_the_rust_front_end_is_refused(support_record: SupportRecord) -> None:
+    with pytest.raises(UnsupportedHostError, match="unset VLLM_USE_RUST_FRONTEND") as refused:
         refuse_unguarded_frontends(SERVE, {"VLLM_USE_RUST_FRONTEND": "1"}, modules=())
+    support_record.feature("Rust front end", refused=str(refused.value))
 
 
 @pytest.mark.parametrize(
@@ -33,9 +35,12 @@ def test_the_rust_front_end_is_refused() -> None:
     ],
     ids=["argument", "config file", "run as a module"],
 )
-def test_grpc_is_refused(argv: list[str], modules: tuple[str, ...]) -> None:
-    with pytest.raises(UnsupportedHostError, match="serve over HTTP"):
+def test_grpc_is_refused(
+    argv: list[str], modules: tuple[str, ...], support_record: SupportRecord
+) -> None:
+    with pytest.raises(UnsupportedHostError, match="serve over HTTP") as refused:
         refuse_unguarded_frontends(argv, {}, modules=modules)
+    support_record.feature("gRPC server", refused=str(refused.value))
 
 
 @pytest.mark.vllm
@@ -51,7 +56,11 @@ def test_grpc_is_refused(argv: list[str], modules: tuple[str, ...]) -> None:
     ],
     ids=["completion", "chat", "streamed chat"],
 )
-def test_beam_search_is_a_400(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+def test_beam_search_is_a_400(
+    http: httpx.Client, path: str, body: dict[str, Any], support_record: SupportRecord
+) -> None:
     answer = http.post(path, json={"model": "tiny", "use_beam_search": True, "n": 2, **body})
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"].startswith("beam search is not served")
+    message = answer.json()["error"]["message"]
+    assert message.startswith("beam search is not served")
+    support_record.feature("beam search", refused=message)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.integration.offline import cases, policies
+from tests.support.support_facts import Mode, Runner
 
 _CHECKOUT = Path(__file__).parents[3]
 _SUPPORT = _CHECKOUT / "tests" / "support"
@@ -23,6 +24,13 @@ _FAULTS_ON = {"worker_extension_cls": "tests.support.routing_faults.RoutingFault
 
 MODES = ("eager", "compiled", "v2")
 """Model Runner V1, the same compiled, and Model Runner V2."""
+
+PLACES: dict[str, tuple[Runner, Mode]] = {
+    "eager": ("v1", "eager"),
+    "compiled": ("v1", "compiled"),
+    "v2": ("v2", "eager"),
+}
+"""The `MODES` in the words of the support table."""
 
 _ENFORCING = [
     cases.case("unmasked", cases.batch_of_16()),

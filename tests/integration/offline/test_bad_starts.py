@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.integration.offline.engines import Engines
+from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
@@ -24,7 +25,11 @@ pytestmark = pytest.mark.vllm
         ("pipeline", "UnsupportedHostError", "pipeline parallelism needs Model Runner V2"),
     ],
 )
-def test_the_engine_does_not_start(engines: Engines, engine: str, error: str, message: str) -> None:
+def test_the_engine_does_not_start(
+    engines: Engines, engine: str, error: str, message: str, support_record: SupportRecord
+) -> None:
+    if engine == "dense":
+        support_record.feature("dense models", refused=message)
     result = engines.result("starts", engine)
     assert "error" in result, f"{engine} started"
     last_line = result["error"].strip().splitlines()[-1]

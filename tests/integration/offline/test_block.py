@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 
 from tests.integration.offline.cases import BLOCK_VARIANTS
-from tests.integration.offline.engines import Engines
+from tests.integration.offline.engines import PLACES, Engines
 from tests.integration.offline.policies import STOP_AT
 from tests.integration.offline.reading import Case, counter, decisions
+from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
 MODES = ("eager", "v2")
 PROMPT_TOKENS = 24
+SHOWN = {"n": "n > 1", "logprobs": "log probabilities"}
 
 
 def _outputs(case: Case, variant: str) -> dict[str, Any]:
@@ -26,8 +28,10 @@ def _outputs(case: Case, variant: str) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("variant", BLOCK_VARIANTS)
 def test_output_is_a_strict_prefix_that_ends_where_the_evidence_says(
-    engines: Engines, mode: str, variant: str
+    engines: Engines, mode: str, variant: str, support_record: SupportRecord
 ) -> None:
+    if variant in SHOWN:
+        support_record.feature(SHOWN[variant], runner=PLACES[mode][0])
     case = engines.case(f"{mode}-guarded", "main", "blocks")
     output = _outputs(case, variant)
     plain = _outputs(engines.case(f"{mode}-plain", "plain", "blocks"), variant)

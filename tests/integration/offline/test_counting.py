@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.offline.engines import MODES, Engines
+from tests.integration.offline.engines import MODES, PLACES, Engines
 from tests.integration.offline.reading import Case, counter, flagged, rows
+from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
@@ -43,8 +44,9 @@ def _assert_each_token_counted_once(case: Case) -> None:
 
 @pytest.mark.parametrize("mode", EAGER)
 def test_chunked_prompts_give_the_same_decisions_at_the_same_positions(
-    engines: Engines, mode: str
+    engines: Engines, mode: str, support_record: SupportRecord
 ) -> None:
+    support_record.feature("chunked prefill", runner=PLACES[mode][0])
     whole = engines.case(f"{mode}-guarded", "main", "long")
     chunked = engines.case(f"{mode}-guarded", "chunked", "long")
     facts = [
@@ -70,8 +72,9 @@ def test_chunked_prompts_give_the_same_decisions_at_the_same_positions(
 
 @pytest.mark.parametrize("mode", EAGER)
 def test_what_is_computed_again_after_preemption_is_judged_once_and_masked_again(
-    engines: Engines, mode: str
+    engines: Engines, mode: str, support_record: SupportRecord
 ) -> None:
+    support_record.feature("preemption and recompute", runner=PLACES[mode][0])
     case = engines.case(f"{mode}-guarded", "crowded", "crowd")
     positions = [[row[0] for row in judged] for judged in case["rows"].values()]
     assert any(len(set(own)) < len(own) for own in positions), "nothing was preempted"

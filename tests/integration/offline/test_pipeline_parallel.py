@@ -7,6 +7,8 @@ import pytest
 from tests.integration.offline.engines import Engines
 from tests.integration.offline.reading import counter, samples, texts
 from tests.integration.offline.test_tensor_parallel import facts
+from tests.support.support_facts import Method
+from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
@@ -14,7 +16,11 @@ CASES = ("unmasked", "masked", "blocks")
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_pipeline_decides_what_one_rank_does_and_reports_it_once(engines: Engines, name: str) -> None:
+def test_a_pipeline_decides_what_one_rank_does_and_reports_it_once(
+    engines: Engines, name: str, support_record: SupportRecord
+) -> None:
+    method: Method = "reroute" if name == "masked" else "observe"
+    support_record("Qwen3-MoE", method, runner="v2", parallelism="PP=2")
     alone, two = engines.case("v2-guarded", "main", name), engines.case("v2-pp2", "main", name)
     assert [s["tokens"] for s in samples(two)] == [s["tokens"] for s in samples(alone)]
     assert [s["logprobs"] for s in samples(two)] == [s["logprobs"] for s in samples(alone)]

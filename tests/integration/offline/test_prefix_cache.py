@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.integration.offline.cases import BLOCK_SIZE, CACHED_TOKENS
-from tests.integration.offline.engines import Engines
+from tests.integration.offline.engines import PLACES, Engines
 from tests.integration.offline.reading import (
     counted_selections,
     counter,
@@ -18,6 +18,7 @@ from tests.integration.offline.reading import (
     rows,
     selections,
 )
+from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
@@ -70,8 +71,9 @@ def test_an_unmasked_request_does_not_reuse_masked_blocks(engines: Engines, mode
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["prefix", "prefix-in-step"])
 def test_decisions_with_a_cached_prefix_are_those_of_the_same_request_computed_afresh(
-    engines: Engines, mode: str, engine: str, name: str
+    engines: Engines, mode: str, engine: str, name: str, support_record: SupportRecord
 ) -> None:
+    support_record.feature("prefix caching", runner=PLACES[mode][0])
     case, outputs = _case(engines, mode, name, engine)
     alone, afresh = _case(engines, mode, f"{name}-alone")
     cached = [output["cached"] for output in outputs]
@@ -163,7 +165,10 @@ def test_where_no_evidence_is_kept_a_request_that_must_be_judged_takes_no_prefix
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_preempted_request_is_decided_as_one_that_ran_through(engines: Engines, mode: str) -> None:
+def test_a_preempted_request_is_decided_as_one_that_ran_through(
+    engines: Engines, mode: str, support_record: SupportRecord
+) -> None:
+    support_record.feature("preemption and recompute", runner=PLACES[mode][0])
     crowded, outputs = _case(engines, mode, "crowd", "crowded")
     roomy, ran_through = _case(engines, mode, "crowd")
     for output, other in zip(outputs, ran_through, strict=True):

@@ -12,6 +12,7 @@ import pytest
 
 from tests.integration.offline import policies
 from tests.integration.offline.engines import Engines
+from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
@@ -36,7 +37,10 @@ def answers(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return found
 
 
-def test_weights_under_which_the_proof_holds_change_nothing(answers: dict[str, Any]) -> None:
+def test_weights_under_which_the_proof_holds_change_nothing(
+    answers: dict[str, Any], support_record: SupportRecord
+) -> None:
+    support_record.feature("weights reloaded while serving", runner="v1")
     assert answers["before"]["decisions"]
     assert not answers["before"]["blind"]
     assert answers["reloaded"] == answers["before"]

@@ -9,6 +9,7 @@ import pytest
 from tests.integration.offline.engines import Engines
 from tests.integration.offline.policies import STOP_AT
 from tests.integration.offline.reading import Case, counter, decisions, flagged, rows, samples
+from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
@@ -29,7 +30,10 @@ def facts(case: Case) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_decide_what_one_does_and_report_it_once(engines: Engines, name: str) -> None:
+def test_two_ranks_decide_what_one_does_and_report_it_once(
+    engines: Engines, name: str, support_record: SupportRecord
+) -> None:
+    support_record("Qwen3-MoE", "observe", parallelism="TP=2")
     alone, two = engines.case("eager-guarded", "main", name), engines.case("tp2", "main", name)
     assert [s["tokens"] for s in samples(two)] == [s["tokens"] for s in samples(alone)]
     assert facts(two) == facts(alone)
@@ -37,7 +41,10 @@ def test_two_ranks_decide_what_one_does_and_report_it_once(engines: Engines, nam
     assert two["counters"] == alone["counters"]
 
 
-def test_masked_rows_use_no_masked_expert_and_the_others_do(engines: Engines) -> None:
+def test_masked_rows_use_no_masked_expert_and_the_others_do(
+    engines: Engines, support_record: SupportRecord
+) -> None:
+    support_record("Qwen3-MoE", "reroute", parallelism="TP=2")
     case = engines.case("tp2", "main", "masked")
     for i, output in enumerate(case["batches"][0]):
         assert (flagged(rows(case, output)) == 0) == bool(i % 2)

@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from tests.integration.server.conftest import Server
+from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
@@ -37,8 +38,12 @@ def enforcing(*policies: str, **more: Any) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_block_ends_each_completion_with_the_tokens_before_it(
-    server: Server, options: dict[str, Any], stream: bool
+    server: Server, options: dict[str, Any], stream: bool, support_record: SupportRecord
 ) -> None:
+    if stream:
+        support_record.feature("streamed output", runner="v1")
+    if "structured_outputs" in options.get("extra", {}):
+        support_record.feature("structured output", runner="v1")
     options = dict(options)
     extra = enforcing("stop-output", return_token_ids=True, **options.pop("extra", {}))
     reply: Any = server.client.completions.create(
@@ -184,7 +189,10 @@ def test_the_decision_log_says_what_was_decided_and_nothing_of_the_text(server: 
     assert stat.S_IMODE(server.decision_log.stat().st_mode) == 0o600
 
 
-def test_several_api_servers_show_the_same_counts_at_every_scrape(two_api_servers: Server) -> None:
+def test_several_api_servers_show_the_same_counts_at_every_scrape(
+    two_api_servers: Server, support_record: SupportRecord
+) -> None:
+    support_record.feature("several API servers", runner="v1")
     server = two_api_servers
     blocked = 12
     for _ in range(blocked):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.offline.engines import PLACES
 from tests.integration.offline.reading import (
     Case,
     counted_selections,
@@ -16,6 +17,7 @@ from tests.integration.offline.reading import (
     selections,
 )
 from tests.integration.serving.engines import AHEAD, RUNNERS, SPECULATING, ServingEngines
+from tests.support.support_recorder import SupportRecord
 from tests.support.tiny_models import NUM_LAYERS
 
 pytestmark = pytest.mark.vllm
@@ -23,6 +25,15 @@ pytestmark = pytest.mark.vllm
 GUESSING = [(runner, way) for runner in RUNNERS for way in SPECULATING[runner]]
 SCHEDULING = [(runner, way) for runner in RUNNERS for way in AHEAD[runner]]
 CASES = ("text", "midway", "blocks", "prompt-blocks")
+
+_NGRAM, _ASYNC = "speculative decoding: n-gram", "async scheduling"
+SHOWN = {
+    "ngram": [_NGRAM],
+    "draft": ["speculative decoding: draft model"],
+    "async": [_ASYNC],
+    "async-ngram": [_NGRAM, _ASYNC],
+}
+"""What each way of serving shows, in the words of the support table."""
 
 
 def _outputs(case: Case) -> list[dict[str, Any]]:
@@ -58,8 +69,10 @@ def test_some_drafts_are_accepted_and_some_are_not(
 @pytest.mark.parametrize(("runner", "way"), GUESSING + SCHEDULING)
 @pytest.mark.parametrize("name", CASES)
 def test_each_accepted_token_is_judged_once(
-    engines: ServingEngines, runner: str, way: str, name: str
+    engines: ServingEngines, runner: str, way: str, name: str, support_record: SupportRecord
 ) -> None:
+    for feature in SHOWN[way]:
+        support_record.feature(feature, runner=PLACES[runner][0])
     case = engines.case(runner, way, name)
     sampled = [(output, sample) for output in _outputs(case) for sample in output["samples"]]
     prompt = sum(len(output["prompt"]) for output, _ in sampled)
@@ -120,8 +133,10 @@ def _facts(case: Case, output: dict[str, Any]) -> set[tuple[Any, ...]]:
 @pytest.mark.parametrize(("runner", "way"), GUESSING + SCHEDULING)
 @pytest.mark.parametrize("variant", [0, 1])
 def test_a_block_gives_what_it_gives_without_drafts_and_one_step_at_a_time(
-    engines: ServingEngines, runner: str, way: str, variant: int
+    engines: ServingEngines, runner: str, way: str, variant: int, support_record: SupportRecord
 ) -> None:
+    for feature in SHOWN[way]:
+        support_record.feature(feature, runner=PLACES[runner][0])
     """The token sampled at the position that fired is withheld, and all accepted after it."""
     fast, plain = (engines.case(runner, w, "blocks") for w in (way, "plain"))
     [output], [expected] = fast["batches"][variant], plain["batches"][variant]

@@ -21,6 +21,8 @@ from tests.integration.serving.judging import (
     selections_of_flagged,
 )
 from tests.integration.serving.lives import CANCELLED, REQUESTS, WAYS, LifeEngines, cases_of
+from tests.support.support_facts import Runner
+from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
@@ -93,9 +95,10 @@ def test_every_slot_comes_back(life_engines: LifeEngines, group: str, way: str, 
 
 @pytest.mark.parametrize(("way", "name"), [("steady", "reused"), ("async", "backwards")])
 def test_ten_requests_for_each_slot_get_what_each_gets_alone(
-    life_engines: LifeEngines, way: str, name: str
+    life_engines: LifeEngines, way: str, name: str, support_record: SupportRecord
 ) -> None:
     """Tokens, decisions and evidence, whoever had the slot before and whoever is beside it."""
+    support_record.feature("ten requests for each slot", runner="v1")
     together = life_engines.case("lives", way, name)
     alone = life_engines.case("lives", "steady", "one-by-one")
     ended = outputs(together) if name == "reused" else outputs(together)[::-1]
@@ -140,8 +143,11 @@ def test_neighbours_of_cancelled_requests_get_the_same_tokens_and_decisions(
 
 @pytest.mark.parametrize(("group", "way"), CANCELLING)
 def test_a_cancelled_request_has_the_decisions_up_to_its_end_and_none_after(
-    life_engines: LifeEngines, group: str, way: str
+    life_engines: LifeEngines, group: str, way: str, support_record: SupportRecord
 ) -> None:
+    runner: Runner = "v2" if group.startswith("v2") else "v1"
+    for feature in ("cancelled requests", "priority scheduling"):
+        support_record.feature(feature, runner=runner)
     case = life_engines.case(group, way, "cancelled")
     whole, ended = case["batches"]
     for i in CANCELLED:

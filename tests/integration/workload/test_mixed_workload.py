@@ -22,6 +22,8 @@ from tests.integration.workload.running import (
     run_alone,
     run_together,
 )
+from tests.support.support_facts import Runner
+from tests.support.support_recorder import SupportRecord
 from tests.support.tiny_models import write_tiny_moe
 
 pytestmark = pytest.mark.vllm
@@ -39,6 +41,7 @@ ALONE_EVERY = {"v1": 1, "v2": 6}
 class Ran:
     """The mixed run of one runner, and its requests alone."""
 
+    runner: Runner
     requests: list[WorkRequest]
     together: dict[int, Answer]
     alone: dict[int, Answer]
@@ -47,7 +50,7 @@ class Ran:
 
 @pytest.fixture(scope="session", params=RUNNERS)
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
-    runner: str = request.param
+    runner: Runner = request.param
     folder = tmp_path_factory.mktemp(f"workload-{runner}")
     write_tiny_moe(folder / "moe")
     environment = {"VLLM_SERVER_DEV_MODE": "1"}
@@ -66,10 +69,10 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         environment=environment,
         python_path=[_V2_ON_CPU] if runner == "v2" else [],
     ) as server:
-        yield _run(server, ALONE_EVERY[runner])
+        yield _run(server, runner)
 
 
-def _run(server: Server, alone_every: int) -> Ran:
+def _run(server: Server, runner: Runner) -> Ran:
     requests = work_requests()
     finished = [request for request in requests if not request.is_cancelled]
     together = run_together(server, requests)
@@ -86,14 +89,14 @@ def _run(server: Server, alone_every: int) -> Ran:
     }
     together_decisions = decisions_since(server, 0)
     lines = log_length(server)
-    some = finished[::alone_every]
+    some = finished[:: ALONE_EVERY[runner]]
     alone = run_alone(server, some)
     _wait_until_counted(server, len(requests) + len(some))
     alone_decisions = decisions_since(server, lines)
     for answers, decisions in ((together, together_decisions), (alone, alone_decisions)):
         for number, answer in answers.items():
             answer.decisions = decisions.get(number, [])
-    return Ran(requests, together, alone, metrics)
+    return Ran(runner, requests, together, alone, metrics)
 
 
 def _wait_until_counted(server: Server, ended: int) -> None:
@@ -126,7 +129,10 @@ def test_each_request_gets_the_tokens_that_it_gets_alone(ran: Ran) -> None:
         ), number
 
 
-def test_final_evidence_and_every_decision_are_those_of_the_request_alone(ran: Ran) -> None:
+def test_final_evidence_and_every_decision_are_those_of_the_request_alone(
+    ran: Ran, support_record: SupportRecord
+) -> None:
+    support_record.feature("mixed load of 200 requests", runner=ran.runner)
     for number, alone in ran.alone.items():
         assert ran.together[number].decisions == alone.decisions, number
     assert sum(len(answer.decisions) for answer in ran.alone.values()) > len(ran.alone)

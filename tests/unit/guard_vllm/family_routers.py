@@ -39,12 +39,15 @@ def bias(offset: float, spread: float, columns: int = EXPERTS) -> torch.Tensor:
 
 
 class Built(NamedTuple):
+    """families: model families that route so, by their names in `tests.support.families`"""
+
     name: str
     build: Callable[[], Any]
     columns: int = EXPERTS  # of the router logits
     experts: int = EXPERTS
     # Weights of the stock router over `g`, the gate weight before any scaling
     scaling: float | torch.Tensor = 1.0
+    families: tuple[str, ...] = ()
 
 
 def _gemma4() -> tuple[Callable[..., Any], torch.Tensor]:
@@ -83,8 +86,8 @@ _COHERE = token_choice_with_bias._torchdynamo_orig_callable  # compiling it take
 V3_BIAS, GLM_BIAS = bias(7.0, 0.12), bias(34.5, 0.14)
 
 ON_CPU = [
-    Built("Qwen3-MoE", _cpu()),
-    Built("OLMoE", _cpu(renormalize=False)),
+    Built("Qwen3-MoE", _cpu(), families=("Qwen3-MoE", "Mixtral", "Qwen3.5-MoE")),
+    Built("OLMoE", _cpu(renormalize=False), families=("OLMoE", "Jamba")),
     Built("DeepSeek-V2", _cpu(**CPU_GROUPS, renormalize=False)),
     Built(
         "DeepSeek-V3",
@@ -95,8 +98,13 @@ ON_CPU = [
             e_score_correction_bias=V3_BIAS,
         ),
         scaling=2.5,
+        families=("DeepSeek-V3",),
     ),
-    Built("GLM-4.5", _cpu(**ONE_GROUP, scoring_func="sigmoid", e_score_correction_bias=GLM_BIAS)),
+    Built(
+        "GLM-4.5",
+        _cpu(**ONE_GROUP, scoring_func="sigmoid", e_score_correction_bias=GLM_BIAS),
+        families=("GLM-4.5",),
+    ),
     Built("softmax with bias", _cpu(**ONE_GROUP, e_score_correction_bias=bias(0.1, 0.05))),
     Built(
         "DeepSeek-V4",
@@ -110,8 +118,9 @@ ON_CPU = [
         columns=256,
         experts=256,
         scaling=1.5,
+        families=("DeepSeek-V4",),
     ),
-    Built("Cohere2", _cpu(custom_routing_function=_COHERE)),
+    Built("Cohere2", _cpu(custom_routing_function=_COHERE), families=("Cohere2-MoE",)),
     Built(
         "Llama 4",
         _of(
@@ -120,13 +129,24 @@ ON_CPU = [
             renormalize=False,
             custom_routing_function=Llama4MoE.custom_routing_function,
         ),
+        families=("Llama 4",),
     ),
     Built(
         "Phi-3.5-MoE",
         _of(CPURouter, 2, renormalize=False, custom_routing_function=phimoe_routing_function),
+        families=("Phi-3.5-MoE",),
     ),
-    Built("Gemma 4", _cpu(custom_routing_function=_gemma4()[0]), scaling=_gemma4()[1]),
-    Built("Intern-S1-Pro", _cpu(custom_routing_function=InternS1ProBlock().route)),
+    Built(
+        "Gemma 4",
+        _cpu(custom_routing_function=_gemma4()[0]),
+        scaling=_gemma4()[1],
+        families=("Gemma 4",),
+    ),
+    Built(
+        "Intern-S1-Pro",
+        _cpu(custom_routing_function=InternS1ProBlock().route),
+        families=("Intern-S1-Pro",),
+    ),
 ]
 ON_CUDA = [
     Built("fused softmax", _of(FusedTopKRouter)),
@@ -136,10 +156,12 @@ ON_CUDA = [
         "MiniMax-M2",
         _of(FusedTopKBiasRouter, e_score_correction_bias=V3_BIAS, routed_scaling_factor=2.0),
         scaling=2.0,
+        families=("MiniMax-M2", "Laguna", "Step-3.5"),
     ),
     Built(
         "ERNIE-4.5",
         _of(FusedTopKBiasRouter, scoring_func="softmax", e_score_correction_bias=bias(0.1, 0.05)),
+        families=("ERNIE-4.5-MoE",),
     ),
     Built(
         "fused shared expert",
@@ -160,6 +182,7 @@ ON_CUDA = [
             routed_scaling_factor=2.5,
         ),
         scaling=2.5,
+        families=("DeepSeek-V3", "Nemotron-H"),
     ),
     Built("grouped softmax", _of(GroupedTopKRouter, **GROUPS, renormalize=False)),
     Built(
@@ -190,6 +213,7 @@ ON_CUDA = [
         ),
         EXPERTS + ZERO_EXPERTS,
         scaling=6.0,
+        families=("LongCat-Flash",),
     ),
 ]
 

@@ -20,6 +20,8 @@ from guard.program.compile import compile_policies
 from guard.program.program import MaskMethodCode, MaskRelease, MaskTable
 from guard.runtime import Guard
 from tests.support.routing_oracle import Asked, choice_scores, chosen, gate_weights
+from tests.support.support_facts import METHODS as WORDS
+from tests.support.support_recorder import SupportRecord
 from tests.unit.device.driving import policy_text, rule_text
 from tests.unit.guard_vllm.family_routers import (
     EXPERTS,
@@ -123,7 +125,11 @@ def asks_of_some_rows(facts: Any) -> list[Asked]:
     return asks
 
 
-def test_rows_without_a_mask_keep_their_bits_and_the_others_route_as_asked(attached: Attached) -> None:
+def test_rows_without_a_mask_keep_their_bits_and_the_others_route_as_asked(
+    attached: Attached, support_record: SupportRecord
+) -> None:
+    for name in attached.built.families:
+        support_record(name, *WORDS, runner="router")
     facts, family = attached.facts, attached.layer.family
     asks = asks_of_some_rows(facts)
     stock = attached.stock()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from guard_vllm.host import check_host
 
 from guard.errors import UnsupportedHostError
+from tests.support.support_recorder import SupportRecord
 
 
 def config(parallel: dict[str, Any], model: dict[str, Any], rest: dict[str, Any]) -> Any:
@@ -99,10 +101,42 @@ def test_a_pipeline_passes_on_model_runner_v2() -> None:
     ],
 )
 def test_what_cannot_be_watched_is_refused(
-    parallel: dict[str, Any], model: dict[str, Any], rest: dict[str, Any], reason: str
+    parallel: dict[str, Any],
+    model: dict[str, Any],
+    rest: dict[str, Any],
+    reason: str,
+    support_record: SupportRecord,
 ) -> None:
-    with pytest.raises(UnsupportedHostError, match=reason):
+    with pytest.raises(UnsupportedHostError, match=reason) as refused:
         check_host(config(parallel, model, rest))
+    if reason in FEATURE_OF:
+        told = re.fullmatch(r".*cannot guard this server: (.*)\. Change that.*", str(refused.value))
+        assert told
+        runner: Literal["v1", "any"] = "v1" if reason == "pipeline" else "any"
+        support_record.feature(FEATURE_OF[reason], runner=runner, refused=told[1])
+
+
+FEATURE_OF = {
+    "pipeline": "pipeline parallelism",
+    "pipeline of ranks": "speculative decoding in a pipeline",
+    "context parallelism": "context parallelism",
+    "dual-batch": "dual-batch overlap (DBO)",
+    "--enable-eplb": "expert load balancing (EPLB)",
+    "--enable-expert-parallel": "expert parallelism",
+    "--enable-lora": "LoRA adapters",
+    "choose one of ngram, ": "speculative decoding: other drafters",
+    "adaptive verification": "adaptive verification of drafts",
+    "'synthetic'": "synthetic acceptance of drafts",
+    "fast-prefill": "KV sharing in fast prefill",
+    "weight transfer": "weight transfer",
+    "KV connectors": "KV connectors and offloading",
+    "diffusion": "diffusion models",
+    "pooling": "pooling models",
+    "encoder-decoder": "encoder-decoder models",
+    "--enable-prompt-embeds": "prompt embeddings",
+    "sleep mode": "sleep mode",
+}
+"""By a part of the refusal: its name in the support table."""
 
 
 def test_all_reasons_are_told_together() -> None:

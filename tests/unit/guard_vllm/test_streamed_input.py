@@ -11,6 +11,8 @@ from guard_vllm.frontend.request_args import RequestArgumentError, install_reque
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
+from tests.support.support_recorder import SupportRecord
+
 
 async def _chunks() -> AsyncGenerator[list[int], None]:
     yield [1]
@@ -22,11 +24,14 @@ def _install(monkeypatch: pytest.MonkeyPatch, *policies: str) -> None:
     install_request_args(Sources({}, policies, can_act=lambda: True, redact=False))
 
 
-def test_streamed_input_is_refused_under_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_input_is_refused_under_policies(
+    monkeypatch: pytest.MonkeyPatch, support_record: SupportRecord
+) -> None:
     _install(monkeypatch, "p")
 
-    with pytest.raises(RequestArgumentError, match="give the whole prompt in one request"):
+    with pytest.raises(RequestArgumentError, match="give the whole prompt in one request") as refused:
         AsyncLLM.generate(object(), _chunks(), None, "id")
+    support_record.feature("streamed input", refused=str(refused.value))
 
 
 @pytest.mark.parametrize(("policies", "prompt"), [(("p",), {"prompt_token_ids": [1]}), ((), _chunks())])

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from tests.support.support_docs import differing, render
-from tests.support.support_facts import METHODS, as_json, facts_of, from_json, verdicts
+from tests.support.support_facts import (
+    METHODS,
+    as_json,
+    facts_of,
+    feature_fact,
+    from_json,
+    verdicts,
+)
 from tests.support.support_recorder import SupportRecorder
 
 
@@ -39,6 +46,7 @@ def test_an_unknown_word_is_refused(words: Any) -> None:
 
 def test_facts_survive_the_file() -> None:
     facts = facts_of("a.py::t[x]", True, "Mixtral", METHODS, runner="v2", refused="why")
+    facts.append(feature_fact("a.py::t", False, "n > 1", runner="v1"))
     assert from_json(json.loads(json.dumps(as_json(facts)))) == facts
 
 
@@ -55,6 +63,43 @@ def test_families_with_equal_cells_share_a_line_and_reasons_a_note() -> None:
     assert "| Jamba | observe; refused: force [1] |\n" in page
     assert "\n1. it | cannot\n" in page
     assert "| TP=2 | V1 eager | Mixtral | reroute |\n" in page
+
+
+def test_features_and_hosts_have_a_line_each_whether_tested_or_not() -> None:
+    facts = [
+        feature_fact("a.py::t", True, "chunked prefill", runner="v1"),
+        feature_fact("a.py::t", False, "prefix caching", runner="v2"),
+        feature_fact("a.py::t", True, "beam search", refused="a 400"),
+        feature_fact("a.py::t", True, "LoRA adapters", refused="not yet"),
+        feature_fact("a.py::t", True, "pipeline parallelism", runner="v1", refused="needs V2"),
+        *facts_of("b.py::t", True, "Mixtral", ["drop"], runner="v2", parallelism="PP=2"),
+        *facts_of("b.py::t", True, "Mixtral", ["drop"], parallelism="TP=2"),
+        *facts_of("b.py::t", False, "OLMoE", ["drop"], parallelism="TP=2"),
+    ]
+    pages = render(facts)
+    page = pages["support.md"]
+    assert "| feature | V1 eager | V2 eager |\n" in page
+    assert "| chunked prefill | works |  |\n" in page
+    assert "| prefix caching |  | fails [" in page
+    assert "| n > 1 | not tested | not tested |\n" in page
+    note = next(line for line in page.splitlines() if line.endswith(" a 400"))
+    refused = f"refused [{note.partition('.')[0]}]"
+    assert f"| beam search | {refused} | {refused} |\n" in page
+    assert "| LoRA adapters | refused | not yet |\n" in page
+    assert "| sleep mode | not tested |  |\n" in page
+    assert "| pipeline parallelism, V2 eager | works |  |\n" in page
+    assert "| pipeline parallelism, V1 eager | refused | needs V2 |\n" in page
+    assert "| tensor parallelism, V1 eager | fails | b.py::t failed |\n" in page
+    rows = json.loads(pages["support.json"])
+    assert [row["status"] for row in rows if row.get("name") == "LoRA adapters"] == ["refused"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("telepathy", {}), ("n > 1", {"runner": "v3"}), ("n > 1", {"mode": "graph"})]
+)
+def test_an_unknown_feature_or_place_is_refused(name: str, words: Any) -> None:
+    with pytest.raises(ValueError, match="the support table has"):
+        feature_fact("t", True, name, **words)
 
 
 def test_docs_that_another_run_wrote_are_named(tmp_path: Path) -> None:
@@ -75,6 +120,8 @@ import pytest
 @pytest.mark.parametrize("method", ["drop", "force"])
 def test_cell(support_record, method):
     support_record("Mixtral", method)
+    if method == "drop":
+        support_record.feature("n > 1", runner="v2")
     assert method != "{failing}"
 """
 
@@ -102,7 +149,9 @@ def _suite(pytester: pytest.Pytester, failing: str = "") -> None:
 
 def _facts(pytester: pytest.Pytester) -> tuple[bool, dict[str, bool]]:
     stored = json.loads((pytester.path / "facts" / "facts.json").read_text())
-    return stored["whole"], {f["cell"]["method"]: f["passed"] for f in stored["facts"]}
+    return stored["whole"], {
+        f["cell"]["method"]: f["passed"] for f in stored["facts"] if "method" in f["cell"]
+    }
 
 
 def test_a_whole_run_fails_until_the_docs_say_what_it_showed(pytester: pytest.Pytester) -> None:
