@@ -58,7 +58,7 @@ def render(facts: Iterable[Fact]) -> dict[str, str]:
     """File name -> text."""
     found = tuple(facts)
     table, features = verdicts(found), feature_verdicts(found)
-    rows = [*table.items(), *features.items()]
+    rows: list[tuple[Cell | Feature, Verdict]] = [*table.items(), *features.items()]
     return dict(zip(NAMES, (_json(rows), _markdown(table, features)), strict=True))
 
 

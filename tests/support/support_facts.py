@@ -34,6 +34,9 @@ class Cell(NamedTuple):
     method: Method
 
 
+IN_A_KERNEL = "Qwen3-MoE in a kernel that routes"
+"""A stand-in for such a kernel: those that vLLM has run on GPUs."""
+
 SERVING = (
     "chunked prefill",
     "prefix caching",
@@ -62,6 +65,9 @@ HOSTS = (
     "pipeline parallelism",
     "speculative decoding in a pipeline",
     "data parallelism",
+    "data parallelism: external or hybrid load balancer",
+    "data parallelism: elastic (--enable-elastic-ep)",
+    "data parallelism with pipeline parallelism",
     "expert parallelism",
     "expert load balancing (EPLB)",
     "dual-batch overlap (DBO)",
@@ -79,7 +85,9 @@ HOSTS = (
     "encoder-decoder models",
     "diffusion models",
     "multimodal inputs",
-    "kernels that route inside themselves",
+    "kernels that route inside: vLLM has another",
+    "kernels that route inside: logits are enough",
+    "kernels that route inside: logits are not enough",
     "dense models",
     "gRPC server",
     "Rust front end",

@@ -10,6 +10,8 @@ from tests.integration.offline.cases import BATCH, MASKED
 from tests.integration.offline.engines import Engines
 from tests.integration.offline.policies import FLAGGED
 from tests.integration.offline.reading import counter, rows, text
+from tests.support.support_facts import IN_A_KERNEL, Mode
+from tests.support.support_recorder import SupportRecord
 from tests.support.tiny_models import NUM_LAYERS
 
 pytestmark = pytest.mark.vllm
@@ -38,7 +40,12 @@ def test_the_tap_holds_whom_the_kernel_chose(engines: Engines, mode: str, name: 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_in_a_masked_request_the_kernel_chooses_no_masked_expert(engines: Engines, mode: str) -> None:
+def test_in_a_masked_request_the_kernel_chooses_no_masked_expert(
+    engines: Engines, mode: str, support_record: SupportRecord
+) -> None:
+    place: Mode = "compiled" if mode == "compiled" else "eager"
+    support_record(IN_A_KERNEL, "observe", "reroute", mode=place)
+    support_record.feature("kernels that route inside: logits are enough", runner="v1", mode=place)
     for name, masked in (("unmasked", ()), ("masked", MASKED)):
         case = _case(engines, mode, name)
         for i, output in enumerate(case["batches"][0]):

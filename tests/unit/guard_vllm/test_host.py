@@ -119,6 +119,9 @@ def test_what_cannot_be_watched_is_refused(
 FEATURE_OF = {
     "pipeline": "pipeline parallelism",
     "pipeline of ranks": "speculative decoding in a pipeline",
+    "load balancer": "data parallelism: external or hybrid load balancer",
+    "--enable-elastic-ep": "data parallelism: elastic (--enable-elastic-ep)",
+    "data parallelism together with pipeline": "data parallelism with pipeline parallelism",
     "context parallelism": "context parallelism",
     "dual-batch": "dual-batch overlap (DBO)",
     "--enable-eplb": "expert load balancing (EPLB)",

@@ -27,6 +27,7 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
 from guard.errors import UnsupportedHostError
 from tests.support.routing_kernel import DeafKernel, RoutingKernel, instead_of_vllms
+from tests.support.support_recorder import SupportRecord
 from tests.unit.device.driving import MASK, Engine, policy_text, rule_text
 
 MASKING = policy_text(rule_text("{always: {}}", MASK))
@@ -146,7 +147,10 @@ def test_where_vllm_has_no_other_kernel_the_one_that_routes_is_taken(
     assert layer.facts.router.is_in_kernel
 
 
-def test_where_vllm_has_another_kernel_that_one_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+def test_where_vllm_has_another_kernel_that_one_is_taken(
+    caplog: pytest.LogCaptureFixture, support_record: SupportRecord
+) -> None:
+    support_record.feature("kernels that route inside: vLLM has another")
     caplog.set_level("INFO", logger="guard_vllm.monolithic")
     stock = unquantized.backend_to_kernel_cls(unquantized.UnquantizedMoeBackend.CPU)
     runner, taken = build(RoutingKernel, *stock)
@@ -187,8 +191,9 @@ def routes(**_: Any) -> None:
     ],
 )
 def test_where_logits_are_not_enough_the_layer_is_refused_with_the_reason(
-    options: dict[str, Any], reason: str
+    options: dict[str, Any], reason: str, support_record: SupportRecord
 ) -> None:
+    support_record.feature("kernels that route inside: logits are not enough", refused=REASON)
     with pytest.raises(UnsupportedHostError, match=reason) as caught:
         build(**options)
     for part in (REASON, "layer model.layers.0.mlp.experts but RoutingKernel", "--moe-backend"):

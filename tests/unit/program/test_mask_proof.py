@@ -27,6 +27,8 @@ from guard.policy.model import (
 from guard.program.fit import check_against
 from guard.program.topology import PLAIN_SOFTMAX, MoELayer, Router, Topology
 from guard.program.wording import ranges
+from tests.support.support_facts import IN_A_KERNEL, MODES, Method
+from tests.support.support_recorder import SupportRecord
 
 DEEPSEEK_V3 = Router("sigmoid", num_groups=4, topk_groups=2, has_bias=True)
 DEEPSEEK_V2 = Router("softmax", renormalize=False, num_groups=4, topk_groups=2)
@@ -248,13 +250,18 @@ def test_a_router_inside_a_kernel_can_be_rerouted() -> None:
 
 
 @pytest.mark.parametrize("method", ["drop", "drop_renorm", "force"])
-def test_a_router_inside_a_kernel_can_do_nothing_else(method: str) -> None:
+def test_a_router_inside_a_kernel_can_do_nothing_else(
+    method: Method, support_record: SupportRecord
+) -> None:
     (fault,) = faults(topology(IN_KERNEL), policy("a", {0, 1}), policy("b", {2}, method))
 
     assert "layer 3 is routed inside its kernel" in fault.message
     assert f"but b/r would mask it by {method}; use method: reroute" in fault.message
     assert "a/r" not in fault.message
     assert fault.location == HERE
+    reason = fault.message.partition(" is ")[2].partition(", but")[0]
+    for mode in MODES:
+        support_record(IN_A_KERNEL, method, mode=mode, refused=f"its layers are {reason}")
 
 
 def test_a_router_inside_a_kernel_needs_enough_live_experts_as_any_does() -> None:
