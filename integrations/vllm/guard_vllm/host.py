@@ -57,7 +57,16 @@ def _reasons(config: Any) -> list[str | None]:
             size("decode_context_parallel_size") == 1 and size("prefill_context_parallel_size") == 1,
             "context parallelism is not supported yet",
         ),
-        unless(not getattr(parallel, "enable_dbo", False), "dual-batch overlap is not supported yet"),
+        unless(
+            not getattr(parallel, "enable_dbo", False) and size("ubatch_size") <= 1,
+            "dual-batch overlap (--enable-dbo, or --ubatch-size above 1) is not supported yet: a layer "
+            "sees a step in parts",
+        ),
+        unless(
+            not getattr(parallel, "enable_batch_sharded_sampling", False),
+            "sampling in shards (--enable-batch-sharded-sampling) is not supported yet: a rank samples "
+            "for some requests of a step only",
+        ),
         unless(
             not getattr(parallel, "enable_eplb", False),
             "expert load balancing (--enable-eplb) is not supported yet: it needs expert parallelism",

@@ -143,12 +143,19 @@ SEAMS: tuple[Seam, ...] = (
             "pipeline_parallel_size",
             "prefill_context_parallel_size",
             "tensor_parallel_size",
+            "ubatch_size",
         ),
     ),
     Seam(
         "vllm.config.parallel",
         "ParallelConfig.enable_elastic_ep",
         "no engines that come and go",
+        optional=True,
+    ),
+    Seam(
+        "vllm.config.parallel",
+        "ParallelConfig.enable_batch_sharded_sampling",
+        "every rank samples the whole step",
         optional=True,
     ),
     Seam(

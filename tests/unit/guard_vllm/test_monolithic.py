@@ -169,6 +169,7 @@ def test_what_vllm_refuses_without_the_guard_it_refuses_in_its_own_words() -> No
     with pytest.raises(NotImplementedError, match="No Unquantized MoE backend supports") as caught:
         build(Unsupported)
     assert not isinstance(caught.value, UnsupportedHostError)
+    assert caught.value.__context__ is None, "it is not asked a second time"
 
 
 BIAS = torch.zeros(EXPERTS)
@@ -294,6 +295,7 @@ class Guarded:
 _random = torch.Generator().manual_seed(1)
 LOGITS = torch.randn((ROWS, EXPERTS), generator=_random)
 LOGITS[:, 3] = 9.0  # expert 3, which the policy masks, is everyone's first choice
+LOGITS[1, 0] = -0.0
 STATES = torch.randn((ROWS, HIDDEN), generator=_random)
 
 
