@@ -164,7 +164,11 @@ def run_stepped(
     slots = llm.collective_rpc("slots")[0]
     return [
         (output_json(output) if output is not None else nothing_json(request, external_id))
-        | {"cancelled": stepped.cancelled.get(number), "slots": slots}
+        | {
+            "cancelled": stepped.cancelled.get(number),
+            "slots": slots,
+            "num_in_grammar": stepped.num_in_grammar(number),
+        }
         for number, (request, output, external_id) in enumerate(
             zip(requests, outputs, stepped.external_ids(), strict=True)
         )

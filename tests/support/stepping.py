@@ -57,6 +57,7 @@ class SteppedBatch:
         self._internal: dict[int, str] = {}
         self._external: dict[int, str] = {}
         self._latest: dict[str, Any] = {}
+        self._grammars: dict[int, Any] = {}
         self.cancelled: dict[int, dict[str, Any]] = {}
 
     def run(self) -> list[Any]:
@@ -74,6 +75,11 @@ class SteppedBatch:
             self._step()  # the worker hears of requests that ended in the step that comes
         return [self._latest.get(external) for external in self.external_ids()]
 
+    def num_in_grammar(self, number: int) -> int | None:
+        """Tokens by which a request's grammar has advanced, if it has one."""
+        asked = self._grammars.get(number)
+        return None if asked is None else int(asked.grammar.num_processed_tokens)
+
     def external_ids(self) -> list[str]:
         return [self._external[i] for i in range(len(self._requests))]
 
@@ -85,6 +91,9 @@ class SteppedBatch:
                 self._internal[number] = self._engine.add_request(
                     external, prompt, self._make_params(request), priority=request.get("priority", 0)
                 )
+                added = self._core.scheduler.requests[self._internal[number]]
+                if added.structured_output_request is not None:
+                    self._grammars[number] = added.structured_output_request
 
     def _step(self) -> None:
         for output in self._engine.step():

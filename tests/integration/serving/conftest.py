@@ -22,6 +22,5 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> ServingEngines:
 @pytest.fixture(scope="session")
 def life_engines(tmp_path_factory: pytest.TempPathFactory) -> LifeEngines:
     folder = tmp_path_factory.mktemp("lives")
-    write_tiny_moe(folder / "moe")
     write_lives(folder)
     return LifeEngines(folder)

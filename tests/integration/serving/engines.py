@@ -29,7 +29,7 @@ ALL = [
     cases.blocks(["stop-prompt"]) | {"name": "prompt-blocks"},
 ]
 
-_NGRAM = {
+NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": DRAFT_TOKENS,
     "prompt_lookup_max": 3,
@@ -48,7 +48,7 @@ class ServingEngines(Engines):
     def _serving(self, way: str) -> dict[str, Any]:
         more: dict[str, Any] = {}
         if "ngram" in way:
-            more = {"speculative_config": _NGRAM, "disable_log_stats": False}
+            more = {"speculative_config": NGRAM, "disable_log_stats": False}
         elif way == "draft":
             draft = {
                 "method": "draft_model",

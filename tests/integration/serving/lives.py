@@ -11,7 +11,9 @@ from tests.integration.offline import cases, policies
 from tests.integration.offline.cases import Case, Request
 from tests.integration.offline.engines import Engines
 from tests.integration.offline.policies import FLAGGED, count, policy
-from tests.support.tiny_models import NUM_LAYERS
+from tests.integration.serving.engines import NGRAM
+from tests.support.byte_tokenizer import write_byte_tokenizer
+from tests.support.tiny_models import NUM_LAYERS, write_tiny_moe
 
 SEQUENCES = 4
 REQUESTS = 10 * 2 * SEQUENCES + 4
@@ -23,8 +25,9 @@ KV_BLOCKS = 9
 BATCHED_TOKENS = 24
 MAX_LENGTH = 192
 
-RUNNERS = {"lives": ("steady", "async"), "v2-lives": ("async",)}
-"""Groups of engines: V1 and V2. async: a step is under way while the next one is scheduled."""
+RUNNERS = {"lives": ("steady", "async", "ngram"), "v2-lives": ("async", "async-ngram")}
+"""Groups of engines: V1 and V2. async: a step is under way while the next one is scheduled. The one
+with drafts is the last: vLLM's CPU build starts no engine in a process that ran its n-gram proposer."""
 
 WAYS = [(group, way) for group, ways in RUNNERS.items() for way in ways]
 
@@ -138,6 +141,56 @@ def short_lives() -> Case:
     return stepped("short", short)
 
 
+def urgent() -> Case:
+    """Each alone, and then all: later ones are more urgent than those that they find under way, and
+    there is not room for all."""
+    asked = [[], ["isolate"], ["late"], ["flicker"], ["brief"], ["stop"]]
+    requests = [
+        cases.request(cases.tokens(5000 + i, 52 + i % 11), max_tokens=16, enforce=asked[i % len(asked)])
+        for i in range(12)
+    ]
+    together = [request | {"priority": -i, "arrives": 5 * i // 2} for i, request in enumerate(requests)]
+    return stepped("urgent", *[[request] for request in requests], together)
+
+
+GRAMMARS: list[dict[str, Any]] = [
+    {"regex": "[ -~]{24}(ab|cd)"},
+    {"choice": ["red red red red red", "green green green", "blue blue blue blue"]},
+    {
+        "json": {
+            "type": "object",
+            "properties": {
+                "ok": {"type": "boolean"},
+                "kind": {"enum": ["first", "second"]},
+                "list": {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2},
+            },
+            "required": ["ok", "kind", "list"],
+            "additionalProperties": False,
+        }
+    },
+]
+
+STRUCTURED_ASKED: list[list[str]] = [[], ["isolate"], ["stop"], ["late"]]
+
+
+def structured() -> Case:
+    """Each grammar with each of `STRUCTURED_ASKED`."""
+    return stepped(
+        "structured",
+        [
+            cases.request(
+                cases.tokens(4000 + i, 20),
+                max_tokens=90,
+                enforce=enforce,
+                ignore_eos=False,
+                structured_outputs=grammar,
+            )
+            for i, grammar in enumerate(GRAMMARS)
+            for enforce in STRUCTURED_ASKED
+        ],
+    )
+
+
 def one_by_one() -> Case:
     return stepped("one-by-one", *[[life(i)] for i in range(REQUESTS)])
 
@@ -191,20 +244,31 @@ class LifeEngines(Engines):
             "max_num_batched_tokens": BATCHED_TOKENS,
             "num_gpu_blocks_override": KV_BLOCKS,
             "scheduling_policy": "priority",
+            "skip_tokenizer_init": False,
             "disable_log_stats": False,
             "worker_extension_cls": "tests.support.routing_recorder.WeightsRecorder",
         }
-        engine = self._engine(way, "lives", cases_of(group, way), **small)
-        return engine | {"async": way == "async", "record": True}
+        more: dict[str, Any] = {"speculative_config": NGRAM} if "ngram" in way else {}
+        more["structured_outputs_config"] = (
+            {"backend": "outlines"}
+            if way == "async"
+            else {"backend": "xgrammar", "disable_any_whitespace": True}
+        )
+        engine = self._engine(way, "lives", cases_of(group, way), **small, **more)
+        return engine | {"async": way.startswith("async"), "record": True}
 
 
 def cases_of(group: str, way: str) -> list[Case]:
+    if "ngram" in way:
+        return [structured()]
     if group == "v2-lives":
         return [short_lives(), cancelled()]
     if way == "async":
-        return [backwards(), cancelled()]
-    return [reused(), one_by_one(), cancelled()]
+        return [backwards(), cancelled(), urgent(), structured()]
+    return [reused(), one_by_one(), cancelled(), urgent(), structured()]
 
 
 def write_lives(folder: Path) -> None:
+    write_tiny_moe(folder / "moe")
+    write_byte_tokenizer(folder / "moe")
     policies.write(folder / "lives", POLICIES)

@@ -27,7 +27,13 @@ from tests.support.support_recorder import SupportRecord
 pytestmark = pytest.mark.vllm
 
 CASES = [(group, way, case["name"]) for group, way in WAYS for case in cases_of(group, way)]
-COMPARED = {"reused": (4, 6, 7), "short": range(0, REQUESTS, 5), "cancelled": (13, 15, 22)}
+COMPARED = {
+    "reused": (4, 6, 7),
+    "short": range(0, REQUESTS, 5),
+    "cancelled": (13, 15, 22),
+    "urgent": (15, 16),
+    "structured": (1, 2, 7),
+}
 """Requests of each case: the reference is slow."""
 
 JUDGED = [names for names in CASES if names[2] in COMPARED]
@@ -108,6 +114,18 @@ def test_ten_requests_for_each_slot_get_what_each_gets_alone(
         assert output["prompt"] == expected["prompt"]
         assert _text(output) == _text(expected)
         assert facts(together, output) == facts(alone, expected)
+
+
+@pytest.mark.parametrize("way", ["steady", "async"])
+def test_preempted_by_more_urgent_ones_a_request_gets_what_it_gets_alone(
+    life_engines: LifeEngines, way: str
+) -> None:
+    case = life_engines.case("lives", way, "urgent")
+    *alone, together = case["batches"]
+    assert counter(case, "vllm:num_preemptions_total") >= 3
+    for output, [expected] in zip(together, alone, strict=True):
+        assert _text(output) == _text(expected)
+        assert facts(case, output) == facts(case, expected)
 
 
 def _text(output: Output) -> tuple[Any, ...]:
