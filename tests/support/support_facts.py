@@ -69,6 +69,7 @@ HOSTS = (
     "data parallelism: elastic (--enable-elastic-ep)",
     "data parallelism with pipeline parallelism",
     "expert parallelism",
+    "expert parallelism with tensor and data parallelism",
     "expert load balancing (EPLB)",
     "dual-batch overlap (DBO)",
     "context parallelism",

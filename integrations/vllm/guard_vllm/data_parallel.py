@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from guard.device.mask import ExpertMask
+from guard.errors import UnsupportedHostError
 from guard_vllm.compat import seam
 from guard_vllm.steps import wrap
 
@@ -51,9 +52,19 @@ class RoutedRows:
 
 
 def routed_rows(runner: Any | None, mask: ExpertMask | None) -> RoutedRows:
-    """runner: the layer's, if it has one. Of one engine alone it stays as it is."""
+    """runner: the layer's, if it has one. Of one engine alone it stays as it is.
+
+    Raises UnsupportedHostError for a layer that routes a part of a step's rows on each rank.
+    """
     rows = RoutedRows(mask)
-    if runner is not None and int(runner.moe_config.dp_size) > 1:
+    if runner is None:
+        return rows
+    if runner.moe_config.is_sequence_parallel:
+        raise UnsupportedHostError(
+            f"layer {runner.layer_name} splits a step's rows over the tensor-parallel ranks "
+            "(sequence-parallel experts), which is not supported yet; set --tensor-parallel-size 1"
+        )
+    if int(runner.moe_config.dp_size) > 1:
         rows.follow(runner)
     return rows
 

@@ -68,12 +68,10 @@ def _reasons(config: Any) -> list[str | None]:
             "for some requests of a step only",
         ),
         unless(
-            not getattr(parallel, "enable_eplb", False),
-            "expert load balancing (--enable-eplb) is not supported yet: it needs expert parallelism",
-        ),
-        unless(
-            not getattr(parallel, "enable_expert_parallel", False),
-            "expert parallelism (--enable-expert-parallel) is not supported yet",
+            not getattr(parallel, "use_sequence_parallel_moe", False),
+            "expert parallelism together with tensor and data parallelism is not supported yet: it "
+            "splits a step's rows over the tensor-parallel ranks (sequence-parallel experts); set "
+            "--tensor-parallel-size 1",
         ),
         *_serving_reasons(config),
     ]

@@ -138,12 +138,11 @@ SEAMS: tuple[Seam, ...] = (
             "data_parallel_size",
             "decode_context_parallel_size",
             "enable_dbo",
-            "enable_eplb",
-            "enable_expert_parallel",
             "pipeline_parallel_size",
             "prefill_context_parallel_size",
             "tensor_parallel_size",
             "ubatch_size",
+            "use_sequence_parallel_moe",
         ),
     ),
     Seam(

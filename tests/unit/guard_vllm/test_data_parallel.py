@@ -12,6 +12,7 @@ from guard_vllm.data_parallel import RoutedRows, routed_rows
 from guard_vllm.routers import RoutedLayer, attach
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
+from guard.errors import UnsupportedHostError
 from tests.unit.device.driving import MASK, Engine, policy_text, rule_text
 
 MASKING = policy_text(rule_text("{always: {}}", MASK))
@@ -27,7 +28,8 @@ class Runner:
     """vLLM's runner of a layer, with another engine's rows ahead of this one's."""
 
     def __init__(self, *, naive: bool = True, engines: int = 2) -> None:
-        self.moe_config = SimpleNamespace(dp_size=engines)
+        self.moe_config = SimpleNamespace(dp_size=engines, is_sequence_parallel=False)
+        self.layer_name = "layer"
         self.do_naive_dispatch_combine = naive
 
     def _maybe_dispatch(
@@ -132,3 +134,10 @@ def test_one_engine_alone_stays_as_it_is() -> None:
     rows = routed_rows(runner, None)
     assert runner._maybe_dispatch == stock
     assert rows.own == RoutedRows(None).own == slice(None)
+
+
+def test_a_layer_that_splits_rows_over_ranks_is_refused() -> None:
+    runner = Runner()
+    runner.moe_config.is_sequence_parallel = True
+    with pytest.raises(UnsupportedHostError, match="sequence-parallel experts"):
+        routed_rows(runner, None)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.eplb_remap import MAPS, MASKED
+from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
@@ -54,8 +55,9 @@ def test_a_remap_changes_places_and_neither_logical_ids_nor_weights(routed: dict
 
 @pytest.mark.parametrize("name", MAPS)
 def test_masked_rows_use_no_copy_of_a_masked_expert_wherever_it_lies(
-    routed: dict[str, Any], name: str
+    routed: dict[str, Any], name: str, support_record: SupportRecord
 ) -> None:
     used = [set(row) & set(MAPS[name][MASKED]) for row in routed[name]["physical"]]
     assert not any(used[0::2])
     assert all(used[1::2])
+    support_record.feature("expert load balancing (EPLB)", runner="router")

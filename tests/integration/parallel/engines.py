@@ -12,7 +12,7 @@ from tests.integration.offline import cases
 from tests.integration.offline.engines import Engines
 
 RANKS = 2
-SHIM = Path(__file__).parents[2] / "support" / "data_parallel_on_cpu"
+SHIM = Path(__file__).parents[2] / "support" / "parallel_on_cpu"
 
 _BATCH = cases.batch_of_16(["isolate"])
 _LONGER = [
@@ -33,10 +33,12 @@ CASES = [
 
 class EnginePairs(Engines):
     """The groups are `eager-guarded`, `eager-plain` and `v2-guarded`, of engines `rank0` and `rank1`
-    side by side, and `eager-alone`, where each runs the same by itself."""
+    side by side, the same with `-experts` behind it, where each has half of the experts, and
+    `eager-alone`, where each engine runs its cases by itself. In `tensor-experts` two tensor-parallel
+    ranks have half of the experts each, and the engine is `main`."""
 
     def _run(self, group: str) -> dict[str, Any]:
-        if group.endswith("-alone"):
+        if group in ("eager-alone", "tensor-experts"):
             return super()._run(group)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -60,22 +62,28 @@ class EnginePairs(Engines):
             VLLM_DP_SIZE=str(RANKS),
             VLLM_DP_MASTER_IP="127.0.0.1",
             VLLM_DP_MASTER_PORT=str(port),
-            VLLM_CPU_OMP_THREADS_BIND="|".join("01"[:RANKS]),
         )
 
     def _rank(self, group: str, rank: int) -> dict[str, Any]:
-        policies = None if group.endswith("plain") else "main"
+        policies = None if "-plain" in group else "main"
         more = {"enable_return_routed_experts": True} if group.startswith("v2") else {}
-        its_cases = CASES[:1] if group in ("eager-plain", "v2-guarded") else CASES
+        if group.endswith("-experts"):
+            more["enable_expert_parallel"] = True
+        its_cases = CASES if group in ("eager-guarded", "eager-alone") else CASES[:1]
         return self._engine("main", policies, [ranks[rank] for ranks in its_cases], **more)
 
     def _engines(self, group: str) -> list[dict[str, Any]]:
+        if group == "tensor-experts":
+            two = {"tensor_parallel_size": RANKS, "enable_expert_parallel": True}
+            return [self._engine("main", "main", [cases.case("masked", _BATCH)], **two)]
         return [self._rank(group, rank) | {"name": f"rank{rank}"} for rank in range(RANKS)]
 
     def _environment(self, group: str) -> dict[str, str]:
         environment = super()._environment(group)
         environment["PYTHONPATH"] += os.pathsep + str(SHIM)
+        if group != "eager-alone":
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join("01"[:RANKS])
         environment["VLLM_PLUGINS"] = (
-            "data_parallel_on_cpu" if group.endswith("plain") else "data_parallel_on_cpu,moe_guard"
+            "parallel_on_cpu" if "-plain" in group else "parallel_on_cpu,moe_guard"
         )
         return environment

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.data_parallel.engines import RANKS
+from tests.integration.parallel.engines import RANKS
 from tests.integration.server.conftest import Server
 
 pytestmark = pytest.mark.vllm

@@ -1,11 +1,14 @@
-"""Data parallelism of MoE layers on a CPU, for tests only: a vLLM plugin of this folder on PYTHONPATH.
+"""Data and expert parallelism on a CPU, for tests only: a vLLM plugin of this folder on PYTHONPATH.
 
-vLLM's CPU communicator lacks the two collectives with which its engines exchange the rows of a MoE
-layer. These are slow and simple ones.
+vLLM's CPU communicator lacks the two collectives with which engines exchange the rows of a MoE layer,
+and its CPU kernel reads beyond its weights where a row's expert lies on another rank. The stand-ins
+here are slow and simple; routers, masks and maps of experts stay vLLM's own.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +18,11 @@ import torch.distributed as dist
 
 def register() -> None:
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
     CpuCommunicator.all_gatherv = _all_gatherv
     CpuCommunicator.reduce_scatterv = _reduce_scatterv
+    CPUUnquantizedExperts.apply = _of_local_experts(CPUUnquantizedExperts.apply)
 
 
 def _all_gatherv(
@@ -50,3 +55,21 @@ def _reduce_scatterv(
     dist.all_reduce(total, group=communicator.device_group)
     first = sum(sizes[:rank])
     return total[first : first + sizes[rank]].clone()
+
+
+def _of_local_experts(stock: Any) -> Any:
+    """Experts of other ranks become this rank's first one without weight: they add nothing here."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def apply(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind(*args, **kwargs)
+        expert_map = given.arguments["expert_map"]
+        if expert_map is not None:
+            ids, weights = given.arguments["topk_ids"], given.arguments["topk_weights"]
+            local_ids = expert_map[ids.long()].to(ids.dtype)
+            given.arguments["topk_ids"] = local_ids.clamp(min=0)
+            given.arguments["topk_weights"] = weights.masked_fill(local_ids < 0, 0.0)
+        stock(*given.args, **given.kwargs)
+
+    return apply

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from tests.integration.data_parallel.engines import RANKS, EnginePairs
 from tests.integration.offline.policies import STOP_AT
 from tests.integration.offline.reading import (
     Case,
@@ -19,11 +18,13 @@ from tests.integration.offline.reading import (
     selections,
     text,
 )
+from tests.integration.parallel.engines import RANKS, EnginePairs
 from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
-RUNNERS = ("eager", "v2")
+LAYOUTS = {"": f"DP={RANKS}", "-experts": f"DP={RANKS}, EP={RANKS}"}
+GUARDED = ("eager-guarded", "eager-guarded-experts", "v2-guarded")
 NAMES = ("masked", "midway", "blocks")
 
 
@@ -54,31 +55,38 @@ def test_each_engine_decides_what_it_would_alone(pairs: EnginePairs, name: str) 
     assert any(any(facts(case)) for case in groups[0]), "nothing was decided"
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("group", GUARDED)
 def test_a_masked_request_uses_no_masked_expert_and_the_others_of_both_engines_do(
-    pairs: EnginePairs, runner: str
+    pairs: EnginePairs, group: str
 ) -> None:
     number = 0
-    for case in on_ranks(pairs, f"{runner}-guarded", "masked"):
+    for case in on_ranks(pairs, group, "masked"):
         for output in case["batches"][0]:
             assert (flagged(rows(case, output)) == 0) == bool(number % 2), f"request {number}"
             number += 1
 
 
+@pytest.mark.parametrize(("layout", "parallelism"), LAYOUTS.items())
 def test_unmasked_requests_of_both_engines_get_bit_for_bit_what_vllm_alone_gives(
-    pairs: EnginePairs, support_record: SupportRecord
+    pairs: EnginePairs, layout: str, parallelism: str, support_record: SupportRecord
 ) -> None:
     number = 0
-    for guarded, plain in zip(
-        on_ranks(pairs, "eager-guarded", "masked"),
-        on_ranks(pairs, "eager-plain", "masked"),
-        strict=True,
-    ):
+    groups = [on_ranks(pairs, f"eager-{way}{layout}", "masked") for way in ("guarded", "plain")]
+    for guarded, plain in zip(*groups, strict=True):
         for output, plain_output in zip(guarded["batches"][0], plain["batches"][0], strict=True):
             same = text(output["samples"][0]) == text(plain_output["samples"][0])
             assert same == (number % 2 == 0), f"request {number}"
             number += 1
-    support_record("Qwen3-MoE", "observe", "reroute", parallelism=f"DP={RANKS}")
+    support_record("Qwen3-MoE", "observe", "reroute", parallelism=parallelism)
+    name = "expert parallelism" if "EP" in parallelism else "data parallelism"
+    support_record.feature(name, runner="v1")
+
+
+def test_where_experts_lie_changes_no_decision(pairs: EnginePairs) -> None:
+    groups = [on_ranks(pairs, f"eager-guarded{layout}", "masked") for layout in LAYOUTS]
+    for one, other in zip(*groups, strict=True):
+        assert [s["tokens"] for s in samples(one)] == [s["tokens"] for s in samples(other)]
+        assert facts(one) == facts(other)
 
 
 def test_an_idle_engine_counts_nothing_while_it_routes_for_the_other(pairs: EnginePairs) -> None:
@@ -88,9 +96,9 @@ def test_an_idle_engine_counts_nothing_while_it_routes_for_the_other(pairs: Engi
     assert idle["decisions"] == []
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_an_engine_counts_the_selections_of_its_own_rows_alone(pairs: EnginePairs, runner: str) -> None:
-    for case in on_ranks(pairs, f"{runner}-guarded", "masked"):
+@pytest.mark.parametrize("group", GUARDED)
+def test_an_engine_counts_the_selections_of_its_own_rows_alone(pairs: EnginePairs, group: str) -> None:
+    for case in on_ranks(pairs, group, "masked"):
         recorded = [row for output in case["batches"][0] for row in rows(case, output)]
         assert counted_selections(case) == selections(recorded)
         assert counter(case, "requests_total") == len(case["batches"][0])
@@ -115,3 +123,16 @@ def test_vllms_own_record_is_what_was_judged(pairs: EnginePairs, support_record:
             assert (flagged(enumerate(record)) == 0) == bool(number % 2)  # type: ignore[arg-type]
             number += 1
     support_record("Qwen3-MoE", "observe", "reroute", runner="v2", parallelism=f"DP={RANKS}")
+    support_record.feature("data parallelism", runner="v2")
+
+
+def test_tensor_parallel_ranks_with_half_of_the_experts_each_mask_and_count_as_one(
+    pairs: EnginePairs, support_record: SupportRecord
+) -> None:
+    case = pairs.case("tensor-experts", "main", "masked")
+    for number, output in enumerate(case["batches"][0]):
+        assert (flagged(rows(case, output)) == 0) == bool(number % 2), f"request {number}"
+    recorded = [row for output in case["batches"][0] for row in rows(case, output)]
+    assert counted_selections(case) == selections(recorded)
+    assert counter(case, "failures_total") == 0
+    support_record("Qwen3-MoE", "observe", "reroute", parallelism=f"TP={RANKS}, EP={RANKS}")

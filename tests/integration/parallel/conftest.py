@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.data_parallel.engines import RANKS, SHIM, EnginePairs
 from tests.integration.frontend.tiny_model import write_tiny_model
 from tests.integration.offline.engines import write_inputs
+from tests.integration.parallel.engines import RANKS, SHIM, EnginePairs
 from tests.integration.server.conftest import Server, serving
 from tests.support.tiny_models import write_tiny_moe
 
