@@ -74,6 +74,10 @@ def why_not_enough(experts: Any) -> str | None:
             "there are copies of experts, or shared ones among the routed",
         ),
         (
+            bool(config.moe_parallel_config.enable_eplb),
+            "experts are moved about by load balancing, by a map that is the router's",
+        ),
+        (
             config.moe_parallel_config.dp_size > 1 or config.moe_parallel_config.is_sequence_parallel,
             "rows of other ranks pass through the kernel",
         ),

@@ -54,7 +54,7 @@ def test_sequence_parallel_experts_are_refused_by_what_turns_them_on(backend: st
     parallel = ParallelConfig(enable_expert_parallel=True, all2all_backend=backend, **sizes)
     assert parallel.use_sequence_parallel_moe
 
-    assert "--enable-expert-parallel" in refusal(parallel)
+    assert "expert parallelism" in refusal(parallel)
 
 
 def test_sampling_in_shards_is_refused() -> None:

@@ -201,20 +201,20 @@ def test_where_logits_are_not_enough_the_layer_is_refused_with_the_reason(
         assert part in str(caught.value)
 
 
+def parallel(**differing: Any) -> dict[str, Any]:
+    alone = {"dp_size": 1, "enable_eplb": False, "is_sequence_parallel": False}
+    return {"moe_parallel_config": SimpleNamespace(**alone | differing)}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"num_experts": EXPERTS + 2}, "copies of experts"),
         ({"has_hash_routing": True}, "a table from token ids"),
         ({"routing_method": RoutingMethodType.TopK}, "the routing method TopK"),
-        (
-            {"moe_parallel_config": SimpleNamespace(dp_size=2, is_sequence_parallel=False)},
-            "rows of other ranks",
-        ),
-        (
-            {"moe_parallel_config": SimpleNamespace(dp_size=1, is_sequence_parallel=True)},
-            "rows of other ranks",
-        ),
+        (parallel(dp_size=2), "rows of other ranks"),
+        (parallel(is_sequence_parallel=True), "rows of other ranks"),
+        (parallel(enable_eplb=True), "moved about by load balancing"),
     ],
 )
 def test_what_the_kernel_was_set_up_for_counts_too(change: dict[str, Any], reason: str) -> None:
