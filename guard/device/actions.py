@@ -154,8 +154,11 @@ class StepActions:
         batch: StepBatch,
         fresh: FreshRows,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Firings packed to the front of a buffer of fixed size. In front is the first one of each
-        request and rule that acts, so that no request can crowd out another's masks and blocks."""
+        """Firings packed to the front of a buffer for as many as there can be: a rule that fires has to
+        turn false again, so at most at every second row of a request. In front is the first one of each
+        request and rule that acts, so that no request can crowd out another's masks and blocks. The
+        first `MAX_EVENTS_PER_STEP` have their values."""
+        most = self._num_rules * ((len(batch.position_T) + len(batch.slots_B)) // 2)
         count_TR = fired_TR.to(torch.int64).cumsum(0)
         before_BR = (count_TR - fired_TR.to(torch.int64))[batch.query_start_B1[:-1]]
         is_first_TR = fired_TR & (count_TR - before_BR[batch.request_T] == 1)
@@ -164,11 +167,11 @@ class StepActions:
         nth_acting, nth_other = acting.cumsum(0), other.cumsum(0)
         num_events = nth_acting[-1:] + nth_other[-1:]
         place = torch.where(acting, nth_acting, nth_acting[-1:] + nth_other) - 1
-        place = place.where(acting | other, MAX_EVENTS_PER_STEP).clamp(max=MAX_EVENTS_PER_STEP)
-        source = torch.full((MAX_EVENTS_PER_STEP + 1,), -1, dtype=torch.int64, device=acting.device)
+        place = place.where(acting | other, most)
+        source = torch.full((most + 1,), -1, dtype=torch.int64, device=acting.device)
         source.scatter_(0, place, torch.arange(len(acting), device=acting.device))
-        source = source[:MAX_EVENTS_PER_STEP]
-        used = torch.arange(MAX_EVENTS_PER_STEP, device=acting.device) < num_events
+        source = source[:most]
+        used = torch.arange(most, device=acting.device) < num_events
         source = source.where(used, 0)
         row, rule = source // self._num_rules, source % self._num_rules
         columns: list[torch.Tensor] = [torch.empty(0)] * EventColumn.NUM
@@ -177,6 +180,7 @@ class StepActions:
         columns[EventColumn.POSITION] = batch.position_T[row]
         columns[EventColumn.IN_PROMPT] = (batch.position_T < fresh.prompt_T)[row].to(torch.int64)
         columns[EventColumn.ENFORCED] = enforced_TR[row, rule].to(torch.int64)
+        row, rule = row[:MAX_EVENTS_PER_STEP], rule[:MAX_EVENTS_PER_STEP]
         conditions = self._conditions_RC[rule]
         values = value_TC[row[:, None], conditions.clamp(min=0)].where(conditions >= 0, float("nan"))
         return torch.stack(columns, dim=1), values, num_events

@@ -13,8 +13,8 @@ NULL_SLOT = 0
 """The slot of rows that belong to no request: padding, warm-up, requests that were not admitted."""
 
 MAX_EVENTS_PER_STEP = 512
-"""More firings than this in one step act all the same; their events are dropped and counted, those of
-enforced masks and blocks last."""
+"""So many of a step's firings are reported with their evidence, enforced masks and blocks first. Of
+more there is what counters need, fetched when it is needed; they have no line in the decision log."""
 
 MASK_INTERVALS = 4
 """Stretches of positions that an action's mask was in force for, kept to repeat them in a recompute. Of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ _ADDED = np.array([RequestColumn.PROMPT_TOKENS, RequestColumn.OUTPUT_TOKENS])
 
 
 class StepDecisions(NamedTuple):
-    """`StepReport`'s arrays while they are on the device; events beyond `num_events` are unused."""
+    """`StepReport`'s arrays while they are on the device. events_V: all of the step's firings, of which
+    the first ones have `values_V`; those beyond `num_events` are unused."""
 
     requests_B: torch.Tensor
     masked_BW: torch.Tensor
@@ -69,13 +71,14 @@ class Readback:
         self.req_ids = tuple(req_ids)
         self._failures = failures
         self._done: torch.cuda.Event | None = None
-        self._keep_alive: tuple[list[StepDecisions], CheckFindings | None] | None = None
+        self._keep_alive: CheckFindings | None = None
+        self._copy_stream = copy_stream
         self._replayed_requests = [part.requests_np for part in replayed]
-        parts = [*(part.decisions for part in replayed), facts.decisions]
+        parts = self._parts = [*(part.decisions for part in replayed), facts.decisions]
         if copy_stream is None:
             self._host, self._findings = parts, facts.findings
             return
-        self._keep_alive = parts, facts.findings  # until the copy stream has read them
+        self._keep_alive = facts.findings  # until the copy stream has read them
         copy_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(copy_stream):
             self._host = [_pinned(part) for part in parts]
@@ -89,12 +92,14 @@ class Readback:
         if self._done is not None:
             self._done.synchronize()
             self._done = self._keep_alive = None
+        more = self._events_without_values()
+        self._parts = []
         own = self._host[-1]
         requests_B = own.requests_B.numpy()
         events, values, num_events = [], [], 0
         for part, requests_np in zip(self._host, [*self._replayed_requests, None], strict=True):
             num_events += int(part.num_events)
-            kept = min(int(part.num_events), len(part.events_V))
+            kept = min(int(part.num_events), len(part.values_V))
             events_V = part.events_V[:kept].numpy()
             if requests_np is not None:
                 # The rest of a request's facts are as of its last row, which is in the step itself.
@@ -118,9 +123,26 @@ class Readback:
             values_V[order],
             num_events,
             self._failures,
+            more_events_V=more,
             drafts=None if own.drafts is None else DraftReport(*(a.numpy() for a in own.drafts)),
             check=self._check(),
         )
+
+    def _events_without_values(self) -> NDArray[np.int64]:
+        """Firings for which the copy has no room. There are seldom any: they are fetched now."""
+        found = [np.zeros((0, EventColumn.NUM), dtype=np.int64)]
+        stream = self._copy_stream
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            for number, (part, host) in enumerate(zip(self._parts, self._host, strict=True)):
+                kept, num_events = len(host.values_V), int(host.num_events)
+                if num_events <= kept:
+                    continue
+                events_V = part.events_V[kept:num_events].cpu().numpy()
+                if number < len(self._replayed_requests):
+                    requests_np = self._replayed_requests[number]
+                    events_V[:, EventColumn.REQUEST] = requests_np[events_V[:, EventColumn.REQUEST]]
+                found.append(events_V)
+        return np.concatenate(found)
 
     def _check(self) -> RoutingCheck | None:
         if self._findings is None:
@@ -129,7 +151,8 @@ class Readback:
 
 
 def _pinned(decisions: StepDecisions) -> StepDecisions:
-    *tensors, drafts = decisions
+    first_events_V = decisions.events_V[: len(decisions.values_V)]
+    *tensors, drafts = decisions._replace(events_V=first_events_V)
     pinned_drafts = None if drafts is None else DraftDecisions(*map(_to_pinned, drafts))
     return StepDecisions._make([*map(_to_pinned, tensors), pinned_drafts])
 

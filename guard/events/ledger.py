@@ -126,8 +126,7 @@ class Ledger:
             reason = blocked.get(req_id, owed).reason
             blocked[req_id] = Ending(reason)  # none of this step's tokens was to come out
         self._note_events(report)
-        if report.num_events > len(report.events_V):
-            self._drop(Stage.EVALUATE, report.num_events - len(report.events_V))
+        self._note_more_events(report)
         return blocked
 
     def give_up(self, req_ids: Iterable[str]) -> dict[str, Ending]:
@@ -161,6 +160,11 @@ class Ledger:
         for event, values in zip(report.events_V, report.values_V, strict=True):
             if event[EventColumn.REQUEST] == row and event[EventColumn.POSITION] <= last_position:
                 self._note_decision(report, req_id, row, event, values)
+        more_V = report.more_events_V
+        is_own_V = more_V[:, EventColumn.REQUEST] == row
+        self._count_events(
+            report, more_V[is_own_V & (more_V[:, EventColumn.POSITION] <= last_position)]
+        )
 
     def note_failures(self, failures: Mapping[str, int]) -> None:
         """Faults in the engine core itself, by stage."""
@@ -346,19 +350,51 @@ class Ledger:
                 continue  # computed behind the block, and discarded with its tokens
             self._note_decision(report, req_id, row, event, values)
 
+    def _note_more_events(self, report: StepReport) -> None:
+        """Those that the report holds no evidence of: there may be very many."""
+        more_V = report.more_events_V
+        if not len(more_V):
+            return
+        last_B = np.full(len(report.req_ids), -1)
+        rows = [row for req_id, row in self._row_of.items() if req_id not in self._open]
+        last_B[rows] = report.requests_B[rows, RequestColumn.BLOCK_KEY] // len(self._rules)
+        is_counted_V = more_V[:, EventColumn.POSITION] <= last_B[more_V[:, EventColumn.REQUEST]]
+        self._count_events(report, more_V[is_counted_V])
+
+    def _count_events(self, report: StepReport, events_V: NDArray[np.int64]) -> None:
+        """Count decisions that have no line in the log."""
+        if not len(events_V):
+            return
+        columns = [EventColumn.REQUEST, EventColumn.RULE, EventColumn.IN_PROMPT, EventColumn.ENFORCED]
+        kinds, counts = np.unique(events_V[:, columns], axis=0, return_counts=True)
+        for (row, number, in_prompt, enforced), count in zip(
+            kinds.tolist(), counts.tolist(), strict=True
+        ):
+            key, outcome = self._kind_of(number, bool(in_prompt), bool(enforced))
+            self._decision_counts[key] += count
+            self._raise_outcome(report.req_ids[row], outcome)
+        self._drop(Stage.EVALUATE, len(events_V))
+
+    def _kind_of(
+        self, number: int, in_prompt: bool, enforced: bool
+    ) -> tuple[tuple[int, str, str], str]:
+        """What a firing counts as, and the outcome that it gives its request."""
+        outcome = {"mask": "masked", "block": "blocked"}.get(self._rules[number].action, "observed")
+        key = (number, "enforce" if enforced else "audit", "prompt" if in_prompt else "output")
+        return key, outcome if enforced else "observed"
+
     def _note_decision(
         self, report: StepReport, req_id: str, row: int, event: np.ndarray, values: np.ndarray
     ) -> None:
-        number = int(event[EventColumn.RULE])
+        key, outcome = self._kind_of(
+            int(event[EventColumn.RULE]),
+            bool(event[EventColumn.IN_PROMPT]),
+            bool(event[EventColumn.ENFORCED]),
+        )
+        number, mode, phase = key
         rule = self._rules[number]
-        enforced = bool(event[EventColumn.ENFORCED])
-        mode = "enforce" if enforced else "audit"
-        phase = "prompt" if event[EventColumn.IN_PROMPT] else "output"
-        outcome = {"mask": "masked", "block": "blocked"}.get(rule.action, "observed")
-        if not enforced:
-            outcome = "observed"
         self._raise_outcome(req_id, outcome)
-        self._decision_counts[number, mode, phase] += 1
+        self._decision_counts[key] += 1
         self._moved = True
         if len(self._delta.decisions) >= MAX_PENDING_DECISIONS:
             self._drop(Stage.EVENT_BUFFER, 1)

@@ -96,6 +96,10 @@ class DraftReport:
     extremes_BKC: NDArray[np.float32]
 
 
+def _no_events() -> NDArray[np.int64]:
+    return np.zeros((0, EventColumn.NUM), dtype=np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """The decisions of one step.
@@ -109,6 +113,7 @@ class StepReport:
     events_V: int64 [V, EventColumn.NUM], by request, position, then deciding order
     values_V: float64 [V, most conditions of a rule]; NaN where unknown
     num_events: firings in this step; more than V where some did not fit
+    more_events_V: int64 [num_events - V, EventColumn.NUM], those that did not, in no order
     failures: faults since the last report, by stage
     failed: this step was not judged at all; every array is empty
     drafts: where the server decodes speculatively
@@ -125,6 +130,7 @@ class StepReport:
     num_events: int
     failures: Mapping[str, int] = field(default_factory=dict)
     failed: bool = False
+    more_events_V: NDArray[np.int64] = field(default_factory=_no_events)
     drafts: DraftReport | None = None
 
     def unjudged(self) -> set[str]:
@@ -146,7 +152,7 @@ class StepReport:
             np.zeros((0, RequestColumn.NUM), dtype=np.int64),
             np.zeros((0, 0), dtype=np.int64),
             np.zeros((0, 0), dtype=np.float32),
-            np.zeros((0, EventColumn.NUM), dtype=np.int64),
+            _no_events(),
             np.zeros((0, 0), dtype=np.float64),
             0,
             failures,

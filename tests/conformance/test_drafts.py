@@ -3,6 +3,8 @@ of the accepted tokens, and what is told where the tokens come one by one."""
 
 from __future__ import annotations
 
+from unittest import mock
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -65,6 +67,25 @@ def _verdict(case: Case, request: Speculated) -> Verdict:
 def _outcome(request: Speculated, verdict: Verdict) -> Outcome:
     end = request.stop_at + 1
     return reference_outcome(verdict, request.routing._replace(topk_ids=request.routing.topk_ids[:end]))
+
+
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
+@given(cases(), st.data())
+def test_counters_are_the_same_where_most_firings_have_no_evidence(
+    case: Case, data: st.DataObject
+) -> None:
+    request = data.draw(speculated("a", case.routing, case.enforced))
+    expected = serve(case, [_one_by_one(request)], 0)
+    with mock.patch("guard.device.actions.MAX_EVENTS_PER_STEP", 2):
+        delta = serve(case, [request], MAX_DRAFTS)
+    if delta is None or expected is None:
+        return
+    found, wanted = told(delta), told(expected)
+    for name in found.keys() - {"decisions", "lost"}:
+        assert found[name] == wanted[name]
+    assert found["decisions"] <= wanted["decisions"]
+    dropped = delta.dropped.get("evaluate", 0)
+    assert len(delta.decisions) + dropped == sum(count.count for count in delta.decision_counts)
 
 
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))

@@ -8,7 +8,7 @@ import torch
 
 from guard.device.kept_evidence import KeptEvidence
 from guard.program.program import SignalTable
-from guard.program.step_report import RequestColumn, StepReport
+from guard.program.step_report import EventColumn, RequestColumn, StepReport
 from tests.unit.device.driving import (
     COUNT,
     FLAGGED,
@@ -149,6 +149,30 @@ def test_a_request_without_a_slot_leaves_evidence_for_others() -> None:
 
     assert fired(report) == [("b", 2)]
     assert (tokens(report), unseen(report)) == ((6, 0), 0)
+
+
+def test_firings_of_a_cached_prefix_that_have_no_evidence_are_their_requests_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("guard.device.actions.MAX_EVENTS_PER_STEP", 1)
+    engine = CachingEngine()
+    engine.guard.add_request("a", 9)
+    engine.run("a", 0, [FLAGGED, OTHER, FLAGGED, OTHER, FLAGGED, OTHER, FLAGGED, OTHER], [3, 4])
+    engine.guard.add_request("b", 9)
+    engine.guard.take_from_cache("b", [3, 4, 5], 8)
+    stock = engine.guard.begin_step
+
+    def begin_step(*args: object) -> None:
+        stock(*args)  # type: ignore[arg-type]
+        engine.guard.place_rows(torch.tensor([24, 20]))
+
+    engine.guard.begin_step = begin_step  # type: ignore[method-assign, assignment]
+    report = engine.step({"a": (8, [OTHER]), "b": (8, [FLAGGED])})
+
+    columns = [EventColumn.REQUEST, EventColumn.POSITION]
+    assert report.num_events == 5
+    assert report.events_V[:, columns].tolist() == [[1, 0], [1, 8]]
+    assert report.more_events_V[:, columns].tolist() == [[1, 2], [1, 4], [1, 6]]
 
 
 def test_a_rejected_draft_leaves_no_evidence() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from guard.device.actions import StepActions
 from guard.device.layout import MAX_EVENTS_PER_STEP
 from guard.failures import Stage
-from guard.program.step_report import NEVER, EventColumn, RequestColumn
+from guard.program.step_report import NEVER, EventColumn, RequestColumn, StepReport
 from tests.unit.device.driving import (
     BLOCK,
     COUNT,
@@ -238,16 +239,38 @@ def test_a_step_left_unfinished_does_not_leak_into_the_next() -> None:
     assert tokens(engine.step({"a": (0, [OTHER])})) == (1, 0)
 
 
-def test_more_firings_than_a_step_can_report_are_cut_and_said_to_be() -> None:
+def test_of_more_firings_than_a_step_reports_with_evidence_none_is_lost() -> None:
+    """As many as there can be: at every second row of each request, the first one included."""
     engine = Engine(COUNTS)
-    engine.guard.add_request("a", 2000)
-    rows = [FLAGGED, OTHER] * 600
+    for req_id in ("a", "b"):
+        engine.guard.add_request(req_id, 2000)
 
-    report = engine.step({"a": (0, rows)})
+    alone = engine.step({"a": (0, [FLAGGED, OTHER] * 600 + [FLAGGED])})
+    report = engine.step({"a": (1201, [OTHER, FLAGGED] * 500), "b": (0, [FLAGGED, OTHER, FLAGGED])})
 
-    assert report.num_events == 600
-    assert len(report.events_V) == len(report.values_V) == MAX_EVENTS_PER_STEP
-    assert fired(report) == [("a", 2 * n) for n in range(MAX_EVENTS_PER_STEP)]
+    assert (alone.num_events, report.num_events) == (601, 502)
+    assert _told(alone) == [[0, 2 * n] for n in range(601)]
+    assert len(alone.events_V) == len(alone.values_V) == MAX_EVENTS_PER_STEP
+    assert _told(report) == [*([0, 1202 + 2 * n] for n in range(500)), [1, 0], [1, 2]]
+
+
+def _told(report: StepReport) -> list[list[int]]:
+    """[request, position] of each firing, with evidence and without."""
+    events = np.concatenate([report.events_V, report.more_events_V])
+    told: list[list[int]] = sorted(events[:, [EventColumn.REQUEST, EventColumn.POSITION]].tolist())
+    return told
+
+
+def test_a_block_is_never_lost_behind_more_firings_than_a_step_reports() -> None:
+    noisy = policy_text(rule_text(COUNT), name="noisy", mode="audit")
+    block = "{count: {experts: f, over: request, atLeast: 600}}"
+    engine = Engine(f"{noisy}---\n{policy_text(rule_text(block, BLOCK), name='strict')}")
+    engine.guard.add_request("a", 1)
+
+    report = engine.step({"a": (0, [FLAGGED, OTHER] * 650)})
+
+    assert report.num_events == 651
+    assert block_position(report, len(engine.program.rules)) == 2 * 599
 
 
 def test_firings_that_act_are_not_crowded_out_by_another_requests_that_do_not() -> None:

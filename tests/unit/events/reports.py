@@ -52,8 +52,9 @@ class Row:
 
 
 def report(
-    *rows: Row, num_rules: int = 3, lost_events: int = 0, failures: dict[str, int] | None = None
+    *rows: Row, num_rules: int = 3, kept_events: int = 512, failures: dict[str, int] | None = None
 ) -> StepReport:
+    """kept_events: so many have evidence in the report"""
     requests = np.zeros((len(rows), RequestColumn.NUM + 1), dtype=np.int64)
     masked = np.zeros((len(rows), 2), dtype=np.uint64)
     events = []
@@ -72,16 +73,18 @@ def report(
             event[EventColumn.IN_PROMPT] = position < 2
             event[EventColumn.ENFORCED] = enforced
             events.append(event)
+    events_V = np.array(events, dtype=np.int64).reshape(len(events), EventColumn.NUM)
     return StepReport(
         "rev-1",
         tuple(row.req_id for row in rows),
         requests,
         masked.view(np.int64),
         np.array([[row.extreme] * num_rules for row in rows], dtype=np.float32),
-        np.array(events, dtype=np.int64).reshape(len(events), EventColumn.NUM),
-        np.full((len(events), 1), 0.5),
-        len(events) + lost_events,
+        events_V[:kept_events],
+        np.full((len(events_V[:kept_events]), 1), 0.5),
+        len(events),
         failures or {},
+        more_events_V=events_V[kept_events:],
     )
 
 

@@ -303,12 +303,43 @@ def test_decisions_beyond_the_buffer_are_dropped_and_counted_in_both_ways(
 ) -> None:
     monkeypatch.setattr(ledger_module, "MAX_PENDING_DECISIONS", 2)
     ledger = make()
-    ledger.begin_step(report(Row("a", events=[OBSERVED] * 5), lost_events=4), everyone)
+    ledger.begin_step(report(Row("a", events=[OBSERVED] * 9), kept_events=5), everyone)
 
     delta = take(ledger)
     assert len(delta.decisions) == 2
-    assert [count.count for count in delta.decision_counts] == [5]
+    assert [count.count for count in delta.decision_counts] == [9]
     assert delta.dropped == {"event_buffer": 3, "evaluate": 4}
+
+
+def test_firings_without_evidence_count_where_their_request_and_position_do() -> None:
+    """As those do that have it: not of a request that is over, not behind a block."""
+    rows = (
+        Row("over", events=[OBSERVED]),
+        Row("a", events=[OBSERVED, MASKED, (0, 1, False)]),
+        Row("b", block=(7, 2), events=[(0, 6, False), (2, 7, True), (0, 8, False)]),
+    )
+    counted, told = [], []
+    for kept_events in (512, 0):
+        ledger = make()
+        endings = ledger.begin_step(report(*rows, kept_events=kept_events), lambda id_: id_ != "over")
+        for req_id in ("a", "b"):
+            ledger.finish(req_id)
+        ledger.end_step()
+        delta = take(ledger)
+        counted.append(sorted(delta.decision_counts, key=str))
+        told.append((endings, delta.outcomes))
+
+    assert counted[0] == counted[1]
+    assert (
+        told[0]
+        == told[1]
+        == (
+            {"b": Ending("moe_guard:p/stop", 7)},
+            {"masked": 1, "blocked": 1},
+        )
+    )
+    assert sum(count.count for count in counted[1]) == 5
+    assert delta.dropped == {"evaluate": 5}
 
 
 def test_values_are_given_once_for_each_request_that_ends_and_only_where_known() -> None:
