@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from guard.events import ledger as ledger_module
 from guard.events.ledger import FLUSH_SECONDS, OUTCOMES, Ending, Ledger
 from guard.events.message import Delta, RuleFacts
 from guard.failures import Stage
-from guard.program.step_report import Judged, StepReport
+from guard.program.step_report import DraftReport, Judged, StepReport
 from tests.unit.events.reports import Row, failed, report, rule
 
 RULES = (rule("watch"), rule("steer", "mask"), rule("stop", "block"))
@@ -340,6 +342,26 @@ def test_firings_without_evidence_count_where_their_request_and_position_do() ->
     )
     assert sum(count.count for count in counted[1]) == 5
     assert delta.dropped == {"evaluate": 5}
+
+
+@pytest.mark.parametrize("kept_events", [512, 0])
+def test_firings_at_drafts_that_the_engine_takes_back_do_not_count(kept_events: int) -> None:
+    ledger = make()
+    rows = Row("a", output=3, events=[(0, 6, False), (0, 7, False), (0, 8, False)])
+    drafted = DraftReport(
+        next_B=np.array([9]),
+        num_rows_B=np.array([2]),
+        sets_BKN=np.zeros((1, 2, 1), dtype=np.int64),
+        extremes_BKC=np.full((1, 2, 3), np.nan, dtype=np.float32),
+    )
+    step = dataclasses.replace(report(rows, kept_events=kept_events), drafts=drafted)
+    ledger.begin_step(step, everyone)
+    ledger.accept("a", 7)
+    ledger.end_step()
+
+    delta = take(ledger)
+    assert [count.count for count in delta.decision_counts] == [2]
+    assert len(delta.decisions) + delta.dropped.get("evaluate", 0) == 2
 
 
 def test_values_are_given_once_for_each_request_that_ends_and_only_where_known() -> None:
