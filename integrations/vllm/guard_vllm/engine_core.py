@@ -130,18 +130,22 @@ class EngineCoreGuard:
                 self._blocked = self._ledger.begin_step(report, self._is_counted)
                 self._isolate_kv(report, scheduler_output)  # before this step's tokens fill a block
             if attempt.failed:
-                with self._failures.caught(Stage.LEDGER) as second:
-                    failed = self._unreported(req_ids)
-                    unjudged = self._ledger.begin_step(failed, self._is_counted)
-                    self._blocked = {**unjudged, **self._blocked}
-                if second.failed:
-                    self._liveness.note_fault()
-                    with self._failures.caught(Stage.LEDGER):
-                        counted = filter(self._is_counted, req_ids)
-                        self._blocked = self._ledger.give_up(counted)
+                self._enter_failed_step(req_ids, scheduler_output)
         outputs = stock(scheduler_output, output)
         self._ledger.end_step()
         return outputs
+
+    def _enter_failed_step(self, req_ids: tuple[str, ...], scheduler_output: Any) -> None:
+        failed = StepReport.of_failed_step(self._revision, req_ids, {})
+        with self._failures.caught(Stage.LEDGER) as attempt:
+            unjudged = self._ledger.begin_step(failed, self._is_counted)
+            self._blocked = {**unjudged, **self._blocked}
+        if attempt.failed:
+            self._liveness.note_fault()
+            with self._failures.caught(Stage.LEDGER):
+                self._blocked = self._ledger.give_up(filter(self._is_counted, req_ids))
+        with self._failures.caught(Stage.LEDGER):
+            self._isolate_kv(failed, scheduler_output)
 
     def _unreported(self, req_ids: tuple[str, ...]) -> StepReport:
         """A step of which the worker said nothing was not judged."""
@@ -195,12 +199,16 @@ class EngineCoreGuard:
             request = scheduler.requests.get(req_id)
             if start is not None and request is not None:
                 self._isolation.isolate_from(request, start)
-        unjudged = report.unjudged() if self._isolation.shares_masked else set()
-        if unjudged:
-            # Whether these rows were masked as they should have been is not known.
-            starts = step_starts(scheduler_output)
-            for req_id in unjudged & starts.keys() & scheduler.requests.keys():
-                self._isolation.distrust(scheduler, scheduler.requests[req_id], starts[req_id])
+        unjudged = report.unjudged()
+        if not unjudged:
+            return
+        starts = step_starts(scheduler_output)
+        for req_id in unjudged & starts.keys() & scheduler.requests.keys():
+            request = scheduler.requests[req_id]
+            if self._isolation.shares_masked:
+                # Whether these rows were masked as they should have been is not known.
+                self._isolation.distrust(scheduler, request, starts[req_id])
+            self._isolation.suspect(request, starts[req_id])
 
     def _post_step(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)

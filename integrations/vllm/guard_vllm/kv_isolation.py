@@ -24,6 +24,8 @@ class Isolation:
 
     def __init__(self, status: WorkerStatus) -> None:
         self._status = status
+        beginning = sorted(set(status.mask_rules) - set(status.static_mask_rules))
+        self._beginning = [status.rules[rule] for rule in beginning]
 
     @property
     def shares_masked(self) -> bool:
@@ -55,6 +57,13 @@ class Isolation:
         """
         if getattr(request, _START_ATTRIBUTE, None) is None:
             setattr(request, _START_ATTRIBUTE, position)
+
+    def suspect(self, request: Any, position: int) -> None:
+        """A step from `position` on was computed, of which nobody said whether it began a mask: that
+        would hold from the next position on, and in the output."""
+        named = enforced_policies(request.sampling_params)
+        if any(rule.mode == "enforce" or rule.policy in named for rule in self._beginning):
+            self.isolate_from(request, max(position + 1, request.num_prompt_tokens))
 
     def distrust(self, scheduler: Any, request: Any, position: int) -> None:
         """From `position` on this request may have been computed without the masks that its blocks are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,7 @@ def request(req_id: str, *enforce: str) -> Any:
     return SimpleNamespace(
         request_id=req_id,
         num_tokens=1,
+        num_prompt_tokens=1,
         status=None,
         stop_reason=None,
         resumable=False,
@@ -122,11 +124,17 @@ def guarded(text: str, **settings: Any) -> tuple[Core, Scheduler]:
     return core, core.scheduler
 
 
-def step(core: Core, report: StepReport | None, *req_ids: str) -> None:
+def step(core: Core, report: StepReport | None, *req_ids: str, computed: int = 0) -> None:
+    """computed: positions of each request that earlier steps computed"""
     output = ModelRunnerOutput(req_ids=list(req_ids), req_id_to_index={})
     if report is not None:
         setattr(output, REPORT_ATTRIBUTE, report)
-    scheduled = SimpleNamespace(num_scheduled_tokens=dict.fromkeys(req_ids, 1))
+    cached = SimpleNamespace(req_ids=req_ids, num_computed_tokens=[computed] * len(req_ids))
+    scheduled = SimpleNamespace(
+        num_scheduled_tokens=dict.fromkeys(req_ids, 1),
+        scheduled_cached_reqs=cached,
+        scheduled_new_reqs=[],
+    )
     assert core.scheduler.update_from_output(scheduled, output) == "outputs"
     core.post_step(model_executed=True)
 
@@ -314,6 +322,34 @@ def test_the_value_furthest_beyond_is_that_of_the_tokens_that_count(
     _, _, delta = drafting(tokens, [OTHER, OTHER, FLAGGED, FLAGGED], rule=when, then="")
 
     assert [value for _, _, values in delta.values for value in values] == furthest
+
+
+@pytest.mark.parametrize("fault", ["no report", "ledger", "ledger twice"])
+def test_a_step_of_which_nobody_says_whether_it_began_a_mask_may_have_begun_one(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    count = "{count: {experts: f, over: output, atLeast: 1}}"
+    text = policy_text(rule_text(count, MASK))
+    masking = dataclasses.replace(status_of(text), mask_rules=(0,))
+    core = Core(masking)
+    EngineCoreGuard(core, Settings(policies="p"))
+    core.scheduler = Scheduler()
+    core.add_request(request("a"))
+    engine = Engine(text)
+    engine.guard.add_request("a", 1)
+    fired = [engine.step({"a": (0, [FLAGGED])}), engine.step({"a": (1, [FLAGGED])})][1]
+    calls = [0]
+    stock = Ledger.begin_step
+
+    def begin_step(ledger: Ledger, *arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] <= ("no report", "ledger", "ledger twice").index(fault):
+            raise RuntimeError("injected")
+        return stock(ledger, *arguments)
+
+    monkeypatch.setattr(Ledger, "begin_step", begin_step)
+    step(core, None if fault == "no report" else fired, "a", computed=1)
+    assert core.scheduler.requests["a"].moe_guard_masked_from == 2
 
 
 def test_the_client_knows_its_request_by_the_id_in_the_log() -> None:

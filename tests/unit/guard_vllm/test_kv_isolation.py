@@ -96,6 +96,40 @@ def test_the_first_start_stays(keys: Any) -> None:
     assert of(masked, 32) == (("moe_guard", "a"),)
 
 
+LATE = rule_text("{count: {experts: f, over: output, atLeast: 9}}", "{mask: {experts: f}}")
+
+
+@pytest.mark.parametrize(("position", "shared"), [(10, 20), (31, 32), (40, 41)])
+def test_behind_a_step_that_may_have_begun_a_mask_blocks_belong_to_their_request(
+    keys: Any, position: int, shared: int
+) -> None:
+    """The prompt has 20 positions, which no mask that begins can reach."""
+    isolation = Isolation(status(LATE))
+    of = keys(isolation)
+    unjudged = request("a", 20)
+
+    isolation.suspect(unjudged, position)
+
+    assert of(unjudged, shared) is None
+    assert of(unjudged, shared + 1) == (("moe_guard", "a"),)
+
+
+@pytest.mark.parametrize(("mode", "enforce", "own"), [("audit", None, False), ("audit", ["p"], True)])
+def test_where_no_mask_can_begin_an_unjudged_step_leaves_blocks_shared(
+    keys: Any, mode: str, enforce: list[str] | None, own: bool
+) -> None:
+    isolation = Isolation(status(LATE, mode))
+    of = keys(isolation)
+    unjudged = request("a", 5, enforce)
+
+    isolation.suspect(unjudged, 10)
+
+    assert (of(unjudged, 16) is not None) == own
+    static = request("b", 5)
+    Isolation(status(STATIC)).suspect(static, 10)
+    assert of(static, 16) is None
+
+
 def test_requests_under_the_same_static_masks_share_and_no_other_does(keys: Any) -> None:
     enforced, audited = status(STATIC), status(STATIC, "audit")
     of = keys(enforced)
