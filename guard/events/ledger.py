@@ -220,6 +220,17 @@ class Ledger:
         self._moved, self._flushed_at = False, now
         return delta
 
+    def put_back(self, delta: Delta) -> None:
+        """What `take` gave did not get out: counters go with the next one, decisions are lost."""
+        for name in ("tokens", "outcomes", "mask_violations", "failures", "dropped"):
+            self._count(getattr(self._delta, name), getattr(delta, name))
+        for counted in delta.decision_counts:
+            self._decision_counts[counted.rule, counted.mode, counted.phase] += counted.count
+        for rule, condition, values in delta.values:
+            self._values[rule, condition] += values
+        self._selections += np.array(delta.selections, dtype=np.int64)
+        self._drop(Stage.DELIVER, len(delta.decisions))
+
     def _count_tokens(self, counted_B: np.ndarray) -> None:
         if not len(counted_B):
             return

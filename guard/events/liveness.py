@@ -48,7 +48,7 @@ class Liveness:
         self._blind: frozenset[int] = frozenset()
         self.silent = False
         self.violated: frozenset[int] = frozenset()
-        self._told = self.health
+        self._told: Health | None = self.health
 
     @property
     def health(self) -> Health:
@@ -62,6 +62,10 @@ class Liveness:
             return None
         self._told = health
         return health
+
+    def put_back(self) -> None:
+        """What `take` gave did not get out."""
+        self._told = None
 
     def note(self, report: StepReport) -> dict[str, int]:
         """Take a step's report. Returns the faults that its check found, by stage."""

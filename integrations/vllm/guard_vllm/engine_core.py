@@ -216,10 +216,16 @@ class EngineCoreGuard:
             self._ledger.note_failures(self._failures.take())
             delta = self._ledger.take(idle=not self._core.scheduler.has_unfinished_requests())
             if delta is not None:
-                self._send(delta, client_index=0)
+                with self._failures.caught(Stage.DELIVER) as attempt:
+                    self._send(delta, client_index=0)
+                if attempt.failed:
+                    self._ledger.put_back(delta)
             health = self._liveness.take()
             if health is not None:
-                self._broadcast(health)
+                with self._failures.caught(Stage.DELIVER) as attempt:
+                    self._broadcast(health)
+                if attempt.failed:
+                    self._liveness.put_back()
         return result
 
     def _broadcast(self, message: Hello | Health) -> None:

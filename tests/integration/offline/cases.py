@@ -181,7 +181,7 @@ def routing_fault(
 
 
 RANKED_FAULTS = ("silent", "reports_not_finite", "duplicate")
-RANKED_TOKENS = 20
+RANKED_TOKENS = 16
 
 
 def routing_faults_of_rank(rank: int, layer: int) -> list[Case]:

@@ -324,6 +324,43 @@ def test_the_value_furthest_beyond_is_that_of_the_tokens_that_count(
     assert [value for _, _, values in delta.values for value in values] == furthest
 
 
+def test_of_a_message_that_did_not_get_out_the_counters_go_with_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def deltas(breaks: bool) -> list[Delta]:
+        core, scheduler = guarded(policy_text(rule_text(COUNT)))
+        engine = Engine(policy_text(rule_text(COUNT)))
+        engine.guard.add_request("a", 1)
+        core.add_request(request("a"))
+        with monkeypatch.context() as patch:
+            if breaks:
+                patch.setattr(core.output_queue, "put_nowait", 7)  # which cannot be called
+            scheduler.sampled["a"] = [Scheduler.stop_token]
+            step(core, engine.step({"a": (0, [FLAGGED])}), "a")
+        core.post_step(True)
+        return [message for _, message in core.sent() if isinstance(message, Delta)]
+
+    [whole], [late] = deltas(False), deltas(True)
+    assert len(whole.decisions) == 1
+    assert late.decisions == []
+    assert late.dropped == {"deliver": 1}
+    assert late.failures == {"deliver": 1}
+    for name in ("tokens", "outcomes", "decision_counts", "selections", "values"):
+        assert getattr(late, name) == getattr(whole, name), name
+
+
+def test_that_the_guard_fell_is_told_until_it_gets_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    core, _ = guarded(policy_text(rule_text(COUNT)))
+    core.add_request(request("a"))
+    core.sent()
+    with monkeypatch.context() as patch:
+        patch.setattr(core.output_queue, "put_nowait", 7)  # which cannot be called
+        step(core, None, "a")
+    assert core.sent() == []
+    core.post_step(True)
+    assert [message for _, message in core.sent()].count(Health(0, False, 0)) == 2
+
+
 @pytest.mark.parametrize("fault", ["no report", "ledger", "ledger twice"])
 def test_a_step_of_which_nobody_says_whether_it_began_a_mask_may_have_begun_one(
     monkeypatch: pytest.MonkeyPatch, fault: str
