@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from guard_vllm.logit_masks import route_through_logits
 from vllm.model_executor.layers.fused_moe import modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.oracle import unquantized
@@ -113,7 +114,26 @@ def instead_of_vllms(*kernels: type) -> Iterator[None]:
 
 
 class KernelRecorder(WeightsRecorder):
-    """Its rows have a fourth entry: [layers, top_k] ids that the kernels chose."""
+    """Its rows have a fourth entry: [layers, top_k] ids that the kernels chose. And faults that a test
+    turns on and off while an eager engine runs."""
+
+    def set_routing_fault(self, kind: str, layers: list[int], _: int | None) -> None:
+        """kind: "uncalled", the kernels are called past the guard; "ignores_masks", without masks"""
+        worker = self.moe_guard_status.__self__  # type: ignore[attr-defined]
+        tap = worker._hooks.guard.tap
+        self._sound = {index: worker._layers[index].runner.routed_experts for index in layers}
+        self._guarded = {i: experts.forward_monolithic for i, experts in self._sound.items()}
+        for index, experts in self._sound.items():
+            del experts.forward_monolithic
+            if kind == "ignores_masks":
+                layer = worker._layers[index]
+                experts.forward_monolithic = route_through_logits(
+                    experts, layer.router, tap, None, index, layer.facts.top_k
+                )
+
+    def clear_routing_faults(self) -> None:
+        for index, experts in self._sound.items():
+            experts.forward_monolithic = self._guarded[index]
 
     def recorded_columns(self, guard: Any, num_rows: int) -> list[list[Any]]:
         ids = [

@@ -191,6 +191,12 @@ def routing_faults_of_rank(rank: int, layer: int) -> list[Case]:
     return [routing_fault(kind, names, layer, rank, RANKED_TOKENS) for kind, names in faults]
 
 
+KERNEL_FAULTS = [
+    routing_fault("uncalled", ["", "closed"], max_tokens=20),
+    routing_fault("ignores_masks", ["", "isolate"], max_tokens=20),
+]
+"""Of a kernel that routes inside itself, with policies of `policies.MAIN`."""
+
 STAGES_IN_A_STEP = ("admit", "begin_step", "evaluate", "readback", "ledger")
 STAGES_BEHIND_IT = ("deliver", "metrics", "decision_log", "event_buffer")
 STAGE_FAULT_TOKENS = 4

@@ -214,9 +214,10 @@ class Engines:
 
     def _engines_of_a_kernel_that_routes(self) -> list[dict[str, Any]]:
         kernels = {"worker_extension_cls": "tests.support.routing_kernel.KernelRecorder"}
+        main = [*_ENFORCING, cases.LONG_PROMPTS, *cases.KERNEL_FAULTS]
         engines = [
             self._engine("off", None, _PLAIN),
-            self._engine("main", "main", [*_ENFORCING, cases.LONG_PROMPTS], **kernels),
+            self._engine("main", "main", main, **kernels),
             self._engine("compiled", "main", _ENFORCING, enforce_eager=False, **kernels),
             self._engine("drops", "faults", []),
             self._engine("deaf", "main", [], **kernels),

@@ -93,6 +93,21 @@ def test_the_running_check_finds_nothing_wrong(engines: Engines, mode: str) -> N
         assert counter(case, "failures_total") == counter(case, "mask_violations_total") == 0
 
 
+def test_a_kernel_that_is_called_past_the_guard_is_a_silent_layer(engines: Engines) -> None:
+    case = engines.case("kernel", "main", "uncalled-closed")
+    assert [tuple(gauges.values()) for gauges in case["gauges"]] == [(1.0, 0.0), (0.0, 1.0), (1.0, 0.0)]
+    assert counter(case, "failures_total", stage="routing") >= 1
+    (_, closed) = (out["samples"][0]["stop_reason"] for out in case["batches"][1])
+    assert closed == "moe_guard:closed/never"
+
+
+def test_a_mask_that_is_not_in_the_logits_is_a_violation(engines: Engines) -> None:
+    case = engines.case("kernel", "main", "ignores_masks-isolate")
+    assert [gauges["up{}"] for gauges in case["gauges"]] == [1.0, 0.0, 0.0]
+    assert counter(case, "mask_violations_total", policy="isolate") > 0
+    assert counter(case, "requests_total", outcome="masked") == 1, "of the sound batch"
+
+
 @pytest.mark.parametrize(
     ("name", "error", "reason"),
     [
