@@ -1,6 +1,6 @@
 """Runs engines and requests of a JSON job on vLLM's offline `LLM`, and writes what came of them.
 
-    python engine_run.py JOB.json RESULT.json
+    python engine_run.py JOB.json RESULT.json      # $RANK in the latter is that of a launched process
 
 Job: {"engines": [{"name", "engine": arguments of LLM, "config_only": false, "record": false,
 "async": false, "correction_bias": fills the model by `random_weights`, "kernel": of `routing_kernel`,
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import time
 import traceback
@@ -35,7 +36,7 @@ def main() -> None:
     for engine in job["engines"]:
         result[engine["name"]] = run_engine(engine)
         gc.collect()  # an engine that goes while another starts would take that one's process groups
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    Path(os.path.expandvars(sys.argv[2])).write_text(json.dumps(result))
 
 
 def run_engine(job: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from guard.program.step_report import StepReport
 from guard_vllm import kv_isolation
 from guard_vllm.client import MESSAGE_CALL_ID, deliver
 from guard_vllm.kv_blocks import KVBlocks, step_starts
+from guard_vllm.parallel import reports_for_all
 from guard_vllm.settings import Settings
 from guard_vllm.steps import REPORT_ATTRIBUTE, enforced_policies, wrap
 from guard_vllm.worker import STATUS_METHOD, WorkerStatus
@@ -47,6 +48,7 @@ class EngineCoreGuard:
     def __init__(self, core: Any, settings: Settings) -> None:
         self._core = core
         self._engine = int(getattr(core, "engine_index", 0))
+        self._reports = reports_for_all(core.vllm_config.parallel_config)
         self._failures = Failures()
         self._blocked: Mapping[str, Ending] = {}
         statuses = core.model_executor.collective_rpc(STATUS_METHOD)
@@ -215,7 +217,7 @@ class EngineCoreGuard:
         with self._failures.caught(Stage.DELIVER):
             self._ledger.note_failures(self._failures.take())
             delta = self._ledger.take(idle=not self._core.scheduler.has_unfinished_requests())
-            if delta is not None:
+            if delta is not None and self._reports:
                 with self._failures.caught(Stage.DELIVER) as attempt:
                     self._send(delta, client_index=0)
                 if attempt.failed:

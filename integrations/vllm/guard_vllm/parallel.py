@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 from guard.runtime import Guard
 from guard_vllm.compat import seam
 
@@ -13,3 +16,13 @@ def agree_on_tensor_parallel_ranks(guard: Guard) -> None:
     group = seam("vllm.distributed.parallel_state", "get_tp_group")()
     if group.world_size > 1:
         guard.agree_with(group.device_group)
+
+
+def reports_for_all(parallel_config: Any) -> bool:
+    """Under an external launcher each rank has an engine core of its own, in which the same is decided:
+    the first rank of a replica tells it."""
+    if parallel_config.distributed_executor_backend != "external_launcher":
+        return True
+    # There vLLM counts the ranks of all replicas in.
+    ranks = int(parallel_config.world_size) // int(parallel_config.data_parallel_size)
+    return int(os.environ["RANK"]) % ranks == 0

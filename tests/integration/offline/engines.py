@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,14 +98,20 @@ class Engines:
         return self._results_of(group, self._start(group, self._engines(group)))
 
     def _start(
-        self, group: str, engines: list[dict[str, Any]], name: str = "", **environment: str
+        self,
+        group: str,
+        engines: list[dict[str, Any]],
+        name: str = "",
+        launcher: Sequence[str] = (),
+        **environment: str,
     ) -> subprocess.Popen[bytes]:
-        """name: of the process, if not the group's; environment: beside the group's own"""
+        """name: of the process, if not the group's; launcher: arguments of Python that start the
+        script; environment: beside the group's own"""
         job, out, log = self._files(name or group)
         job.write_text(json.dumps({"engines": engines}))
         with log.open("w") as output:
             return subprocess.Popen(
-                [sys.executable, str(_SUPPORT / "engine_run.py"), str(job), str(out)],
+                [sys.executable, *launcher, str(_SUPPORT / "engine_run.py"), str(job), str(out)],
                 env=self._environment(group) | environment,
                 cwd=self.folder,
                 stdout=output,
@@ -112,13 +119,20 @@ class Engines:
             )
 
     def _results_of(self, name: str, process: subprocess.Popen[bytes]) -> dict[str, Any]:
-        _, out, log = self._files(name)
+        self._wait(name, process)
+        return self._read(name)
+
+    def _wait(self, name: str, process: subprocess.Popen[bytes]) -> None:
+        _, _, log = self._files(name)
         try:
             returncode = process.wait(_TIMEOUT_SECONDS)
         finally:
             process.kill()
         if returncode != 0:
             pytest.fail(f"{name} ended with {returncode}:\n{log.read_text()[-4000:]}")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        _, out, _ = self._files(name)
         results: dict[str, Any] = json.loads(out.read_text())
         return results
 

@@ -35,7 +35,8 @@ class EnginePairs(Engines):
     """The groups are `eager-guarded`, `eager-plain` and `v2-guarded`, of engines `rank0` and `rank1`
     side by side, the same with `-experts` behind it, where each has half of the experts, and
     `eager-alone`, where each engine runs its cases by itself. In `tensor-experts` two tensor-parallel
-    ranks have half of the experts each, and the engine is `main`."""
+    ranks have half of the experts each, and the engine is `main`; in `launched` two ranks, each with an
+    engine core of its own, are started by torchrun."""
 
     def _run(self, group: str) -> dict[str, Any]:
         if group in ("eager-alone", "tensor-experts"):
@@ -43,6 +44,8 @@ class EnginePairs(Engines):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        if group == "launched":
+            return self._run_launched(port)
         processes = {f"rank{rank}": self._start_rank(group, rank, port) for rank in range(RANKS)}
         try:
             return {
@@ -52,6 +55,12 @@ class EnginePairs(Engines):
         finally:
             for process in processes.values():  # one waits for ever if the other failed
                 process.kill()
+
+    def _run_launched(self, port: int) -> dict[str, Any]:
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", f"--master-port={port}"]
+        process = self._start("launched", self._engines("launched"), "launched-$RANK", launcher)
+        self._wait("launched-$RANK", process)
+        return {f"rank{rank}": self._read(f"launched-{rank}")["main"] for rank in range(RANKS)}
 
     def _start_rank(self, group: str, rank: int, port: int) -> subprocess.Popen[bytes]:
         return self._start(
@@ -73,8 +82,14 @@ class EnginePairs(Engines):
         return self._engine("main", policies, [ranks[rank] for ranks in its_cases], **more)
 
     def _engines(self, group: str) -> list[dict[str, Any]]:
-        if group == "tensor-experts":
-            two = {"tensor_parallel_size": RANKS, "enable_expert_parallel": True}
+        if group in ("tensor-experts", "launched"):
+            two: dict[str, Any] = {"tensor_parallel_size": RANKS, "enable_expert_parallel": True}
+            if group == "launched":
+                two = {
+                    "tensor_parallel_size": RANKS,
+                    "distributed_executor_backend": "external_launcher",
+                    "seed": 0,
+                }
             return [self._engine("main", "main", [cases.case("masked", _BATCH)], **two)]
         return [self._rank(group, rank) | {"name": f"rank{rank}"} for rank in range(RANKS)]
 

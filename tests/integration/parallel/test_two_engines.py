@@ -136,3 +136,18 @@ def test_tensor_parallel_ranks_with_half_of_the_experts_each_mask_and_count_as_o
     assert counted_selections(case) == selections(recorded)
     assert counter(case, "failures_total") == 0
     support_record("Qwen3-MoE", "observe", "reroute", parallelism=f"TP={RANKS}, EP={RANKS}")
+
+
+def test_ranks_with_an_engine_core_each_decide_the_same_and_the_first_one_tells(
+    pairs: EnginePairs, support_record: SupportRecord
+) -> None:
+    telling, silent = on_ranks(pairs, "launched", "masked")
+    assert [s["tokens"] for s in samples(telling)] == [s["tokens"] for s in samples(silent)]
+    for case in (telling, silent):
+        for number, output in enumerate(case["batches"][0]):
+            assert (flagged(rows(case, output)) == 0) == bool(number % 2), f"request {number}"
+    assert any(facts(telling)), "nothing was decided"
+    assert counter(telling, "requests_total") == len(telling["batches"][0])
+    assert silent["decisions"] == []
+    assert silent["counters"] == {}
+    support_record.feature("external launcher", runner="v1")

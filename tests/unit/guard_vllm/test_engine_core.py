@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from guard_vllm.engine_core import EngineCoreGuard, external_request_id
+from guard_vllm.parallel import reports_for_all
 from guard_vllm.proof import Proof
 from guard_vllm.settings import Settings
 from guard_vllm.steps import REPORT_ATTRIBUTE
@@ -74,11 +75,18 @@ class Scheduler:
         del self.requests[request.request_id]
 
 
+def parallel_config(backend: str, ranks: int = 1, engines: int = 1) -> Any:
+    return SimpleNamespace(
+        distributed_executor_backend=backend, world_size=ranks * engines, data_parallel_size=engines
+    )
+
+
 class Core:
     engine_index = 0
 
     def __init__(self, *statuses: WorkerStatus) -> None:
         self.model_executor = SimpleNamespace(collective_rpc=lambda _: list(statuses))
+        self.vllm_config = SimpleNamespace(parallel_config=parallel_config("mp"))
         self.addresses = SimpleNamespace(outputs=["first", "second"])
         self.output_queue: queue.Queue[Any] = queue.Queue()
         self.scheduler: Any = None
@@ -453,3 +461,20 @@ def test_requests_follow_on_error_where_not_even_a_failed_step_can_be_entered(
     core.post_step(True)
     outcomes = [m.outcomes for _, m in core.sent() if isinstance(m, Delta)]
     assert {name: n for found in outcomes for name, n in found.items()} == {outcome: 1}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "engines", "reporting"), [(2, 1, [0]), (2, 2, [0, 2]), (1, 3, [0, 1, 2])]
+)
+def test_of_ranks_with_an_engine_core_each_the_first_of_each_replica_reports(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, engines: int, reporting: list[int]
+) -> None:
+    config = parallel_config("external_launcher", ranks, engines)
+    for rank in range(ranks * engines):
+        monkeypatch.setenv("RANK", str(rank))
+        assert reports_for_all(config) == (rank in reporting)
+
+
+def test_an_engine_core_of_all_ranks_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")  # of a launcher that has nothing to do with it
+    assert reports_for_all(parallel_config("mp", ranks=2))
