@@ -100,7 +100,7 @@ def document(columns: Mapping[str, Column], seams: Sequence[Seam], claim: Specif
         "",
         "Written by `make seams`, which reads the published wheels; do not edit. A seam is a name of "
         "vLLM that the plugin",
-        "hooks or reads, declared in `integrations/vllm/guard_vllm/seams.py`. That all hold says that "
+        "hooks or reads, declared in `integrations/vllm/guard_vllm/seams/`. That all hold says that "
         "the plugin finds what it",
         "expects; what was run is in the README.",
         "",

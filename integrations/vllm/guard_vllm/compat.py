@@ -1,6 +1,6 @@
 """The one module that knows vLLM's versions: every private name that the plugin hooks or reads.
 
-`SEAMS` says of each name what is relied on; how to add one stands beside it, in `seams.py`. `seam`
+`SEAMS` says of each name what is relied on; how to add one stands beside it, in `seams/`. `seam`
 looks up declared names only, so a name that is not in the table cannot be hooked; a test reads the
 plugin's source for names that go round it; and `make seams` reads the published wheels of vLLM and
 says in which versions each one holds.
