@@ -3,8 +3,9 @@
     python engine_run.py JOB.json RESULT.json      # $RANK in the latter is that of a launched process
 
 Job: {"engines": [{"name", "engine": arguments of LLM, "config_only": false, "record": false,
-"async": false, "correction_bias": fills the model by `random_weights`, "kernel": of `routing_kernel`,
-which vLLM then has for its experts and no other; both optional,
+"async": false, "beam_search": tried behind the cases, false,
+"correction_bias": fills the model by `random_weights`, "kernel": of `routing_kernel`, which vLLM then
+has for its experts and no other; both optional,
 "cases": [{"name", "batches": [[{"prompt": token ids, "sampling": of SamplingParams,
 "continues": [batch, request] whose whole text goes before the prompt, "salt": keeps its KV apart;
 optional}]], "before_batch": of each batch a worker method with its arguments, or null; optional,
@@ -64,6 +65,7 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
             "plugged": "guard_vllm" in sys.modules,
             "start_seconds": start_seconds,
             "cases": {case["name"]: run_case(llm, case, job.get("record")) for case in job["cases"]},
+            "beam_search": try_beam_search(llm) if job.get("beam_search") else None,
             "seconds": round(time.monotonic() - started, 1),
         }
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what the test looks at
@@ -77,6 +79,17 @@ def kernel(name: str | None) -> AbstractContextManager[None]:
     from tests.support import routing_kernel
 
     return routing_kernel.instead_of_vllms(getattr(routing_kernel, name))
+
+
+def try_beam_search(llm: Any) -> dict[str, Any]:
+    """What came of it: the error, or the number of tokens of each beam."""
+    from vllm.sampling_params import BeamSearchParams
+
+    try:
+        [found] = llm.beam_search([{"prompt_token_ids": [5, 6, 7]}], BeamSearchParams(2, 4))
+    except ValueError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"tokens": [beam.tokens for beam in found.sequences]}
 
 
 _RECORDER = "tests.support.routing_recorder.RoutingRecorder"
@@ -191,6 +204,7 @@ def output_json(output: Any) -> dict[str, Any]:
         "request_id": output.request_id,
         "prompt": list(output.prompt_token_ids),
         "cached": output.num_cached_tokens,
+        "prompt_logprobs": len(output.prompt_logprobs or ()),
         "samples": [sample_json(sample) for sample in output.outputs],
     }
 

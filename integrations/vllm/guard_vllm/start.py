@@ -45,7 +45,7 @@ def open_front_end(config: Any, settings: Settings) -> EventBus:
     bus = open_bus(settings, served[0] if isinstance(served, list) else served)
     policies: set[str] = set()
     messages: dict[str, str] = {}
-    acting: list[bool] = [True]  # until an engine says otherwise
+    ruled: list[bool] = [True]  # until an engine says otherwise
 
     def take(hello: Hello) -> None:
         policies.clear()
@@ -53,9 +53,9 @@ def open_front_end(config: Any, settings: Settings) -> EventBus:
         messages.clear()
         if not settings.redact_reasons:
             messages.update((rule.reason, rule.message) for rule in hello.rules)
-        acting[0] = any(rule.action != "observe" for rule in hello.rules)
+        ruled[0] = bool(hello.rules)
 
     bus.on_hello.append(take)
-    install_frontend(messages, policies, can_act=lambda: acting[0], redact=settings.redact_reasons)
+    install_frontend(messages, policies, has_rules=lambda: ruled[0], redact=settings.redact_reasons)
 
     return bus

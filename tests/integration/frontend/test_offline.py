@@ -1,4 +1,4 @@
-"""The offline LLM: the same finish, the same checks, no beam search while a rule can act."""
+"""The offline LLM: the same finish, the same checks, no beam search under policies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beam search is a 400 while a rule can act; gRPC and the Rust front end do not start."""
+"""Beam search is a 400 under policies; gRPC and the Rust front end do not start."""
 
 from __future__ import annotations
 

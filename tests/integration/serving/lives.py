@@ -25,7 +25,10 @@ KV_BLOCKS = 9
 BATCHED_TOKENS = 24
 MAX_LENGTH = 192
 
-RUNNERS = {"lives": ("steady", "async", "ngram"), "v2-lives": ("async", "async-ngram")}
+BEAMS = {"watching": "watch", "armed": "empty", "off": None}
+"""Engines in which beam search is tried, and their policies: one that only observes, none, no guard."""
+
+RUNNERS = {"lives": ("steady", "async", *BEAMS, "ngram"), "v2-lives": ("async", "async-ngram")}
 """Groups of engines: V1 and V2. async: a step is under way while the next one is scheduled. The one
 with drafts is the last: vLLM's CPU build starts no engine in a process that ran its n-gram proposer."""
 
@@ -191,6 +194,33 @@ def structured() -> Case:
     )
 
 
+def prompt_only() -> Case:
+    """One token each, of which none but the prompt is judged; with the prompt's log probabilities."""
+    asked = [[], ["stop-prompt"], ["isolate"], ["late"], ["stop"], ["stop-prompt"]]
+    return stepped(
+        "prompt-only",
+        [
+            cases.request(
+                cases.tokens(6000 + i, 30 + 5 * i), max_tokens=1, enforce=enforce, prompt_logprobs=1
+            )
+            for i, enforce in enumerate(asked)
+        ],
+    )
+
+
+CHILDREN = 4
+
+
+def children() -> Case:
+    """Several samples of one prompt: left alone, and with a block that meets some of them. A prompt so
+    short that the samples' prompts are of one step: see `life`."""
+    own: dict[str, Any] = {"n": CHILDREN, "temperature": 1.0, "seed": 11, "max_tokens": 8}
+    prompt = cases.tokens(7000, BATCHED_TOKENS // CHILDREN)
+    return cases.case(
+        "children", [cases.request(prompt, **own)], [cases.request(prompt, enforce=["stop"], **own)]
+    )
+
+
 def one_by_one() -> Case:
     return stepped("one-by-one", *[[life(i)] for i in range(REQUESTS)])
 
@@ -235,7 +265,12 @@ class LifeEngines(Engines):
         return super()._environment(group) | one
 
     def _engines(self, group: str) -> list[dict[str, Any]]:
-        return [self._way(group, way) for way in RUNNERS[group]]
+        return [
+            self._engine(way, BEAMS[way], [], skip_tokenizer_init=False) | {"beam_search": True}
+            if way in BEAMS
+            else self._way(group, way)
+            for way in RUNNERS[group]
+        ]
 
     def _way(self, group: str, way: str) -> dict[str, Any]:
         small = {
@@ -264,11 +299,16 @@ def cases_of(group: str, way: str) -> list[Case]:
     if group == "v2-lives":
         return [short_lives(), cancelled()]
     if way == "async":
-        return [backwards(), cancelled(), urgent(), structured()]
-    return [reused(), one_by_one(), cancelled(), urgent(), structured()]
+        return [backwards(), cancelled(), urgent(), structured(), prompt_only()]
+    if way in BEAMS:
+        return []
+    more = [children()] if way == "steady" else []
+    return [reused(), one_by_one(), cancelled(), urgent(), structured(), prompt_only(), *more]
 
 
 def write_lives(folder: Path) -> None:
     write_tiny_moe(folder / "moe")
     write_byte_tokenizer(folder / "moe")
     policies.write(folder / "lives", POLICIES)
+    policies.write(folder / "watch", [p for p in POLICIES if p["metadata"]["name"] == "watch"])
+    policies.write(folder / "empty", [])

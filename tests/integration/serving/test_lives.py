@@ -26,13 +26,19 @@ from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
-CASES = [(group, way, case["name"]) for group, way in WAYS for case in cases_of(group, way)]
+CASES = [
+    (group, way, case["name"])
+    for group, way in WAYS
+    for case in cases_of(group, way)
+    if case.get("stepped")
+]
 COMPARED = {
     "reused": (4, 6, 7),
     "short": range(0, REQUESTS, 5),
     "cancelled": (13, 15, 22),
     "urgent": (15, 16),
     "structured": (1, 2, 7),
+    "prompt-only": (0, 1, 4),
 }
 """Requests of each case: the reference is slow."""
 

@@ -21,7 +21,7 @@ async def _chunks() -> AsyncGenerator[list[int], None]:
 def _install(monkeypatch: pytest.MonkeyPatch, *policies: str) -> None:
     for owner, name in ((AsyncLLM, "generate"), (InputProcessor, "process_inputs")):
         monkeypatch.setattr(owner, name, owner.__dict__[name])
-    install_request_args(Sources({}, policies, can_act=lambda: True, redact=False))
+    install_request_args(Sources({}, policies, has_rules=lambda: True, redact=False))
 
 
 def test_streamed_input_is_refused_under_policies(

@@ -24,13 +24,13 @@ class Sources:
 
     messages: `stop_reason` -> the blocking rule's message; empty or absent: none
     policies: the names that a request may ask to be enforced
-    can_act: whether a rule can mask or block a request as things stand
+    has_rules: whether a rule judges requests as things stand
     redact: `--redact-reasons`; errors then name no policy that the caller did not name
     """
 
     messages: Mapping[str, str]
     policies: Collection[str]
-    can_act: Callable[[], bool]
+    has_rules: Callable[[], bool]
     redact: bool
 
     def message(self, stop_reason: str) -> str:

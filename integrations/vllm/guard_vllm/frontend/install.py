@@ -15,13 +15,13 @@ from guard_vllm.frontend.refusals import install_refusals
 from guard_vllm.frontend.request_args import install_request_args
 from guard_vllm.frontend.responses_api import install_responses
 
-_sources = Sources(messages={}, policies=(), can_act=lambda: False, redact=False)
+_sources = Sources(messages={}, policies=(), has_rules=lambda: False, redact=False)
 
 
 def install_frontend(
     messages: Mapping[str, str],
     policies: Collection[str],
-    can_act: Callable[[], bool],
+    has_rules: Callable[[], bool],
     *,
     redact: bool = False,
 ) -> None:
@@ -32,7 +32,7 @@ def install_frontend(
     """
     _sources.messages = messages
     _sources.policies = policies
-    _sources.can_act = can_act
+    _sources.has_rules = has_rules
     _sources.redact = redact
     install_engine_outputs()
     install_request_args(_sources)

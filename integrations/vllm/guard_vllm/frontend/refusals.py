@@ -17,7 +17,7 @@ _RUST = "VLLM_USE_RUST_FRONTEND"
 
 
 class BeamSearchError(GuardError):
-    """Beam search was asked for while a rule can act. Over HTTP it is a 400."""
+    """Beam search was asked for under policies. Over HTTP it is a 400."""
 
 
 def install_refusals(sources: Sources) -> None:
@@ -67,11 +67,11 @@ def _no_grpc(original: Function) -> Function:
 
 def _no_beam_search(original: Function, sources: Sources) -> Function:
     def beam_search(*args: Any, **kwargs: Any) -> Any:
-        if sources.can_act():
+        if sources.has_rules():
             raise BeamSearchError(
-                "beam search is not served while a policy of MoE Guard can act: each of its steps "
-                "is a new request, so no rule would see more than one token of output; "
-                "sample without beam search"
+                "beam search is not served under MoE Guard's policies: each of its steps is a new "
+                "request whose prompt is what the beam has so far, so output would be judged as "
+                "prompt; sample without beam search"
             )
         return original(*args, **kwargs)
 

@@ -20,7 +20,7 @@ def register() -> None:
     install_frontend(
         messages={"moe_guard:tiny/stop": MESSAGE, "moe_guard:tiny/silent": ""},
         policies=("restricted-chemistry", "tiny"),
-        can_act=lambda: True,
+        has_rules=lambda: True,
     )
     _install_blocking()
 
