@@ -8,7 +8,8 @@ Job: {"engines": [{"name", "engine": arguments of LLM, "config_only": false, "re
 has for its experts and no other; both optional,
 "cases": [{"name", "batches": [[{"prompt": token ids, "sampling": of SamplingParams,
 "continues": [batch, request] whose whole text goes before the prompt, "salt": keeps its KV apart;
-optional}]], "before_batch": of each batch a worker method with its arguments, or null; optional,
+optional}]], "before_batch": of each batch a worker method with its arguments, or null; "chunk_tokens":
+of each batch the most tokens of a step, for it and those behind it; both optional,
 "stepped": true where requests have what `tests.support.stepping` adds; optional}]}]}.
 The batches of a case run one after another; the prefix cache is emptied before each case.
 
@@ -105,9 +106,13 @@ def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, A
     batches: list[list[dict[str, Any]]] = []
     gauges: list[dict[str, float]] = []
     calls = case.get("before_batch", [None] * len(case["batches"]))
-    for requests, call in zip(case["batches"], calls, strict=True):
+    chunks = case.get("chunk_tokens", [None] * len(case["batches"]))
+    for requests, call, chunk_tokens in zip(case["batches"], calls, chunks, strict=True):
         if call is not None:
             llm.collective_rpc(call[0], args=tuple(call[1:]))
+        if chunk_tokens is not None:
+            scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+            scheduler.max_num_scheduled_tokens = chunk_tokens
         requests = [prompt_of(request, batches) for request in requests]
         run = run_stepped if case.get("stepped") else run_batch
         batches.append(run(llm, requests, batches, decisions))

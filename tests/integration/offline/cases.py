@@ -133,6 +133,20 @@ LONG_PROMPTS = case(
     ),
 )
 
+_CHUNKED_TOKENS = 24
+
+EVERY_CHUNK = case(
+    "every-chunk",
+    *(
+        [
+            request(tokens(450, _CHUNKED_TOKENS), max_tokens=3)
+            | {"salt": f"{chunk_tokens}"}
+        ]
+        for chunk_tokens in range(1, _CHUNKED_TOKENS + 1)
+    ),
+) | {"chunk_tokens": list(range(1, _CHUNKED_TOKENS + 1))}
+"""The same prompt in chunks of each size, from 1 to the whole. The last case of an engine."""
+
 CROWD = case(
     "crowd",
     [

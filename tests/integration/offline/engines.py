@@ -212,7 +212,8 @@ class Engines:
         if mode != "compiled":
             chunks = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True}
             chunked = [cases.LONG_PROMPTS, cases.PREFIX, cases.PREFIX_IN_STEP]
-            engines.append(self._engine("chunked", "main", chunked, **chunks))
+            chunked_more = [*chunked, cases.EVERY_CHUNK]
+            engines.append(self._engine("chunked", "main", chunked_more, **chunks))
             odd = chunks | {"max_num_batched_tokens": 23}
             engines.append(self._engine("chunked-oddly", "main", chunked[1:], **odd))
             tight = {"num_gpu_blocks_override": cases.CROWDED_BLOCKS}

@@ -81,3 +81,24 @@ def test_what_is_computed_again_after_preemption_is_judged_once_and_masked_again
     _assert_each_token_counted_once(case)
     for i, output in enumerate(case["batches"][0]):
         assert (flagged(rows(case, output)) == 0) == bool(i % 2)
+
+
+@pytest.mark.parametrize("mode", EAGER)
+def test_a_prompt_in_chunks_of_any_size_is_decided_as_in_one(engines: Engines, mode: str) -> None:
+    case = engines.case(f"{mode}-guarded", "chunked", "every-chunk")
+    seen = [
+        (
+            output["samples"][0]["tokens"],
+            rows(case, output),
+            [
+                (d["policy"], d["rule"], d["phase"], d["position"], d["evidence"], d["outcome"])
+                for d in case["decisions"]
+                if d["request_id"] == output["request_id"]
+            ],
+        )
+        for [output] in case["batches"]
+    ]
+    in_one = seen[-1]
+    assert {decision[2] for decision in in_one[2]} == {"prompt", "output"}
+    assert seen == [in_one] * len(seen)
+    _assert_each_token_counted_once(case)
