@@ -82,6 +82,10 @@ def why_not_enough(experts: Any) -> str | None:
             "rows of other ranks pass through the kernel",
         ),
         (
+            bool(config.moe_parallel_config.use_ep),
+            "its experts lie on several ranks, which nobody tried",
+        ),
+        (
             method not in _SOFTMAX_OF_CHOSEN,
             f"the kernel is set up for the routing method {method.name}",
         ),

@@ -138,10 +138,7 @@ _CHUNKED_TOKENS = 24
 EVERY_CHUNK = case(
     "every-chunk",
     *(
-        [
-            request(tokens(450, _CHUNKED_TOKENS), max_tokens=3)
-            | {"salt": f"{chunk_tokens}"}
-        ]
+        [request(tokens(450, _CHUNKED_TOKENS), max_tokens=3) | {"salt": f"{chunk_tokens}"}]
         for chunk_tokens in range(1, _CHUNKED_TOKENS + 1)
     ),
 ) | {"chunk_tokens": list(range(1, _CHUNKED_TOKENS + 1))}

@@ -202,7 +202,7 @@ def test_where_logits_are_not_enough_the_layer_is_refused_with_the_reason(
 
 
 def parallel(**differing: Any) -> dict[str, Any]:
-    alone = {"dp_size": 1, "enable_eplb": False, "is_sequence_parallel": False}
+    alone = {"dp_size": 1, "enable_eplb": False, "is_sequence_parallel": False, "use_ep": False}
     return {"moe_parallel_config": SimpleNamespace(**alone | differing)}
 
 
@@ -215,6 +215,7 @@ def parallel(**differing: Any) -> dict[str, Any]:
         (parallel(dp_size=2), "rows of other ranks"),
         (parallel(is_sequence_parallel=True), "rows of other ranks"),
         (parallel(enable_eplb=True), "moved about by load balancing"),
+        (parallel(use_ep=True), "lie on several ranks"),
     ],
 )
 def test_what_the_kernel_was_set_up_for_counts_too(change: dict[str, Any], reason: str) -> None:
