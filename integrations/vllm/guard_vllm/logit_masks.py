@@ -83,7 +83,7 @@ def why_not_enough(experts: Any) -> str | None:
         ),
         (
             bool(config.moe_parallel_config.use_ep),
-            "its experts lie on several ranks, which nobody tried",
+            "its experts lie on several ranks",
         ),
         (
             method not in _SOFTMAX_OF_CHOSEN,

@@ -204,7 +204,7 @@ SEAMS: tuple[Seam, ...] = (
         f"{_MOE}.config",
         "FusedMoEParallelConfig",
         "whose rows a kernel sees",
-        has=("dp_size", "enable_eplb", "is_sequence_parallel"),
+        has=("dp_size", "enable_eplb", "is_sequence_parallel", "use_ep"),
     ),
     Seam(f"{_MODELS}.cohere2_moe", "token_choice_with_bias", "a known routing", optional=True),
     Seam(f"{_MODELS}.gemma4", "Gemma4Router.routing_function", "a known routing", optional=True),
