@@ -35,9 +35,8 @@ CASES = [
 COMPARED = {
     "reused": (4, 6, 7),
     "short": range(0, REQUESTS, 5),
-    "cancelled": (13, 15, 22),
-    "urgent": (15, 16),
-    "structured": (1, 2, 7),
+    "cancelled": (13, 22),
+    "structured": (2, 7),
     "prompt-only": (0, 1, 4),
 }
 """Requests of each case: the reference is slow."""
