@@ -15,6 +15,10 @@ from tests.support.support_recorder import SupportRecord, SupportRecorder
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+# Engines of tiny models run side by side: a second thread of one would mostly be waited for.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
 # No deadline, since the machine is shared with running engines. In CI the examples are the same at
 # each run: a failure there is the change's fault.
 settings.register_profile("default", deadline=None)

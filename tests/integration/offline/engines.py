@@ -145,6 +145,7 @@ class Engines:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("MOE_GUARD_", "VLLM_"))}
         env |= {
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # one thread each, see tests/conftest.py
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CACHE_ROOT": str(self.folder / "cache"),
             # Engines of one process start in seconds; `processes` shows the same across processes.

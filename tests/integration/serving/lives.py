@@ -258,12 +258,6 @@ def cancelled() -> Case:
 class LifeEngines(Engines):
     """The groups are those of `RUNNERS`."""
 
-    def _environment(self, group: str) -> dict[str, str]:
-        # One thread: so small a model is no faster with two, and many steps wait long for a second one
-        # where the machine is busy.
-        one = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-        return super()._environment(group) | one
-
     def _engines(self, group: str) -> list[dict[str, Any]]:
         return [
             self._engine(way, BEAMS[way], [], skip_tokenizer_init=False) | {"beam_search": True}
