@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -19,8 +20,9 @@ async def _chunks() -> AsyncGenerator[list[int], None]:
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, *policies: str) -> None:
+    """On vLLM's own functions, whatever another test of this process has put around them."""
     for owner, name in ((AsyncLLM, "generate"), (InputProcessor, "process_inputs")):
-        monkeypatch.setattr(owner, name, owner.__dict__[name])
+        monkeypatch.setattr(owner, name, inspect.unwrap(owner.__dict__[name]))
     install_request_args(Sources({}, policies, has_rules=lambda: True, redact=False))
 
 
