@@ -12,7 +12,7 @@ import torch
 from guard_vllm.proof import LEAK_ROUNDS, PROBE_ROWS, Turn, prove, require
 
 from guard.device.layout import Capacity
-from guard.device.mask import MaskedExperts
+from guard.device.mask import ExpertMask, MaskedExperts
 from guard.device.routing import route_masked
 from guard.errors import NotLiveError
 from guard.policy import parse_policies
@@ -264,3 +264,50 @@ def test_a_layer_that_is_routed_inside_its_kernel_is_proved_to_reroute_and_nothi
         "layer 1 uses masked experts (drop)",
     )
     assert prove(bare.guard, model(bare, obey, blind=(0,))).blind_layers == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "blind"), [(without("rerouted"), ()), (leak, ()), (obey, (0, 1))], ids=str
+)
+def test_rows_run_equally_often_whatever_is_found(change: Change, blind: tuple[int, ...]) -> None:
+    """Other engines run theirs beside: one that stopped early would leave them waiting."""
+    runs = []
+    for change_, blind_ in ((obey, ()), (change, blind)):
+        engine = Engine(MASKING)
+        own: list[int] = []
+        run_rows = model(engine, change_, blind=blind_)
+
+        def counted(
+            num_rows: int, run_rows: Callable[[int], None] = run_rows, own: list[int] = own
+        ) -> None:
+            own.append(num_rows)
+            run_rows(num_rows)
+
+        prove(engine.guard, counted)
+        runs.append(own)
+    assert runs[0] == runs[1]
+    assert len(runs[0]) > 1
+
+
+def test_engines_give_their_rows_other_turns() -> None:
+    bits = []
+    for shift in (0, 1):
+        engine = Engine(MASKING)
+        mask = engine.guard.mask
+        assert mask is not None
+        run_rows = model(engine, obey)
+        seen: list[torch.Tensor] = []
+
+        def watched(
+            num_rows: int,
+            run_rows: Callable[[int], None] = run_rows,
+            mask: ExpertMask = mask,
+            seen: list[torch.Tensor] = seen,
+        ) -> None:
+            seen.append(mask.row_bits_TW[:num_rows].clone())
+            run_rows(num_rows)
+
+        assert prove(engine.guard, watched, 2 * len(Turn), shift=shift).holds
+        bits.append(seen[1])
+    assert torch.equal(bits[0][1:], bits[1][:-1])
+    assert (bits[0] != bits[1]).any(dim=1).all()
