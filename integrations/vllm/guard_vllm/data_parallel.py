@@ -33,19 +33,22 @@ class RoutedRows:
 
     def follow(self, runner: Any) -> None:
         """Send this engine's masks wherever the layer sends its rows to be routed."""
+        group = seam("vllm.distributed.parallel_state", "get_ep_group")()
+        dispatch_router_logits = seam(group, "dispatch_router_logits")
+        get_forward_context = seam("vllm.forward_context", "get_forward_context")
+        rank = seam("vllm.distributed.parallel_state", "get_dp_group")().rank_in_group
 
         def dispatch(stock: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> Any:
             self.own, self._gathered_bits_TW = slice(None), None
             if not runner.do_naive_dispatch_combine:  # its kernel exchanges rows that are routed
                 return stock(hidden_states, router_logits)
-            self.own = _own_rows()
+            self.own = _own_rows(get_forward_context(), rank)
             if self._mask is None:
                 return stock(hidden_states, router_logits)
-            group = seam("vllm.distributed.parallel_state", "get_ep_group")()
             bits_TW = self._mask.row_bits_TW[: len(hidden_states)]
-            hidden_states, router_logits, (self._gathered_bits_TW,) = seam(
-                group, "dispatch_router_logits"
-            )(hidden_states, router_logits, extra_tensors=[bits_TW])
+            hidden_states, router_logits, (self._gathered_bits_TW,) = dispatch_router_logits(
+                hidden_states, router_logits, extra_tensors=[bits_TW]
+            )
             return hidden_states, router_logits
 
         wrap(runner, "_maybe_dispatch", dispatch)
@@ -69,10 +72,8 @@ def routed_rows(runner: Any | None, mask: ExpertMask | None) -> RoutedRows:
     return rows
 
 
-def _own_rows() -> slice:
+def _own_rows(context: Any, rank: int) -> slice:
     """Numbers of the host: where a CUDA graph keeps them, vLLM pads all engines' rows to one count."""
-    context = seam("vllm.forward_context", "get_forward_context")()
-    sizes = seam(context.dp_metadata, "get_chunk_sizes_across_dp_rank")()
-    rank = seam("vllm.distributed.parallel_state", "get_dp_group")().rank_in_group
+    sizes = context.dp_metadata.get_chunk_sizes_across_dp_rank()
     first = sum(sizes[:rank])
     return slice(first, first + sizes[rank])
