@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from guard.program.program import ProgramRule
+
 
 class RuleFacts(msgspec.Struct, frozen=True):
     """A rule as the event plane needs it; its number in `Hello.rules` is its deciding order."""
@@ -19,6 +21,22 @@ class RuleFacts(msgspec.Struct, frozen=True):
     on_error: str
     conditions: tuple[str, ...]
     thresholds: tuple[float, ...]
+
+    @staticmethod
+    def of(rule: ProgramRule) -> RuleFacts:
+        return RuleFacts(
+            policy=rule.policy,
+            rule=rule.rule,
+            mode=str(rule.mode),
+            severity=str(rule.severity),
+            action=rule.action.name.lower(),
+            phase=str(rule.phase),
+            reason=rule.reason,
+            message=rule.message,
+            on_error=str(rule.on_error),
+            conditions=rule.condition_labels,
+            thresholds=rule.thresholds,
+        )
 
     def measured(self) -> tuple[int, ...]:
         """Numbers of the conditions that measure something; `always` does not."""

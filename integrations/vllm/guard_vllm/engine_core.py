@@ -17,7 +17,6 @@ from guard.events.liveness import Liveness
 from guard.events.message import Delta, Health, Hello, RuleFacts, SetFacts, encode
 from guard.failures import Failures, Stage
 from guard.policy.model import Mode, OnError
-from guard.program.program import ProgramRule
 from guard.program.step_report import StepReport
 from guard_vllm import kv_isolation
 from guard_vllm.client import MESSAGE_CALL_ID, deliver
@@ -53,7 +52,7 @@ class EngineCoreGuard:
         self._blocked: Mapping[str, Ending] = {}
         statuses = core.model_executor.collective_rpc(STATUS_METHOD)
         status = _agreed(statuses)
-        rules = tuple(_rule_facts(rule) for rule in status.rules)
+        rules = tuple(RuleFacts.of(rule) for rule in status.rules)
         self._revision = status.revision
         self._has_rules = bool(rules)
         self._hooked = False
@@ -261,22 +260,6 @@ def _agreed(statuses: list[WorkerStatus]) -> WorkerStatus:
                 f"{first.revision}; give every worker the same policy files, then start again"
             )
     return first
-
-
-def _rule_facts(rule: ProgramRule) -> RuleFacts:
-    return RuleFacts(
-        policy=rule.policy,
-        rule=rule.rule,
-        mode=str(rule.mode),
-        severity=str(rule.severity),
-        action=rule.action.name.lower(),
-        phase=str(rule.phase),
-        reason=rule.reason,
-        message=rule.message,
-        on_error=str(rule.on_error),
-        conditions=rule.condition_labels,
-        thresholds=rule.thresholds,
-    )
 
 
 def _hello(engine: int, statuses: list[WorkerStatus], rules: tuple[RuleFacts, ...]) -> Hello:

@@ -40,6 +40,19 @@ def decisions(
     ]
 
 
+def facts(case: Case) -> list[list[Any]]:
+    """By request, in order: what was decided where, on what evidence and with what outcome."""
+    return [
+        [
+            (d["policy"], d["rule"], d["mode"], d["position"], d["evidence"], d["outcome"])
+            for d in case["decisions"]
+            if d["request_id"] == output["request_id"]
+        ]
+        for batch in case["batches"]
+        for output in batch
+    ]
+
+
 def rows(case: Case, output: dict[str, Any]) -> list[Row]:
     """[position, [layers, top_k] ids] of each row of a request that the guard judged, n == 1."""
     number = output["request_id"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.integration.offline.engines import Engines
-from tests.integration.offline.reading import counter, samples, texts
-from tests.integration.offline.test_tensor_parallel import facts
+from tests.integration.offline.reading import counter, facts, samples, texts
 from tests.support.support_facts import Method
 from tests.support.support_recorder import SupportRecord
 

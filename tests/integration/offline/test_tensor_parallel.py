@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tests.integration.offline.engines import Engines
 from tests.integration.offline.policies import STOP_AT
-from tests.integration.offline.reading import Case, counter, decisions, flagged, rows, samples
+from tests.integration.offline.reading import counter, decisions, facts, flagged, rows, samples
 from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
 
 CASES = ("unmasked", "masked", "midway", "blocks")
-
-
-def facts(case: Case) -> list[list[Any]]:
-    """By request, in order: what was decided where, on what evidence and with what outcome."""
-    return [
-        [
-            (d["policy"], d["rule"], d["mode"], d["position"], d["evidence"], d["outcome"])
-            for d in case["decisions"]
-            if d["request_id"] == output["request_id"]
-        ]
-        for batch in case["batches"]
-        for output in batch
-    ]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tests.integration.offline.policies import STOP_AT
@@ -12,6 +10,7 @@ from tests.integration.offline.reading import (
     counted_selections,
     counter,
     decisions,
+    facts,
     flagged,
     rows,
     samples,
@@ -30,19 +29,6 @@ NAMES = ("masked", "midway", "blocks")
 
 def on_ranks(pairs: EnginePairs, group: str, name: str) -> list[Case]:
     return [pairs.case(group, f"rank{rank}", name) for rank in range(RANKS)]
-
-
-def facts(case: Case) -> list[list[Any]]:
-    """By request, in order: what was decided where, on what evidence and with what outcome."""
-    return [
-        [
-            (d["policy"], d["rule"], d["mode"], d["position"], d["evidence"], d["outcome"])
-            for d in case["decisions"]
-            if d["request_id"] == output["request_id"]
-        ]
-        for batch in case["batches"]
-        for output in batch
-    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
