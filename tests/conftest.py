@@ -32,6 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_recorder, "support-recorder")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """An object without a name of its own puts its address into the test's id, which then differs
+    between the processes of one run, and pytest-xdist gives up."""
+    unstable = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if unstable:
+        raise pytest.UsageError(f"name these cases with `ids`: {', '.join(unstable)}")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """`make test` runs two processes side by side. Tests of a folder of tests/integration share running

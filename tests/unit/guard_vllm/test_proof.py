@@ -267,7 +267,9 @@ def test_a_layer_that_is_routed_inside_its_kernel_is_proved_to_reroute_and_nothi
 
 
 @pytest.mark.parametrize(
-    ("change", "blind"), [(without("rerouted"), ()), (leak, ()), (obey, (0, 1))], ids=str
+    ("change", "blind"),
+    [(without("rerouted"), ()), (leak, ()), (obey, (0, 1))],
+    ids=["no reroute", "leak", "blind"],
 )
 def test_rows_run_equally_often_whatever_is_found(change: Change, blind: tuple[int, ...]) -> None:
     """Other engines run theirs beside: one that stopped early would leave them waiting."""
