@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from enum import StrEnum
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -96,6 +97,22 @@ class ConditionKind(StrEnum):
     RATE = "rate"
     MASS = "mass"
     SCORE = "score"
+    COACTIVATION = "coactivation"
+    DORMANT = "dormant"
+    SUPPRESSED = "suppressed"
+    DIVERGENCE = "divergence"
+    ENTROPY = "entropy"
+    CONCENTRATION = "concentration"
+    PROBE = "probe"
+
+    @property
+    def reads_distribution(self) -> bool:
+        """Its value comes from how all experts of a window were used, not from a sum over tokens."""
+        return self in (
+            ConditionKind.DIVERGENCE,
+            ConditionKind.ENTROPY,
+            ConditionKind.CONCENTRATION,
+        )
 
 
 class NamedWindow(StrEnum):
@@ -124,9 +141,56 @@ class Comparison(StrEnum):
         return self in (Comparison.ABOVE, Comparison.BELOW)
 
 
+class Reduce(StrEnum):
+    """How `divergence` makes one number of one a layer."""
+
+    MAX = "max"
+    MEAN = "mean"
+
+
+class TogetherIn(StrEnum):
+    """What `coactivation` counts within one token."""
+
+    MEMBERS = "members"  # experts of the set that were chosen
+    LAYERS = "layers"  # layers in which one of the set was chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """How much of a set a token must use for `coactivation` to count it."""
+
+    least: int
+    of: TogetherIn
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """How often each expert is chosen on benign traffic.
+
+    tokens: on so many tokens they were measured; None where the profile does not say
+    rates: by layer number, the mean selections a token of each expert, in order of its id; those of
+        a layer add up to its top-k
+    """
+
+    tokens: int | None
+    rates: Mapping[int, tuple[float, ...]]
+
+    def rate(self, expert: Expert) -> float:
+        """Raises KeyError or IndexError for an expert that was not measured."""
+        return self.rates[expert.layer][expert.id]
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A number over a window against a threshold. `always` has neither set, window nor threshold."""
+    """A number over a window against a threshold. `always` has neither set, window nor threshold.
+
+    experts: what it reads; None for `always` and for what reads all experts of a layer. Of `dormant`
+        the experts whose baseline is below `baselineBelow`; of `probe` the probe's weights
+    bias: of `score` and `probe`
+    baselines: of `suppressed`, `divergence` and `dormant`
+    budget: the false-positive rate that `comparison` and `threshold` were calibrated to, if the
+        profile gave them
+    """
 
     kind: ConditionKind
     label: str  # unique in its rule: the kind, with `#2`, `#3` … behind a repeated one
@@ -136,7 +200,11 @@ class Condition:
     min_tokens: int = 1  # the language's default already filled in
     comparison: Comparison = Comparison.ABOVE
     threshold: float = 0.0
-    bias: float = 0.0  # `score` only
+    bias: float = 0.0
+    together: Together | None = None
+    baselines: Baselines | None = None
+    reduce: Reduce = Reduce.MAX
+    budget: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +269,49 @@ Action = Observe | Mask | Block
 
 
 @dataclass(frozen=True, slots=True)
+class RequestMatch:
+    """Which requests are meant, by what is known of them when they come.
+
+    lora_adapters: the request uses one of them; None: any or none
+    labels: the request has each of these labels, with one of the values given for it
+    sample: a share of requests, above 0 and up to 1, chosen by a hash of the request's id; the requests
+        of a smaller share are among those of a larger one
+    """
+
+    lora_adapters: frozenset[str] | None = None
+    labels: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    sample: float = 1.0
+
+    @property
+    def is_all(self) -> bool:
+        return self.lora_adapters is None and not self.labels and self.sample >= 1.0
+
+
+ALL_REQUESTS = RequestMatch()
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyException:
+    """Requests for which rules of a policy are evaluated and logged, but do not act.
+
+    rules: by name; empty: all rules of the policy
+    until: the last day, in UTC, on which it applies; None: for good
+    """
+
+    name: str
+    location: Location
+    match: RequestMatch = ALL_REQUESTS
+    rules: frozenset[str] = frozenset()
+    until: date | None = None
+
+    def covers(self, rule: str) -> bool:
+        return not self.rules or rule in self.rules
+
+    def is_expired(self, today: date) -> bool:
+        return self.until is not None and today > self.until
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     name: str
     when: Expression
@@ -209,6 +320,7 @@ class Rule:
     phase: Phase = Phase.ANY
     persist: Persist = Persist()
     on_error: OnError = OnError.OPEN  # the policy's own, unless the rule sets one
+    match: RequestMatch = ALL_REQUESTS
 
     def conditions(self) -> Iterator[Condition]:
         """The rule's conditions, in the order in which they are written."""
@@ -252,13 +364,39 @@ class NeverMask:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """A linear probe: σ(Σ w(l,e) over the window's chosen experts / |W| + bias)."""
+
+    experts: ExpertSet
+    bias: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedThreshold:
+    """A threshold that benign traffic passes at a known rate, for a condition that is equal to
+    `condition` in all but its label, its threshold and where it stands."""
+
+    condition: Condition
+    phase: Phase
+    budgets: Mapping[float, tuple[Comparison, float]]
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
-    """What is known of one model."""
+    """What is known of one model.
+
+    digest: SHA-256 of its content, wherever it lies
+    """
 
     location: Location  # the file
     named_at: Location  # where the policy names it
     model: ModelRequirement
     never_mask: tuple[NeverMask, ...] = ()
+    digest: str = ""
+    sets: Mapping[str, ExpertSet] = field(default_factory=dict)
+    baselines: Baselines | None = None
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+    thresholds: tuple[CalibratedThreshold, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +412,7 @@ class Policy:
     profile: Profile | None = None
     experts: Mapping[str, ExpertSet] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
+    exceptions: tuple[PolicyException, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ baselines, thresholds, probes and sets are for later versions, and passed over.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -105,6 +107,7 @@ def _build(document: ProfileDocument, root: Node, place: Location, named_at: Loc
     return Profile(
         location=place,
         named_at=named_at,
+        digest=_digest(root),
         model=ModelRequirement(
             location=locate(root, ("model",), key=True),
             architecture=model.architecture,
@@ -122,6 +125,11 @@ def _build(document: ProfileDocument, root: Node, place: Location, named_at: Loc
             for index, entry in enumerate(document.never_mask)
         ),
     )
+
+
+def _digest(root: Node) -> str:
+    text = json.dumps(plain(root), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _numbers(single: list[int], ranges: tuple[range, ...]) -> tuple[int, ...]:

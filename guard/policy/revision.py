@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from datetime import date
 from typing import Final
 
 from guard.policy.fault import Location
-from guard.policy.model import ExpertSet, Policy
+from guard.policy.model import Baselines, ExpertSet, Policy, Profile
 
 _DIGITS: Final = 12
 
@@ -31,6 +32,14 @@ def _canonical(value: object) -> object:
             return {**_fields(value), "experts": experts}
         case ExpertSet():
             return value.name
+        case Profile():
+            return value.digest
+        case Baselines():
+            return None  # the profile's
+        case frozenset():
+            return sorted(value)
+        case date():
+            return value.isoformat()
         case Mapping():
             return {str(key): _canonical(item) for key, item in value.items()}
         case tuple():

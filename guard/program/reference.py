@@ -251,6 +251,8 @@ def _value(
             return mass / mass_of_layers if mass_of_layers else None
         case ConditionKind.SCORE:
             return score / len(tokens)
+        case _:
+            raise AssertionError(f"{condition.kind} is not evaluated yet")
 
 
 def _seen_tokens(condition: Condition, phase: Phase, position: int, routing: Routing) -> list[int]:

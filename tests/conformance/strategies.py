@@ -53,7 +53,8 @@ GATE_NUMERATORS = (64, 128, 64, 77)  # over 256
 WEIGHTS = (1.0, 0.5, 0.1, 0.2, 0.3, -0.1, -0.25, 0.07, 0.33, -1.0, 2.0)
 SPREADING_PRIME = 2_654_435_761
 MASK_UNTILS: tuple[MaskUntil, ...] = ("clear", "clear", "request-end", 1, 2, 3, 5)
-CONDITION_KINDS = [kind for kind in ConditionKind for _ in range(1 if kind == "always" else 3)]
+LINEAR_KINDS = [ConditionKind.COUNT, ConditionKind.RATE, ConditionKind.MASS, ConditionKind.SCORE]
+CONDITION_KINDS = [ConditionKind.ALWAYS, *LINEAR_KINDS * 3]
 WINDOWS: list[Window] = [*NamedWindow, *[NamedWindow.TOKEN] * 4, 1, 2, 2, 3, 3, 4, 6, 9, 30]
 ONE_IN_FOUR = (False, False, False, True)
 
@@ -224,6 +225,8 @@ def _threshold(
             num_chosen = draw(st.integers(0, 2))
             total = sum((_pick(draw, weights) for _ in range(num_chosen)), start=Fraction(0))
             return float(total / num_tokens + Fraction(str(bias)))
+        case _:
+            raise AssertionError(f"{kind} is not drawn")
 
 
 def _expression(draw: st.DrawFn, experts: Sequence[ExpertSet], depth: int = 2) -> Expression:
