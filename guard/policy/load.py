@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +14,19 @@ from guard.policy.fault import Fault, Location, PolicyError
 from guard.policy.model import PolicySet, Profile
 from guard.policy.never_mask import never_mask_faults
 from guard.policy.nodes import Node, ScalarNode, find, plain
-from guard.policy.profile import load_profile, profile_path
+from guard.policy.profile import load_profile
 from guard.policy.references import duplicate_policy_faults, reference_faults
 from guard.policy.revision import revision_of
 from guard.policy.schema import PolicyDocument
-from guard.policy.yaml12 import MAX_FILE_BYTES, read_documents
-
-_SUFFIXES = (".yaml", ".yml")
+from guard.policy.texts import (
+    PolicyTexts,
+    Text,
+    profile_path,
+    read_policies,
+    read_profile,
+    with_profiles,
+)
+from guard.policy.yaml12 import read_documents
 
 
 def load_policies(path: Path | str) -> PolicySet:
@@ -35,8 +38,7 @@ def load_policies(path: Path | str) -> PolicySet:
     Raises:
         PolicyError: with all faults of all files.
     """
-    texts, faults = _read(Path(path))
-    return _load(texts, faults)
+    return load_texts(read_policies(path))
 
 
 def parse_policies(text: str, file: str = "<text>") -> PolicySet:
@@ -45,24 +47,19 @@ def parse_policies(text: str, file: str = "<text>") -> PolicySet:
     Raises:
         PolicyError: with all faults.
     """
-    return _load([_Text(file, text)], [])
+    return load_texts(with_profiles([Text(file, text)], read_profile))
 
 
-class _Text(NamedTuple):
-    file: str
-    text: str
+def load_texts(texts: PolicyTexts) -> PolicySet:
+    """Load what `read_policies` read, here or elsewhere; no file is touched.
 
-
-class _Document(NamedTuple):
-    root: Node
-    schema: PolicyDocument | None  # None: it did not validate
-    profile: Profile | None  # None: it names none, or a bad one
-
-
-def _load(texts: list[_Text], faults: list[Fault]) -> PolicySet:
+    Raises:
+        PolicyError: with all faults of all files.
+    """
+    faults = list(texts.faults)
     documents: list[_Document] = []
-    profiles: _Profiles = {}
-    for file, text in texts:
+    profiles = _Profiles(texts.profiles)
+    for file, text, _ in texts.policies:
         roots, yaml_faults = read_documents(text, file)
         faults += yaml_faults
         if not roots and not yaml_faults:
@@ -88,8 +85,26 @@ def _load(texts: list[_Text], faults: list[Fault]) -> PolicySet:
     return loaded
 
 
-_Profiles = dict[Path, Profile]
-"""Those that were read already: policies of one set usually share their model's."""
+class _Document(NamedTuple):
+    root: Node
+    schema: PolicyDocument | None  # None: it did not validate
+    profile: Profile | None  # None: it names none, or a bad one
+
+
+class _Profiles:
+    """The profiles of a set, each parsed once: its policies usually share their model's."""
+
+    def __init__(self, texts: tuple[Text, ...]) -> None:
+        self._texts = {text.file: text for text in texts}
+        self._parsed: dict[str, Profile] = {}
+
+    def named(self, name: str, location: Location) -> Profile:
+        """Raises PolicyError: at `location` if the file could not be read, else at its place in it."""
+        path = str(profile_path(name, location))
+        if path not in self._parsed:
+            text = self._texts.get(path, Text(path, "", "is not among the files that were read"))
+            self._parsed[path] = load_profile(text, location)
+        return replace(self._parsed[path], named_at=location)
 
 
 def _check(root: Node, profiles: _Profiles) -> tuple[_Document, list[Fault]]:
@@ -107,69 +122,9 @@ def _check(root: Node, profiles: _Profiles) -> tuple[_Document, list[Fault]]:
 def _profile(root: Node, profiles: _Profiles) -> tuple[Profile | None, list[Fault]]:
     match find(root, ("spec", "profile")):
         case ScalarNode(str(named), location) if named:
-            path = profile_path(named, location)
             try:
-                profile = profiles.get(path) or load_profile(path, location)
+                return profiles.named(named, location), []
             except PolicyError as error:
                 return None, list(error.faults)
-            profiles[path] = profile
-            return replace(profile, named_at=location), []
         case _:
             return None, []
-
-
-def _read(path: Path) -> tuple[list[_Text], list[Fault]]:
-    """The texts of all files at `path`, and a fault for each that cannot be read."""
-    faults: list[Fault] = []
-    files = sorted(_files_below(path, faults)) if os.path.isdir(path) else [path]
-    texts = []
-    for file in files:
-        text = _read_file(file, faults)
-        if text is not None:
-            texts.append(_Text(str(file), text))
-    return texts, faults
-
-
-def _files_below(folder: Path, faults: list[Fault]) -> Iterator[Path]:
-    """Links are followed: Kubernetes mounts a ConfigMap as links into a hidden folder `..data`."""
-
-    def unreadable(error: OSError) -> None:
-        faults.append(Fault(Location(str(error.filename)), f"cannot be read: {error.strerror}"))
-
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(name for name in folders if name[0] != ".")
-        if real not in seen:
-            seen.add(real)
-            for name in names:
-                if name[0] != "." and name.lower().endswith(_SUFFIXES):
-                    yield Path(parent, name)
-
-
-def _read_file(file: Path, faults: list[Fault]) -> str | None:
-    place = Location(str(file))
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            faults.append(Fault(place, "is no regular file; give a YAML file or a folder of them"))
-            return None
-        with file.open("rb") as stream:
-            content = stream.read(MAX_FILE_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        message = "there is no such file or folder; give a policy file or a folder of *.yaml files"
-        faults.append(Fault(place, message))
-        return None
-    except OSError as error:
-        faults.append(Fault(place, f"cannot be read: {error.strerror}"))
-        return None
-    if len(content) > MAX_FILE_BYTES:
-        faults.append(Fault(place, f"is larger than {MAX_FILE_BYTES} bytes; split it"))
-        return None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = content[: error.start]
-        column = error.start - (before.rfind(b"\n") + 1) + 1
-        place = Location(str(file), before.count(b"\n") + 1, column)
-        faults.append(Fault(place, "is not UTF-8 from here on; save the file as UTF-8"))
-        return None

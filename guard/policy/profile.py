@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -22,8 +21,7 @@ from guard.policy.nodes import Node, locate, plain
 from guard.policy.scalars import Count, ExpertRanges, Layer, LayerRanges
 from guard.policy.schema import API_VERSION
 from guard.policy.spec import Problem, Spec, word
-
-MAX_PROFILE_BYTES: Final = 64 << 20
+from guard.policy.texts import Text
 
 
 class ProfileModelSpec(Spec):
@@ -65,41 +63,17 @@ class ProfileDocument(Spec):
     probes: Any = Field(default=None, description="Linear probes; not read yet.")
 
 
-def profile_path(named: str, named_at: Location) -> Path:
-    """Where the profile lies that a policy names."""
-    return Path(named_at.file).parent / named
-
-
-def load_profile(path: Path, named_at: Location) -> Profile:
-    """Raises PolicyError: at `named_at` if the file cannot be read, else at the place in the file."""
-    text = _read(path, named_at)
-    root = read_json(text, str(path))
+def load_profile(file: Text, named_at: Location) -> Profile:
+    """Raises PolicyError: at `named_at` if the file could not be read, else at the place in it."""
+    if file.problem:
+        text = f"spec.profile: the profile {file.file} {file.problem}"
+        raise PolicyError([Fault(named_at, text)])
+    root = read_json(file.text, file.file)
     try:
         document = ProfileDocument.model_validate(plain(root))
     except ValidationError as error:
         raise PolicyError(explain(error, root)) from error
-    return _build(document, root, Location(str(path)), named_at)
-
-
-def _read(path: Path, named_at: Location) -> str:
-    what = f"spec.profile: the profile {path}"
-    try:
-        if not path.is_file():
-            text = f"{what} is no file; give its path relative to the policy's folder"
-            raise PolicyError([Fault(named_at, text)])
-        with path.open("rb") as stream:
-            content = stream.read(MAX_PROFILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        if isinstance(error, PolicyError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise PolicyError([Fault(named_at, f"{what} cannot be read: {reason}")]) from error
-    if len(content) > MAX_PROFILE_BYTES:
-        raise PolicyError([Fault(named_at, f"{what} is larger than {MAX_PROFILE_BYTES} bytes")])
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PolicyError([Fault(named_at, f"{what} is not UTF-8; save it as UTF-8")]) from error
+    return _build(document, root, Location(file.file), named_at)
 
 
 def _build(document: ProfileDocument, root: Node, place: Location, named_at: Location) -> Profile:

@@ -12,6 +12,7 @@ from guard.policy import Fault, PolicyError, PolicySet, load_policies
 from guard.policy.fault import Location
 from guard.policy.model import MaskMethod, Profile
 from guard.policy.profile import load_profile
+from guard.policy.texts import Text
 
 PROFILE: dict[str, Any] = {
     "apiVersion": "moe-guard/v1",
@@ -105,18 +106,18 @@ def test_a_profile_of_one_policy_binds_the_masks_of_its_neighbours(tmp_path: Pat
 def test_policies_that_share_a_profile_read_it_once_and_each_names_it_at_its_own_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[Path] = []
+    read: list[str] = []
 
-    def counted(path: Path, named_at: Location) -> Profile:
-        read.append(path)
-        return load_profile(path, named_at)
+    def counted(text: Text, named_at: Location) -> Profile:
+        read.append(text.file)
+        return load_profile(text, named_at)
 
     monkeypatch.setattr("guard.policy.load.load_profile", counted)
     harmless = "{layer: 1, experts: 1}"
 
     loaded = load(tmp_path, policy(harmless), policy(harmless, name="q"))
 
-    assert read == [tmp_path / "profiles" / "m.json"]
+    assert read == [str(tmp_path / "profiles" / "m.json")]
     assert [p.profile.named_at.line for p in loaded.policies if p.profile] == [6, 16]
 
 
