@@ -23,6 +23,10 @@ def serve(
         bool,
         typer.Option(help="Provision no masks: for models whose routers cannot be masked yet."),
     ] = False,
+    mask_actions: Annotated[
+        int,
+        typer.Option(min=0, help="Room for so many mask actions, so that reloads can bring some."),
+    ] = 64,
     redact_reasons: Annotated[
         bool, typer.Option(help="Tell clients 'moe_guard', not which rule stopped a request.")
     ] = False,
@@ -38,6 +42,7 @@ def serve(
         policies=policies,
         strict=strict,
         observe_only=observe_only,
+        mask_actions=mask_actions,
         redact_reasons=redact_reasons,
         decision_log=decision_log,
         vllm_args=tuple(context.args),

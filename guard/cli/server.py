@@ -45,6 +45,7 @@ class ServerSettings:
     policies: Path | None
     strict: bool = True
     observe_only: bool = False
+    mask_actions: int = 64
     redact_reasons: bool = False
     decision_log: Path | None = None
     vllm_args: tuple[str, ...] = ()
@@ -96,6 +97,7 @@ class ServerSettings:
             "policies": str(self.policies.resolve()),
             "strict": self.strict,
             "observe_only": self.observe_only,
+            "mask_actions": self.mask_actions,
             "redact_reasons": self.redact_reasons,
             "decision_log": None if log is None else str(log.resolve()),
         }

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from guard.errors import GuardError
+from guard.program.program import WORD_BITS
 
 CONFIG_KEY = "moe_guard"
 POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
@@ -31,6 +32,8 @@ class Settings:
     prefix_evidence: keep the evidence of cached tokens, so that prefixes taken from the cache count as
         if they had been computed; without it they are reported as unseen. Costs memory, see the log
     decision_log: file that gets one JSON line a decision
+    mask_actions: how many mask actions the policies of a running server may come to have; reloads that
+        need more are refused
     mask_words, format: filled in by the plugin; they decide the shape of the compiled graph
     """
 
@@ -40,6 +43,7 @@ class Settings:
     redact_reasons: bool = False
     prefix_evidence: bool = True
     decision_log: str | None = None
+    mask_actions: int = 64
     mask_words: int = 0
     format: int = FORMAT
 
@@ -77,6 +81,7 @@ class Settings:
             "redact_reasons": flag,
             "prefix_evidence": flag,
             "decision_log": path,
+            "mask_actions": number,
             "mask_words": number,
             "format": number,
         }
@@ -87,10 +92,16 @@ class Settings:
                 raise SettingsError(
                     f"additional_config.{CONFIG_KEY}.{name} is {value!r}; it must be {words}"
                 )
+        if self.mask_actions < 0:
+            raise SettingsError(
+                f"additional_config.{CONFIG_KEY}.mask_actions is {self.mask_actions}; it must be 0 or "
+                "more"
+            )
 
     def resolved(self, mask_words: int) -> Settings:
-        """With what every process must agree on."""
-        return replace(self, mask_words=0 if self.observe_only else mask_words)
+        """With what every process must agree on. mask_words: what the policies at start need."""
+        room = -(-self.mask_actions // WORD_BITS)
+        return replace(self, mask_words=0 if self.observe_only else max(1, mask_words, room))
 
     def as_section(self) -> dict[str, Any]:
         return asdict(self)

@@ -106,6 +106,7 @@ def test_the_command_is_vllms_own_with_the_guards_section(policies: Path) -> Non
             "policies": str(policies),
             "strict": True,
             "observe_only": False,
+            "mask_actions": 64,
             "redact_reasons": False,
             "decision_log": str(Path("log").resolve()),
         }

@@ -63,6 +63,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_even_while_off(key: str, hin
         {"policies": "p", "observe_only": 0},
         {"policies": "p", "decision_log": True},
         {"policies": "p", "mask_words": "1"},
+        {"policies": "p", "mask_actions": -1},
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(wrong: dict[str, object]) -> None:
@@ -82,3 +83,10 @@ def test_what_was_resolved_is_read_back_alike_by_every_process() -> None:
     assert of(settings.as_section()) == settings
     assert settings.as_section() == asdict(settings)
     assert Settings(policies="p", observe_only=True).resolved(3).mask_words == 0
+
+
+def test_room_for_mask_actions_is_provisioned_whatever_the_policies_at_start_need() -> None:
+    assert Settings(policies="p").resolved(0).mask_words == 1
+    assert Settings(policies="p", mask_actions=200).resolved(1).mask_words == 4
+    assert Settings(policies="p", mask_actions=64).resolved(2).mask_words == 2
+    assert Settings(policies="p", mask_actions=0).resolved(0).mask_words == 1
