@@ -3,67 +3,73 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 
-from guard.policy.conditions import ExpressionSpec, ScoreSpec, ThresholdSpec
-from guard.policy.fault import Location
+from guard.policy.conditions import ConditionSpec, ExpressionSpec
+from guard.policy.expert_sets import ForeignSets, NamedProfile, SetBuilder
+from guard.policy.explain import path_text
+from guard.policy.fault import Fault
+from guard.policy.measures import MeasureError, calibrated, measure
 from guard.policy.model import (
+    ALL_REQUESTS,
     Action,
     All,
     AnyOf,
     Block,
-    Comparison,
     Condition,
     ConditionKind,
-    ExpertEntry,
     ExpertSet,
     Expression,
     Mask,
     ModelRequirement,
-    NamedWindow,
     Not,
     Observe,
     Persist,
+    Phase,
     Policy,
+    PolicyException,
     Profile,
+    RequestMatch,
     Rule,
-    Window,
 )
 from guard.policy.nodes import Node, locate
-from guard.policy.references import entry_layers, expert_weights
+from guard.policy.references import foreign_names
 from guard.policy.schema import (
     ActionSpec,
     EntrySpec,
+    ExceptionSpec,
+    ModelSpec,
     PolicyDocument,
+    RequestMatchSpec,
     RuleSpec,
 )
 
 _Path = tuple[str | int, ...]
 
 
-def build_policy(document: PolicyDocument, root: Node, profile: Profile | None) -> Policy:
-    """All are of one document, and `references` found nothing wrong with it."""
+def build_policy(
+    document: PolicyDocument,
+    root: Node,
+    profile: Profile | None,
+    named_profile: NamedProfile,
+    foreign: ForeignSets,
+) -> tuple[Policy, list[Fault]]:
+    """All are of one document, and `references` found nothing wrong with it. The policy is whole where
+    there are no faults.
+
+    profile: that of spec.profile
+    """
     metadata, spec = document.metadata, document.spec
-    sets = {
-        name: ExpertSet(
-            name=name,
-            entries=tuple(
-                _entry(entry, locate(root, ("spec", "experts", name, index)))
-                for index, entry in enumerate(entries)
-            ),
-            location=locate(root, ("spec", "experts", name), key=True),
-        )
-        for name, entries in spec.experts.items()
-    }
-    model = None
-    if spec.model is not None:
-        model = ModelRequirement(
-            location=locate(root, ("spec", "model"), key=True),
-            architecture=spec.model.architecture,
-            layers=spec.model.layers,
-            experts=spec.model.experts,
-            top_k=spec.model.top_k,
-        )
-    return Policy(
+    builder = SetBuilder(root, profile, named_profile)
+    sets = builder.build(spec.experts)
+    for name in foreign_names(root):
+        if (foreign_set := foreign.find(name, root.location.file)) is not None:
+            sets[name] = replace(foreign_set, name=name)
+    rules = [
+        _RuleBuilder(root, ("spec", "rules", index), sets, profile) for index in range(len(spec.rules))
+    ]
+    policy = Policy(
         name=metadata.name,
         location=locate(root, ("metadata", "name")),
         mode=spec.mode,
@@ -71,38 +77,80 @@ def build_policy(document: PolicyDocument, root: Node, profile: Profile | None) 
         severity=metadata.severity,
         maturity=metadata.maturity,
         labels=metadata.labels,
-        model=model,
+        model=None if spec.model is None else _requirement(spec.model, root),
         profile=profile,
+        set_profiles=tuple(
+            other
+            for file, other in builder.profiles.items()
+            if profile is None or file != profile.location.file
+        ),
         experts=sets,
         rules=tuple(
-            _RuleBuilder(root, ("spec", "rules", index), sets).build(rule, document)
-            for index, rule in enumerate(spec.rules)
+            rule.build(of_rule, document) for rule, of_rule in zip(rules, spec.rules, strict=True)
         ),
+        exceptions=tuple(
+            _exception(exception, root, index) for index, exception in enumerate(spec.exceptions)
+        ),
+    )
+    return policy, builder.faults + [fault for rule in rules for fault in rule.faults]
+
+
+def build_sets(
+    sets: Mapping[str, tuple[EntrySpec, ...]],
+    root: Node,
+    profile: Profile | None,
+    named_profile: NamedProfile,
+) -> tuple[dict[str, ExpertSet], list[Fault]]:
+    """The sets of a document of `kind: ExpertSets`."""
+    builder = SetBuilder(root, profile, named_profile)
+    return builder.build(sets), builder.faults
+
+
+def _requirement(spec: ModelSpec, root: Node) -> ModelRequirement:
+    return ModelRequirement(
+        location=locate(root, ("spec", "model"), key=True),
+        architecture=spec.architecture,
+        layers=spec.layers,
+        experts=spec.experts,
+        top_k=spec.top_k,
     )
 
 
-def default_min_tokens(kind: ConditionKind, over: Window, comparison: Comparison) -> int:
-    """The fewest tokens with which a condition's value is known, where it gives no minTokens."""
-    if isinstance(over, NamedWindow) or (kind is ConditionKind.COUNT and comparison.upward):
-        return 1
-    return over
+def _match(spec: RequestMatchSpec, sample: float = 1.0) -> RequestMatch:
+    return RequestMatch(
+        lora_adapters=None if spec.lora_adapters is None else frozenset(spec.lora_adapters),
+        labels={name: frozenset(values) for name, values in (spec.labels or {}).items()},
+        sample=sample,
+    )
 
 
-def _entry(entry: EntrySpec, location: Location) -> ExpertEntry:
-    return ExpertEntry(layers=entry_layers(entry), weights=expert_weights(entry), location=location)
+def _exception(spec: ExceptionSpec, root: Node, index: int) -> PolicyException:
+    return PolicyException(
+        name=spec.name,
+        location=locate(root, ("spec", "exceptions", index)),
+        match=_match(spec.match),
+        rules=frozenset(spec.rules or ()),
+        until=spec.until,
+    )
 
 
 class _RuleBuilder:
     """One rule; it counts the conditions, so that each has a label of its own."""
 
-    def __init__(self, root: Node, path: _Path, sets: dict[str, ExpertSet]) -> None:
+    def __init__(
+        self, root: Node, path: _Path, sets: dict[str, ExpertSet], profile: Profile | None
+    ) -> None:
         self._root = root
         self._path = path
         self._sets = sets
+        self._profile = profile
+        self._phase = Phase.ANY
         self._seen: Counter[ConditionKind] = Counter()
+        self.faults: list[Fault] = []
 
     def build(self, rule: RuleSpec, document: PolicyDocument) -> Rule:
-        persist = rule.persist
+        persist, match = rule.persist, _match(rule.match, rule.match.sample)
+        self._phase = rule.match.phase
         return Rule(
             name=rule.name,
             when=self._expression(rule.when, (*self._path, "when")),
@@ -111,6 +159,7 @@ class _RuleBuilder:
             phase=rule.match.phase,
             persist=Persist(persist.hits, persist.of) if persist else Persist(),
             on_error=rule.on_error or document.spec.on_error,
+            match=ALL_REQUESTS if match.is_all else match,
         )
 
     def _expression(self, spec: ExpressionSpec, path: _Path) -> Expression:
@@ -120,15 +169,10 @@ class _RuleBuilder:
             return AnyOf(self._children(spec.any_, (*path, "any")))
         if spec.not_ is not None:
             return Not(self._expression(spec.not_, (*path, "not")))
-        given: dict[ConditionKind, ThresholdSpec | None] = {
-            ConditionKind.COUNT: spec.count,
-            ConditionKind.RATE: spec.rate,
-            ConditionKind.MASS: spec.mass,
-            ConditionKind.SCORE: spec.score,
-        }
-        for kind, threshold in given.items():
-            if threshold is not None:
-                return self._condition(kind, threshold, (*path, kind.value))
+        for kind in ConditionKind:
+            words: ConditionSpec | None = getattr(spec, kind.value)
+            if kind is not ConditionKind.ALWAYS and words is not None:
+                return self._condition(kind, words, (*path, kind.value))
         return self._labelled(ConditionKind.ALWAYS, (*path, ConditionKind.ALWAYS.value))
 
     def _children(self, specs: tuple[ExpressionSpec, ...], path: _Path) -> tuple[Expression, ...]:
@@ -140,20 +184,40 @@ class _RuleBuilder:
         label = kind.value if number == 1 else f"{kind.value}#{number}"
         return Condition(kind, label, locate(self._root, path, key=True))
 
-    def _condition(self, kind: ConditionKind, spec: ThresholdSpec, path: _Path) -> Condition:
-        comparison, threshold = spec.comparison
+    def _condition(self, kind: ConditionKind, spec: ConditionSpec, path: _Path) -> Condition:
         named = self._labelled(kind, path)
-        return Condition(
-            kind=kind,
-            label=named.label,
-            location=named.location,
-            experts=self._sets[spec.experts],
-            over=spec.over,
-            min_tokens=spec.min_tokens or default_min_tokens(kind, spec.over, comparison),
-            comparison=comparison,
-            threshold=threshold,
-            bias=spec.bias if isinstance(spec, ScoreSpec) else 0.0,
-        )
+        try:
+            if spec.budget is not None:
+                condition = calibrated(
+                    spec,
+                    kind,
+                    self._phase,
+                    spec.budget,
+                    self._sets.__getitem__,
+                    self._profile,
+                    named.location,
+                )
+            else:
+                assert spec.comparison is not None, "the schema asks for a threshold"
+                comparison, threshold = spec.comparison
+                condition = replace(
+                    measure(
+                        kind,
+                        spec,
+                        comparison,
+                        self._sets.__getitem__,
+                        self._profile,
+                        named.location,
+                    ),
+                    comparison=comparison,
+                    threshold=threshold,
+                )
+        except MeasureError as error:
+            whole = (*path, error.key) if error.key else path
+            place = locate(self._root, whole, key=not error.key)
+            self.faults.append(Fault(place, f"{path_text(whole)}: {error.text}"))
+            return named
+        return replace(condition, label=named.label)
 
     def _action(self, spec: ActionSpec | None) -> Action:
         if spec is not None and spec.mask is not None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from guard.policy.fault import Fault
 from guard.policy.nodes import Node, locate
-from guard.policy.scalars import NAME_PATTERN, SET_NAME_PATTERN
+from guard.policy.scalars import LABEL_PATTERN, NAME_PATTERN, SET_NAME_PATTERN
 from guard.policy.spec import KEY_FAULT, VALUE_FAULT
 from guard.policy.suggest import describe
 
@@ -19,6 +19,7 @@ _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,63}")
 _PATTERNS: Final = {
     NAME_PATTERN: "a name of a-z, 0-9 and '-', with '-' only inside",
     SET_NAME_PATTERN: "a name of letters, digits, '-', '_' and '.'",
+    LABEL_PATTERN: "a name of letters, digits, '-', '_' and '.', with letters or digits at its ends",
 }
 
 _EXPECTED: Final = {
@@ -29,6 +30,8 @@ _EXPECTED: Final = {
     "dict_type": "a mapping",
     "tuple_type": "a list",
     "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "string_too_short": "at least {min_length} character(s)",
     "string_too_long": "at most {max_length} characters",

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar
 
 from pydantic import ValidationError
 
-from guard.policy.build import build_policy
-from guard.policy.explain import explain, is_other_kind
+from guard.policy.build import build_policy, build_sets
+from guard.policy.expert_sets import ForeignSets
+from guard.policy.explain import explain
 from guard.policy.fault import Fault, Location, PolicyError
-from guard.policy.model import PolicySet, Profile
+from guard.policy.model import ExpertSet, Policy, PolicySet, Profile
 from guard.policy.never_mask import never_mask_faults
 from guard.policy.nodes import Node, ScalarNode, find, plain
 from guard.policy.profile import load_profile
-from guard.policy.references import duplicate_policy_faults, reference_faults
+from guard.policy.references import duplicate_policy_faults, foreign_faults, reference_faults
 from guard.policy.revision import revision_of
-from guard.policy.schema import PolicyDocument
+from guard.policy.schema import (
+    EXPERT_SETS,
+    POLICY,
+    POLICY_TEST,
+    ExpertSetsDocument,
+    PolicyDocument,
+)
 from guard.policy.texts import (
     PolicyTexts,
     Text,
@@ -57,8 +64,7 @@ def load_texts(texts: PolicyTexts) -> PolicySet:
         PolicyError: with all faults of all files.
     """
     faults = list(texts.faults)
-    documents: list[_Document] = []
-    profiles = _Profiles(texts.profiles)
+    loader = _Loader(_Profiles(texts.profiles))
     for file, text, _ in texts.policies:
         roots, yaml_faults = read_documents(text, file)
         faults += yaml_faults
@@ -67,17 +73,11 @@ def load_texts(texts: PolicyTexts) -> PolicySet:
                 Fault(Location(file, 1, 1), "the file holds no policy; write one or remove it")
             )
         for root in roots:
-            document, document_faults = _check(root, profiles)
-            documents.append(document)
-            faults += document_faults
-    faults += duplicate_policy_faults(document.root for document in documents)
+            loader.add(root)
+    policies = loader.build()
+    faults += loader.faults
     if faults:
         raise PolicyError(list(dict.fromkeys(faults)))
-    policies = [
-        build_policy(document.schema, document.root, document.profile)
-        for document in documents
-        if document.schema is not None
-    ]
     policies.sort(key=lambda policy: (-policy.severity.rank, policy.name))
     loaded = PolicySet(tuple(policies), revision_of(policies))
     if faults := never_mask_faults(loaded):
@@ -85,10 +85,77 @@ def load_texts(texts: PolicyTexts) -> PolicySet:
     return loaded
 
 
-class _Document(NamedTuple):
-    root: Node
-    schema: PolicyDocument | None  # None: it did not validate
-    profile: Profile | None  # None: it names none, or a bad one
+_Document = TypeVar("_Document", PolicyDocument, ExpertSetsDocument)
+
+
+class _Loader:
+    """Takes documents one after the other; expert sets are built before the policies that name them."""
+
+    def __init__(self, profiles: _Profiles) -> None:
+        self._profiles = profiles
+        self._foreign = ForeignSets()
+        self._policies: list[tuple[Node, PolicyDocument | None]] = []  # None: it did not validate
+        self.faults: list[Fault] = []
+
+    def add(self, root: Node) -> None:
+        match find(root, ("kind",)):
+            case ScalarNode(kind) if kind == POLICY_TEST:
+                pass
+            case ScalarNode(kind) if kind == EXPERT_SETS:
+                self._add_sets(root)
+            case _:
+                self._policies.append((root, self._validated(root, PolicyDocument)))
+
+    def _add_sets(self, root: Node) -> None:
+        built: dict[str, ExpertSet] = {}
+        document = self._validated(root, ExpertSetsDocument)
+        self.faults += reference_faults(root)
+        if document is not None:
+            profile = self._profile(root)
+            built, faults = build_sets(document.spec.experts, root, profile, self._profiles.named)
+            self.faults += faults
+        self._foreign.add(root, built)
+
+    def build(self) -> list[Policy]:
+        policies = []
+        for root, document in self._policies:
+            if document is None and not _says_policy(root):
+                continue
+            own_faults = [*reference_faults(root), *foreign_faults(root, self._foreign.find)]
+            profile = self._profile(root)
+            if document is not None and not own_faults:
+                policy, own_faults = build_policy(
+                    document, root, profile, self._profiles.named, self._foreign
+                )
+                policies.append(policy)
+            self.faults += own_faults
+        self.faults += duplicate_policy_faults(root for root, _ in self._policies)
+        return policies
+
+    def _validated(self, root: Node, schema: type[_Document]) -> _Document | None:
+        try:
+            return schema.model_validate(plain(root))
+        except ValidationError as error:
+            self.faults += explain(error, root)
+            return None
+
+    def _profile(self, root: Node) -> Profile | None:
+        match find(root, ("spec", "profile")):
+            case ScalarNode(str(named), location) if named:
+                try:
+                    return self._profiles.named(named, location)
+                except PolicyError as error:
+                    self.faults += error.faults
+        return None
+
+
+def _says_policy(root: Node) -> bool:
+    """The document does not say that it is something else, which would not be ours to judge."""
+    match find(root, ("kind",)):
+        case ScalarNode(kind):
+            return kind == POLICY
+        case _:
+            return True
 
 
 class _Profiles:
@@ -105,26 +172,3 @@ class _Profiles:
             text = self._texts.get(path, Text(path, "", "is not among the files that were read"))
             self._parsed[path] = load_profile(text, location)
         return replace(self._parsed[path], named_at=location)
-
-
-def _check(root: Node, profiles: _Profiles) -> tuple[_Document, list[Fault]]:
-    try:
-        schema = PolicyDocument.model_validate(plain(root))
-    except ValidationError as error:
-        faults = explain(error, root)
-        if not is_other_kind(error):
-            faults += reference_faults(root) + _profile(root, profiles)[1]
-        return _Document(root, None, None), faults
-    profile, faults = _profile(root, profiles)
-    return _Document(root, schema, profile), reference_faults(root) + faults
-
-
-def _profile(root: Node, profiles: _Profiles) -> tuple[Profile | None, list[Fault]]:
-    match find(root, ("spec", "profile")):
-        case ScalarNode(str(named), location) if named:
-            try:
-                return profiles.named(named, location), []
-            except PolicyError as error:
-                return None, list(error.faults)
-        case _:
-            return None, []

@@ -410,9 +410,14 @@ class Policy:
     labels: Mapping[str, str] = field(default_factory=dict)
     model: ModelRequirement | None = None
     profile: Profile | None = None
+    set_profiles: tuple[Profile, ...] = ()  # others, that entries of its sets name
     experts: Mapping[str, ExpertSet] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     exceptions: tuple[PolicyException, ...] = ()
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        return self.set_profiles if self.profile is None else (self.profile, *self.set_profiles)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,8 +43,8 @@ _Protected = Mapping[int, list[tuple[frozenset[int], NeverMask]]]
 def _by_layer(policies: Iterable[Policy]) -> _Protected:
     protected: dict[int, list[tuple[frozenset[int], NeverMask]]] = defaultdict(list)
     for policy in policies:
-        if policy.profile is not None and policy.mode is not Mode.OFF:
-            for entry in policy.profile.never_mask:
+        for profile in policy.profiles if policy.mode is not Mode.OFF else ():
+            for entry in profile.never_mask:
                 experts = frozenset(entry.experts)
                 for layer in entry.layers:
                     protected[layer].append((experts, entry))

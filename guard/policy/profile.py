@@ -1,104 +1,175 @@
-"""A model's profile: what is known of its experts. Today the experts that no policy may mask.
+"""A model's profile: what is known of its experts, read from JSON.
 
-A profile is JSON, named by `spec.profile` relative to the folder of the policy that names it. Its
-baselines, thresholds, probes and sets are for later versions, and passed over.
+A profile is named by `spec.profile`, or by an entry of a set, relative to the folder of the policy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from dataclasses import replace
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import ValidationError
 
-from guard.policy.explain import explain
+from guard.policy.explain import explain, path_text
 from guard.policy.fault import Fault, Location, PolicyError
 from guard.policy.json_nodes import read_json
-from guard.policy.model import ModelRequirement, NeverMask, Profile
+from guard.policy.measures import MeasureError, measure
+from guard.policy.model import (
+    Baselines,
+    CalibratedThreshold,
+    ConditionKind,
+    ExpertEntry,
+    ExpertSet,
+    ModelRequirement,
+    NeverMask,
+    Probe,
+    Profile,
+)
 from guard.policy.nodes import Node, locate, plain
-from guard.policy.scalars import Count, ExpertRanges, Layer, LayerRanges
-from guard.policy.schema import API_VERSION
-from guard.policy.spec import Problem, Spec, word
+from guard.policy.profile_schema import CalibratedThresholdSpec, ProfileDocument
+from guard.policy.references import entry_layers, expert_weights
+from guard.policy.suggest import did_you_mean, one_of, quote
 from guard.policy.texts import Text
 
-
-class ProfileModelSpec(Spec):
-    """The model that was profiled."""
-
-    architecture: Annotated[str, Field(min_length=1)] = Field(description="As in its config.json.")
-    layers: Count | None = Field(default=None, description="How many MoE layers.")
-    experts: Count | None = Field(default=None, description="How many routed experts a layer.")
-    top_k: Count | None = Field(default=None, description="How many a token is routed to.")
-
-
-class NeverMaskSpec(Spec):
-    """Experts that the model cannot do without."""
-
-    layer: Layer | None = Field(default=None, description="The model's own layer number.")
-    layers: LayerRanges | None = Field(default=None, description="Several of them.")
-    experts: ExpertRanges = Field(description="Logical expert ids, and ranges such as 90-95.")
-    reason: str = Field(default="", description="Why, for people.")
-
-    @classmethod
-    def problems(cls, data: Mapping[object, object]) -> Iterator[Problem]:
-        yield from cls.exactly_one(data, ["layer", "layers"], "the entry")
-
-
-class ProfileDocument(Spec):
-    api_version: Annotated[Literal["moe-guard/v1"], BeforeValidator(word([API_VERSION]))] = Field(
-        description="The version of the policy language."
-    )
-    kind: Annotated[Literal["Profile"], BeforeValidator(word(["Profile"]))] = Field(
-        description="What the document is."
-    )
-    model: ProfileModelSpec = Field(description="The model that was profiled.")
-    never_mask: tuple[NeverMaskSpec, ...] = Field(
-        default=(), description="Experts that no policy may mask."
-    )
-    sets: Any = Field(default=None, description="Named sets of experts; not read yet.")
-    baselines: Any = Field(default=None, description="Activation rates; not read yet.")
-    thresholds: Any = Field(default=None, description="Calibrated thresholds; not read yet.")
-    probes: Any = Field(default=None, description="Linear probes; not read yet.")
+_Path = tuple[str | int, ...]
 
 
 def load_profile(file: Text, named_at: Location) -> Profile:
     """Raises PolicyError: at `named_at` if the file could not be read, else at the place in it."""
     if file.problem:
-        text = f"spec.profile: the profile {file.file} {file.problem}"
-        raise PolicyError([Fault(named_at, text)])
+        raise PolicyError([Fault(named_at, f"the profile {file.file} {file.problem}")])
     root = read_json(file.text, file.file)
     try:
         document = ProfileDocument.model_validate(plain(root))
     except ValidationError as error:
         raise PolicyError(explain(error, root)) from error
-    return _build(document, root, Location(file.file), named_at)
+    builder = _Builder(document, root, named_at)
+    profile = builder.build()
+    if builder.faults:
+        raise PolicyError(builder.faults)
+    return profile
 
 
-def _build(document: ProfileDocument, root: Node, place: Location, named_at: Location) -> Profile:
-    model = document.model
-    return Profile(
-        location=place,
-        named_at=named_at,
-        digest=_digest(root),
-        model=ModelRequirement(
-            location=locate(root, ("model",), key=True),
-            architecture=model.architecture,
-            layers=model.layers,
-            experts=model.experts,
-            top_k=model.top_k,
-        ),
-        never_mask=tuple(
+class _Builder:
+    def __init__(self, document: ProfileDocument, root: Node, named_at: Location) -> None:
+        self._document = document
+        self._root = root
+        self._named_at = named_at
+        self.faults: list[Fault] = []
+
+    def build(self) -> Profile:
+        model = self._document.model
+        profile = Profile(
+            location=Location(self._root.location.file),
+            named_at=self._named_at,
+            digest=_digest(self._root),
+            model=ModelRequirement(
+                location=locate(self._root, ("model",), key=True),
+                architecture=model.architecture,
+                layers=model.layers,
+                experts=model.experts,
+                top_k=model.top_k,
+            ),
+            never_mask=self._never_mask(),
+            sets=self._sets(),
+            baselines=self._baselines(),
+            probes=self._probes(),
+        )
+        return replace(profile, thresholds=self._thresholds(profile))
+
+    def _never_mask(self) -> tuple[NeverMask, ...]:
+        return tuple(
             NeverMask(
                 layers=_numbers([entry.layer] if entry.layer is not None else [], entry.layers or ()),
                 experts=_numbers([], entry.experts),
                 reason=entry.reason,
-                location=locate(root, ("neverMask", index)),
+                location=locate(self._root, ("neverMask", index)),
             )
-            for index, entry in enumerate(document.never_mask)
-        ),
-    )
+            for index, entry in enumerate(self._document.never_mask)
+        )
+
+    def _sets(self) -> dict[str, ExpertSet]:
+        sets = {}
+        for name, entries in self._document.sets.items():
+            path: _Path = ("sets", name)
+            built = [
+                ExpertEntry(
+                    entry_layers(entry),
+                    expert_weights(entry),
+                    locate(self._root, (*path, index)),
+                )
+                for index, entry in enumerate(entries)
+            ]
+            sets[name] = ExpertSet(name, tuple(built), locate(self._root, path, key=True))
+        return sets
+
+    def _baselines(self) -> Baselines | None:
+        spec = self._document.baselines
+        if spec is None:
+            return None
+        num_experts, top_k = self._document.model.experts, self._document.model.top_k
+        for layer, rates in spec.rates.items():
+            path = ("baselines", "rates", str(layer))
+            if num_experts is not None and len(rates) != num_experts:
+                self._fault(
+                    path, f"{len(rates)} rates, but the model has {num_experts} experts a layer"
+                )
+            if top_k is not None and abs(sum(rates) - top_k) > 0.02 * top_k:
+                text = (
+                    f"the rates add up to {sum(rates):g}; those of a layer add up to its topK, {top_k}"
+                )
+                self._fault(path, text)
+            elif not sum(rates):
+                self._fault(path, "no expert has a rate above 0")
+        return Baselines(spec.tokens, dict(spec.rates))
+
+    def _probes(self) -> dict[str, Probe]:
+        probes = {}
+        for name, spec in self._document.probes.items():
+            path: _Path = ("probes", name, "weights")
+            entries, seen = [], set()
+            for index, entry in enumerate(spec.weights):
+                place = locate(self._root, (*path, index))
+                if entry.layer in seen:
+                    self._fault((*path, index), f"layer {entry.layer} is listed twice; join the two")
+                seen.add(entry.layer)
+                weights = {id_: weight + 0.0 for id_, weight in sorted(entry.weights.items())}
+                entries.append(ExpertEntry((entry.layer,), weights, place))
+            experts = ExpertSet(f"probe {name}", tuple(entries), locate(self._root, path))
+            probes[name] = Probe(experts, spec.bias)
+        return probes
+
+    def _thresholds(self, profile: Profile) -> tuple[CalibratedThreshold, ...]:
+        built = []
+        for index, spec in enumerate(self._document.thresholds):
+            try:
+                built.append(self._threshold(spec, index, profile))
+            except MeasureError as error:
+                path: _Path = ("thresholds", index, "when")
+                self._fault((*path, error.key) if error.key else path, error.text)
+        return tuple(built)
+
+    def _threshold(
+        self, spec: CalibratedThresholdSpec, index: int, profile: Profile
+    ) -> CalibratedThreshold:
+        def find_set(name: str) -> ExpertSet:
+            if name not in profile.sets:
+                known = f"it has {one_of(profile.sets, 'and')}" if profile.sets else "it has no sets"
+                hint = did_you_mean(name, profile.sets) or f"; {known}"
+                raise MeasureError("", f"the profile has no set {quote(name)}{hint}")
+            return profile.sets[name]
+
+        given = {kind: getattr(spec.when, kind.value, None) for kind in ConditionKind}
+        kind, words = next((kind, words) for kind, words in given.items() if words is not None)
+        direction, _ = spec.budgets[0].comparison
+        place = locate(self._root, ("thresholds", index))
+        condition = measure(kind, words, direction, find_set, profile, place)
+        budgets = {budget.budget: budget.comparison for budget in spec.budgets}
+        return CalibratedThreshold(condition, spec.phase, budgets)
+
+    def _fault(self, path: _Path, text: str) -> None:
+        self.faults.append(Fault(locate(self._root, path), f"{path_text(path)}: {text}"))
 
 
 def _digest(root: Node) -> str:

@@ -6,7 +6,7 @@ one run; what is malformed they pass over, for the schema has said it.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Final
 
 from pydantic import ValidationError
@@ -15,19 +15,48 @@ from guard.policy.explain import path_text
 from guard.policy.fault import Fault, Location
 from guard.policy.model import Expert
 from guard.policy.nodes import ListNode, MapNode, Node, ScalarNode, find, locate, plain
-from guard.policy.schema import EntrySpec
+from guard.policy.schema import EntrySpec, ListedEntrySpec
 from guard.policy.suggest import did_you_mean, quote
 
 MAX_EXPERTS: Final = 1 << 20
 """Experts of all sets of a policy, written out; a model of 94 layers of 512 has 48,128."""
 
 _Path = tuple[str | int, ...]
-_CONDITIONS: Final = ("count", "rate", "mass", "score")
+_CONDITIONS: Final = (
+    *("count", "rate", "mass", "score"),
+    *("coactivation", "dormant", "suppressed"),
+)
 
 
 def reference_faults(root: Node) -> list[Fault]:
     """Faults within one document."""
-    return [*_rule_name_faults(root), *_set_faults(root), *_unknown_set_faults(root)]
+    return [
+        *_name_faults(root, "rules", "the rule"),
+        *_name_faults(root, "exceptions", "the exception"),
+        *_exception_faults(root),
+        *_set_faults(root),
+        *_unknown_set_faults(root),
+    ]
+
+
+def foreign_faults(root: Node, find_foreign: Callable[[str, str], object]) -> Iterator[Fault]:
+    """Sets of other files that are not there: for their names `find_foreign` raises KeyError."""
+    for path, node in _references(root):
+        match node:
+            case ScalarNode(str(name), location) if "/" in name:
+                try:
+                    find_foreign(name, location.file)
+                except KeyError as error:
+                    yield Fault(location, f"{path_text(path)}: {error.args[0]}")
+            case _:
+                pass
+
+
+def foreign_names(root: Node) -> list[str]:
+    """The sets of other files that rules name, each once."""
+    nodes = [node for _, node in _references(root)]
+    names = [node.value for node in nodes if isinstance(node, ScalarNode)]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str) and "/" in name))
 
 
 def duplicate_policy_faults(roots: Iterable[Node]) -> list[Fault]:
@@ -36,24 +65,42 @@ def duplicate_policy_faults(roots: Iterable[Node]) -> list[Fault]:
     return list(_duplicates(names, "the policy"))
 
 
-def expert_weights(entry: EntrySpec) -> dict[int, float]:
+def expert_weights(entry: ListedEntrySpec) -> dict[int, float]:
     """Expert id -> weight of one entry of a set; 1.0 where it gives none."""
     if entry.weights is not None:
         return {expert_id: weight + 0.0 for expert_id, weight in sorted(entry.weights.items())}
     return dict.fromkeys(sorted({id_ for ids in entry.experts or () for id_ in ids}), 1.0)
 
 
-def entry_layers(entry: EntrySpec) -> tuple[int, ...]:
+def entry_layers(entry: ListedEntrySpec) -> tuple[int, ...]:
     """The layers of one entry of a set, ascending, each once."""
     if entry.layer is not None:
         return (entry.layer,)
     return tuple(sorted({number for numbers in entry.layers or () for number in numbers}))
 
 
-def _rule_name_faults(root: Node) -> Iterator[Fault]:
+def _name_faults(root: Node, key: str, what: str) -> Iterator[Fault]:
+    items = _items(find(root, ("spec", key)))
+    paths: list[_Path] = [("spec", key, index, "name") for index in range(len(items))]
+    yield from _duplicates(((find(root, path), path) for path in paths), what)
+
+
+def _exception_faults(root: Node) -> Iterator[Fault]:
+    """Exceptions from rules that the policy does not have."""
     rules = _items(find(root, ("spec", "rules")))
-    paths: list[_Path] = [("spec", "rules", index, "name") for index in range(len(rules))]
-    yield from _duplicates(((find(root, path), path) for path in paths), "the rule")
+    named = [find(rule, ("name",)) for rule in rules]
+    names = [node.value for node in named if isinstance(node, ScalarNode)]
+    known = [name for name in names if isinstance(name, str)]
+    for index in range(len(_items(find(root, ("spec", "exceptions"))))):
+        path: _Path = ("spec", "exceptions", index, "rules")
+        for number, node in enumerate(_items(find(root, path))):
+            match node:
+                case ScalarNode(str(name), location) if name not in known:
+                    hint = did_you_mean(name, known) or f"; known: {', '.join(known) or 'none'}"
+                    text = f"{path_text((*path, number))}: there is no rule {quote(name)}{hint}"
+                    yield Fault(location, text)
+                case _:
+                    pass
 
 
 def _duplicates(names: Iterable[tuple[Node | None, _Path]], what: str) -> Iterator[Fault]:
@@ -89,6 +136,8 @@ def _one_set_faults(root: Node, path: _Path, budget: int) -> Generator[Fault, No
             entry = EntrySpec.model_validate(plain(node))
         except ValidationError:
             continue
+        if entry.set is not None:
+            continue  # seen where the profile is
         layers, by_expert = entry_layers(entry), expert_weights(entry)
         budget -= len(layers) * len(by_expert)
         if budget < 0:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import date
 from enum import StrEnum
 from typing import Annotated, Final
 
@@ -17,6 +19,7 @@ from guard.policy.model import (
     NamedWindow,
     OnError,
     Phase,
+    Reduce,
     Severity,
     Window,
 )
@@ -31,11 +34,14 @@ MAX_LAYER: Final = 4095
 MAX_EXPERT: Final = 65_535
 MAX_RANGES: Final = 1024
 MAX_WEIGHT: Final = 1e6
+MAX_LABELS: Final = 32
+MAX_LABEL_LENGTH: Final = 256
 MAX_NUMBER: Final = 1e12
 """Thresholds and biases; no sum of weights over a request comes near it."""
 
 NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 SET_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+LABEL_PATTERN: Final = r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$"
 
 _RANGE = re.compile(r"(?P<first>[0-9]{1,9}) *- *(?P<last>[0-9]{1,9})|(?P<only>[0-9]{1,9})")
 
@@ -68,14 +74,24 @@ def _one_layer(value: object) -> object:
 
 
 def _set_reference(value: object) -> object:
-    if not isinstance(value, str):
-        raise value_fault(f"expected the name of a set in spec.experts, found {describe(value)}")
-    if "/" in value:
+    if not isinstance(value, str) or not value:
         raise value_fault(
-            f"a set of another file, {quote(value)}, is not supported yet; "
-            "copy the set into spec.experts"
+            "expected the name of a set in spec.experts, or file-name/set for one of another file, "
+            f"found {describe(value)}"
+        )
+    if value.count("/") > 1 or value[0] == "/" or value[-1] == "/":
+        raise value_fault(
+            f"{quote(value)} is no set: write the name of a set in spec.experts, or file-name/set, "
+            "the file's name without folder and ending"
         )
     return value
+
+
+def _day(value: object) -> date:
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return date.fromisoformat(value)
+    raise value_fault(f"expected a day such as 2027-03-31, found {describe(value)}")
 
 
 def _positive(value: object, largest: int) -> bool:
@@ -126,10 +142,22 @@ def _ids_schema(largest: int) -> WithJsonSchema:
     )
 
 
+def _some_text(value: object) -> object:
+    """A single text where a list of texts may stand."""
+    if not isinstance(value, str | tuple):
+        found = describe(value)
+        quotes = "; put it in quotes" if isinstance(value, bool | int | float) else ""
+        raise value_fault(f"expected text or a list of texts, found {found}{quotes}")
+    return (value,) if isinstance(value, str) else value
+
+
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=MAX_NAME_LENGTH)]
 SetName = Annotated[str, Field(pattern=SET_NAME_PATTERN, max_length=MAX_NAME_LENGTH)]
 SetReference = Annotated[str, BeforeValidator(_set_reference)]
 Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER, allow_inf_nan=False)]
+PositiveNumber = Annotated[float, Field(gt=0, le=MAX_NUMBER, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Budget = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 Layer = Annotated[int, BeforeValidator(_one_layer), Field(ge=0, le=MAX_LAYER)]
 ExpertId = Annotated[int, Field(ge=0, le=MAX_EXPERT)]
@@ -171,9 +199,18 @@ UntilValue = Annotated[
     ),
 ]
 
+LabelName = Annotated[str, Field(pattern=LABEL_PATTERN, max_length=MAX_NAME_LENGTH)]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_LENGTH)]
+Texts = Annotated[
+    tuple[Text, ...], BeforeValidator(_some_text), Field(min_length=1, max_length=MAX_RANGES)
+]
+Labels = Annotated[dict[LabelName, Texts], Field(min_length=1, max_length=MAX_LABELS)]
+Day = Annotated[date, PlainValidator(_day), WithJsonSchema({"type": "string", "format": "date"})]
+
 ModeWord = Annotated[Mode, BeforeValidator(_word_of(Mode))]
 SeverityWord = Annotated[Severity, BeforeValidator(_word_of(Severity))]
 MaturityWord = Annotated[Maturity, BeforeValidator(_word_of(Maturity))]
 MaskMethodWord = Annotated[MaskMethod, BeforeValidator(_word_of(MaskMethod))]
 OnErrorWord = Annotated[OnError, BeforeValidator(_word_of(OnError))]
+ReduceWord = Annotated[Reduce, BeforeValidator(_word_of(Reduce))]
 PhaseWord = Annotated[Phase, BeforeValidator(_word_of(Phase))]

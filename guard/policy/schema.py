@@ -23,8 +23,10 @@ from guard.policy.model import (
 from guard.policy.scalars import (
     MAX_PERSIST,
     Count,
+    Day,
     ExpertId,
     ExpertRanges,
+    Labels,
     Layer,
     LayerRanges,
     MaskMethodWord,
@@ -36,12 +38,21 @@ from guard.policy.scalars import (
     SetName,
     SetReference,
     SeverityWord,
+    Share,
+    Texts,
     UntilValue,
     Weight,
 )
 from guard.policy.spec import Problem, Spec, word
 
 API_VERSION = "moe-guard/v1"
+
+POLICY = "Policy"
+EXPERT_SETS = "ExpertSets"
+POLICY_TEST = "PolicyTest"
+"""A test suite beside policies: not of the policy set, and passed over when one is loaded."""
+
+KINDS = (POLICY, EXPERT_SETS, POLICY_TEST)
 
 
 class MaskSpec(Spec):
@@ -80,14 +91,53 @@ class ActionSpec(Spec):
         return cls.exactly_one(data, cls.key_names(), "an action", "write a rule for each action")
 
 
-class MatchSpec(Spec):
-    """Where a rule applies."""
+class RequestMatchSpec(Spec):
+    """Which requests are meant."""
 
-    LATER = frozenset({"loraAdapters", "labels", "sample"})
+    HINTS: ClassVar[Mapping[str, str]] = {
+        "tenant": "a tenant is a label: labels: {tenant: NAME}",
+        "label": "several may be given: labels: {NAME: VALUE}",
+        "loraAdapter": "several may be given: loraAdapters: [NAME]",
+    }
+
+    lora_adapters: Texts | None = Field(
+        default=None, description="The request uses one of these LoRA adapters."
+    )
+    labels: Labels | None = Field(
+        default=None,
+        description="The request has each of these labels, with the value or one of the values. "
+        "Labels come from configured headers or API keys.",
+    )
+
+
+class MatchSpec(RequestMatchSpec):
+    """Where a rule applies."""
 
     phase: PhaseWord = Field(
         default=Phase.ANY, description="Evaluate at prompt or output positions, or at any."
     )
+    sample: Share = Field(
+        default=1.0, description="Apply the rule to this share of requests only, above 0 and up to 1."
+    )
+
+
+class ExceptionMatchSpec(RequestMatchSpec):
+    """Which requests an exception is for."""
+
+    HINTS: ClassVar[Mapping[str, str]] = {
+        **RequestMatchSpec.HINTS,
+        "phase": "an exception is for whole requests; leave `phase` out",
+        "sample": "an exception is for named requests; put `sample` into the rule's match",
+    }
+
+    @classmethod
+    def problems(cls, data: Mapping[object, object]) -> Iterator[Problem]:
+        if not data:
+            text = (
+                "an exception for every request would switch the rules off; name labels or "
+                "loraAdapters, or set the policy's mode"
+            )
+            yield Problem((), text)
 
 
 class PersistSpec(Spec):
@@ -118,12 +168,21 @@ class RuleSpec(Spec):
     )
 
 
-class EntrySpec(Spec):
-    """Some experts of some layers: one of layer and layers, and one of experts and weights."""
+class ExceptionSpec(Spec):
+    """Requests for which rules are evaluated and logged, but do not act."""
 
-    HINTS: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("profile", "set"), "a set of a profile is not supported yet; list its experts here"
+    name: Name = Field(description="Unique in the policy: a-z, 0-9 and '-'.")
+    match: ExceptionMatchSpec = Field(description="For which requests.")
+    rules: Annotated[tuple[Name, ...], Field(min_length=1)] | None = Field(
+        default=None, description="For which rules of this policy; all by default."
     )
+    until: Day | None = Field(
+        default=None, description="The last day on which it applies, in UTC, such as 2027-03-31."
+    )
+
+
+class ListedEntrySpec(Spec):
+    """Some experts of some layers: one of layer and layers, and one of experts and weights."""
 
     layer: Layer | None = Field(default=None, description="The model's own layer number.")
     layers: LayerRanges | None = Field(
@@ -140,6 +199,32 @@ class EntrySpec(Spec):
     def problems(cls, data: Mapping[object, object]) -> Iterator[Problem]:
         yield from cls.exactly_one(data, ["layer", "layers"], "the entry")
         yield from cls.exactly_one(data, ["experts", "weights"], "the entry")
+
+
+class EntrySpec(ListedEntrySpec):
+    """Some experts of some layers, or a set of a profile."""
+
+    profile: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="The profile that holds `set`, relative to the folder of this file; that of "
+        "spec.profile by default.",
+    )
+    set: SetName | None = Field(default=None, description="The name of a set in a profile.")
+
+    @classmethod
+    def problems(cls, data: Mapping[object, object]) -> Iterator[Problem]:
+        if "set" not in data and "profile" not in data:
+            yield from super().problems(data)
+            return
+        for key in ("layer", "layers", "experts", "weights"):
+            if key in data:
+                text = f"an entry that takes a set of a profile has no {key!r}; write a second entry"
+                yield Problem((key,), text, at_key=True)
+        if "set" not in data:
+            yield Problem((), "which set of the profile? Name it: {profile: PATH, set: NAME}")
+
+
+ExpertSetsSpec = dict[SetName, Annotated[tuple[EntrySpec, ...], Field(min_length=1)]]
 
 
 class ModelSpec(Spec):
@@ -162,8 +247,6 @@ class MetadataSpec(Spec):
 
 
 class PolicySpec(Spec):
-    LATER = frozenset({"exceptions"})
-
     mode: ModeWord = Field(default=Mode.AUDIT, description="off, audit (the default) or enforce.")
     on_error: OnErrorWord = Field(
         default=OnError.OPEN, description="What a fault of the guard does to a request."
@@ -172,20 +255,48 @@ class PolicySpec(Spec):
         default=None, description="The model's profile, relative to the folder of this file."
     )
     model: ModelSpec | None = Field(default=None, description="The model that this is for.")
-    experts: dict[SetName, Annotated[tuple[EntrySpec, ...], Field(min_length=1)]] = Field(
-        default_factory=dict, description="Named sets of experts."
-    )
+    experts: ExpertSetsSpec = Field(default_factory=dict, description="Named sets of experts.")
     rules: tuple[RuleSpec, ...] = Field(description="The rules, in deciding order.")
+    exceptions: tuple[ExceptionSpec, ...] = Field(
+        default=(), description="Requests for which rules do not act."
+    )
+
+
+class ExpertSetsMetadataSpec(Spec):
+    name: Name | None = Field(default=None, description="For people: sets are named by their file.")
+    description: str = Field(default="", description="Where the sets come from.")
+    labels: dict[str, str] = Field(default_factory=dict, description="Free labels for people.")
+
+
+class ExpertSetsBodySpec(Spec):
+    HINTS: ClassVar[Mapping[str, str]] = {"sets": "the sets stand under `experts`, as in a policy"}
+
+    profile: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="Holds the sets that entries name without a profile of their own."
+    )
+    experts: Annotated[ExpertSetsSpec, Field(min_length=1)] = Field(
+        description="Sets of experts, that policies name as file-name/set."
+    )
+
+
+_ApiVersion = Annotated[Literal["moe-guard/v1"], BeforeValidator(word([API_VERSION]))]
 
 
 class PolicyDocument(Spec):
     """A policy: one document of a YAML file."""
 
-    api_version: Annotated[Literal["moe-guard/v1"], BeforeValidator(word([API_VERSION]))] = Field(
-        description="The version of the policy language."
-    )
-    kind: Annotated[Literal["Policy"], BeforeValidator(word(["Policy"], later=["ExpertSets"]))] = Field(
+    api_version: _ApiVersion = Field(description="The version of the policy language.")
+    kind: Annotated[Literal["Policy"], BeforeValidator(word(KINDS))] = Field(
         description="What the document is."
     )
     metadata: MetadataSpec = Field(description="What the policy is called and how it ranks.")
     spec: PolicySpec = Field(description="What the policy does.")
+
+
+class ExpertSetsDocument(Spec):
+    """Sets of experts for several policies: one document of a YAML file."""
+
+    api_version: _ApiVersion = Field(description="The version of the policy language.")
+    kind: Literal["ExpertSets"] = Field(description="What the document is.")
+    metadata: ExpertSetsMetadataSpec | None = Field(default=None, description="For people.")
+    spec: ExpertSetsBodySpec = Field(description="The sets.")

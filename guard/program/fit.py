@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from guard.policy.fault import Fault, Location
-from guard.policy.model import ExpertEntry, ExpertSet, ModelRequirement, Policy, PolicySet
+from guard.policy.model import Baselines, ExpertEntry, ExpertSet, ModelRequirement, Policy, PolicySet
 from guard.program.mask_proof import mask_faults
 from guard.program.topology import MoELayer, Topology
 from guard.program.wording import ranges
@@ -32,12 +32,29 @@ def _requirement_faults(policy: Policy, topology: Topology) -> list[Fault]:
 
 
 def _profile_faults(policy: Policy, topology: Topology) -> list[Fault]:
-    profile = policy.profile
-    if profile is None:
-        return []
-    what = f"the profile {profile.location.file} of policy {policy.name!r}"
+    faults = []
     remedy = "serve that model or name this model's profile"
-    return _model_faults(profile.model, topology, what, profile.named_at, remedy)
+    for profile in policy.profiles:
+        what = f"the profile {profile.location.file} of policy {policy.name!r}"
+        faults += _model_faults(profile.model, topology, what, profile.named_at, remedy)
+        if profile.baselines is not None:
+            faults += _baseline_faults(profile.baselines, topology, what, profile.named_at)
+    return faults
+
+
+def _baseline_faults(
+    baselines: Baselines, topology: Topology, what: str, location: Location
+) -> list[Fault]:
+    wanted = {layer.number: layer.num_experts for layer in topology.layers}
+    found = {number: len(rates) for number, rates in baselines.rates.items()}
+    if wanted == found:
+        return []
+    number = min(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+    text = (
+        f"{what} has baselines of {found.get(number, 0)} experts in layer {number}, where the served "
+        f"model has {wanted.get(number, 0)}; measure them on this model"
+    )
+    return [Fault(location, text)]
 
 
 def _model_faults(

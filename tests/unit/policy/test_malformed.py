@@ -42,8 +42,14 @@ def test_the_policy_that_the_cases_break_is_valid() -> None:
 CASES = [
     # the head
     ("moe-guard/v1", "moe-guard/v2", 1, 13, "apiVersion: expected moe-guard/v1, found text"),
-    ("kind: Policy", "kind: policy", 2, 7, "kind: expected Policy, found .*did you mean 'Policy'?"),
-    ("kind: Policy", "kind: ExpertSets", 2, 7, "'ExpertSets' is not supported yet"),
+    (
+        "kind: Policy",
+        "kind: policy",
+        2,
+        7,
+        "Policy, ExpertSets or PolicyTest, found .*did you mean 'Policy'?",
+    ),
+    ("kind: Policy", "kind: ExpertSets", 9, 3, "spec.rules: unknown key 'rules'; expected profile"),
     ("kind: Policy", "kind: ", 2, 1, "kind: has no value"),
     ("kind: Policy\n", "", 1, 1, "the key 'kind' is missing"),
     ("kind:", "knid:", 2, 1, "unknown key 'knid'; did you mean 'kind'?"),
@@ -65,7 +71,7 @@ CASES = [
     ("spec:", "spec:\n  onerror: open", 6, 3, "unknown key 'onerror'; did you mean 'onError'?"),
     ("spec:", "spec:\n  onError: fail", 6, 12, "expected open or closed"),
     ("spec:", "spec:\n  profile: a.json", 6, 12, "the profile a.json is no file"),
-    ("spec:", "spec:\n  exceptions: []", 6, 3, "'exceptions' is not supported yet"),
+    ("spec:", "spec:\n  exceptions: {}", 6, 15, "spec.exceptions: expected a list"),
     ("spec:", "spec:\n  model: {topK: 0}", 6, 17, "spec.model.topK: expected at least 1"),
     (
         "spec:",
@@ -105,7 +111,10 @@ CASES = [
     (ENTRY, "{layer: 1, weights: {1: 2e6}}", 8, 33, r"expected at most 1e\+06"),
     (ENTRY, "{layer: 1, weights: {1: .nan}}", 8, 33, "expected a finite number"),
     (ENTRY, "{layer: 1, weights: {1: high}}", 8, 33, "expected a number, found text 'high'"),
-    (ENTRY, "{profile: a.json, set: b}", 8, 10, "a set of a profile is not supported yet"),
+    (ENTRY, "{profile: a.json, set: b}", 8, 19, "the profile a.json is no file"),
+    (ENTRY, "{profile: a.json}", 8, 9, "which set of the profile?"),
+    (ENTRY, "{set: b}", 8, 15, "'b' is a set of which profile? Name it: profile: PATH"),
+    (ENTRY, "{set: b, layer: 1}", 8, 18, "takes a set of a profile has no 'layer'"),
     (ENTRY, "{layers: 0-4095, experts: 0-65535}", 8, 9, "more than 1048576 experts"),
     (
         ENTRY,
@@ -120,8 +129,16 @@ CASES = [
     ("when:\n        " + WHEN, "match: {}", 10, 7, "the key 'when' is missing"),
     ("when:", "whne:", 11, 7, "unknown key 'whne'; did you mean 'when'?"),
     ("name: r", "name: r\n      match: {phase: reply}", 11, 22, "expected prompt, output or any"),
-    ("name: r", "name: r\n      match: {labels: {a: b}}", 11, 15, "'labels' is not supported yet"),
-    ("name: r", "name: r\n      match: {sample: 1}", 11, 15, "'sample' is not supported yet"),
+    (
+        "name: r",
+        "name: r\n      match: {labels: {a: 1}}",
+        11,
+        27,
+        "labels.a: expected text or a list of texts",
+    ),
+    ("name: r", "name: r\n      match: {sample: 0}", 11, 23, "sample: expected more than 0"),
+    ("name: r", "name: r\n      match: {sample: 10}", 11, 23, "sample: expected at most 1"),
+    ("name: r", "name: r\n      match: {tenant: x}", 11, 15, r"label: labels: \{tenant: NAME\}"),
     ("name: r", "name: r\n      persist: {hits: 4, of: 3}", 11, 23, "4 hits cannot happen in 3"),
     ("name: r", "name: r\n      persist: {hits: 1, of: 65}", 11, 30, "of: expected at most 64"),
     ("name: r", "name: r\n      persist: {hits: 0, of: 2}", 11, 23, "hits: expected at least 1"),
@@ -149,17 +166,18 @@ CASES = [
         "rate: {experts: lib/s, above: 1}",
         12,
         25,
-        "another file, 'lib/s', is not supported yet",
+        "there is no set 'lib/s'; no ExpertSets were loaded with it",
     ),
     (WHEN, "rate: {experts: [1], above: 1}", 12, 25, "expected the name of a set in spec.experts"),
-    (WHEN, "rate: {experts: flagged}", 12, 15, "exactly one of above, atLeast, below or atMost"),
+    (WHEN, "rate: {experts: flagged}", 12, 15, "of above, atLeast, below, atMost or budget"),
     (WHEN, "rate: {experts: flagged, above: 1, below: 2}", 12, 44, "exactly one of above"),
     (WHEN, "rate: {experts: flagged, at_least: 1}", 12, 34, "did you mean 'atLeast'?"),
     (WHEN, "rate: {experts: flagged, above: .inf}", 12, 41, "expected a finite number"),
     (WHEN, "rate: {experts: flagged, above: '1'}", 12, 41, "found text '1'; take the quotes off"),
     (WHEN, "rate: {experts: flagged, above: yes}", 12, 41, "expected a number, found text 'yes'"),
     (WHEN, "rate: {experts: flagged, above: true}", 12, 41, "expected a number, found true"),
-    (WHEN, "rate: {experts: flagged, budget: 0.01}", 12, 34, "'budget' is not supported yet"),
+    (WHEN, "rate: {experts: flagged, budget: 0.01}", 12, 42, "name one in spec.profile"),
+    (WHEN, "rate: {experts: flagged, budget: 1}", 12, 42, "budget: expected less than 1"),
     (WHEN, "rate: {experts: flagged, above: 1, bias: 2}", 12, 44, "only `score` takes a bias"),
     (WHEN, "rate: {experts: flagged, above: 1, over: 4097}", 12, 50, "from 1 to 4096"),
     (WHEN, "rate: {experts: flagged, above: 1, over: 0}", 12, 50, "from 1 to 4096"),
@@ -172,18 +190,16 @@ CASES = [
         64,
         "a window of 4 never holds 5 tokens",
     ),
-    *[
-        (WHEN, f"{word}: {{experts: flagged, above: 1}}", 12, 9, f"'{word}' is not supported yet")
-        for word in [
-            "coactivation",
-            "dormant",
-            "suppressed",
-            "divergence",
-            "entropy",
-            "concentration",
-            "probe",
-        ]
-    ],
+    (WHEN, "coactivation: {experts: flagged, above: 1}", 12, 23, "exactly one of members or layers"),
+    (WHEN, "coactivation: {experts: f, members: 1, layers: 1, above: 1}", 12, 48, "exactly one of m"),
+    (WHEN, "dormant: {above: 1}", 12, 18, "the key 'baselineBelow' is missing"),
+    (WHEN, "dormant: {baselineBelow: 0, above: 1}", 12, 34, "expected more than 0"),
+    (WHEN, "dormant: {baselineBelow: 0.1, above: 1}", 12, 9, "dormant.*name a profile in spec.profile"),
+    (WHEN, "suppressed: {experts: flagged, above: 1}", 12, 9, "compares with a profile's baselines"),
+    (WHEN, "divergence: {above: 0.1}", 12, 9, "compares with a profile's baselines"),
+    (WHEN, "divergence: {reduce: min, above: 0.1}", 12, 30, "expected max or mean"),
+    (WHEN, "entropy: {experts: flagged, below: 2}", 12, 19, "unknown key 'experts'"),
+    (WHEN, "probe: {above: 0.5}", 12, 9, "`probe` is a profile's; name a profile in spec.profile"),
     # actions
     (THEN, "blok: {}", 14, 9, "then.blok: unknown key 'blok'; did you mean 'block'?"),
     (THEN, THEN + "\n        block: {}", 15, 9, "'mask' is given; write a rule for each action"),
@@ -253,6 +269,6 @@ def test_document_that_is_no_mapping_is_refused(text: str) -> None:
 
 
 def test_document_of_another_kind_has_only_that_fault() -> None:
-    (fault,) = faults_of("apiVersion: moe-guard/v1\nkind: ExpertSets\nsets: {a: []}\n")
+    (fault,) = faults_of("apiVersion: moe-guard/v1\nkind: ConfigMap\nsets: {a: []}\n")
 
-    assert "kind: 'ExpertSets' is not supported yet" in fault.message
+    assert "kind: expected Policy, ExpertSets or PolicyTest, found text 'ConfigMap'" in fault.message

@@ -125,12 +125,6 @@ def test_a_profile_of_a_policy_that_is_off_binds_nobody(tmp_path: Path) -> None:
     load(tmp_path, policy(mode="off"), policy(name="q", profile=None))
 
 
-def test_parts_of_a_profile_that_later_versions_read_are_passed_over(tmp_path: Path) -> None:
-    later = {"sets": {"a": []}, "baselines": [0.1], "thresholds": {}, "probes": {"x": {"y": 1}}}
-
-    load(tmp_path, policy("{layer: 1, experts: 1}"), profile=PROFILE | later)
-
-
 @pytest.mark.parametrize(
     ("old", "new", "place", "message"),
     [

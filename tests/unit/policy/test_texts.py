@@ -62,9 +62,7 @@ def test_what_could_not_be_read_is_told_when_the_texts_are_loaded(tmp_path: Path
 
     a, b, *c = (str(fault) for fault in caught.value.faults)
     assert a == f"{tmp_path}/a.yaml:1:7: is not UTF-8 from here on; save the file as UTF-8"
-    assert b.startswith(
-        f"{tmp_path}/b.yaml:5:12: spec.profile: the profile {tmp_path}/no.json is no file"
-    )
+    assert b.startswith(f"{tmp_path}/b.yaml:5:12: the profile {tmp_path}/no.json is no file")
     assert c
     assert all(fault.startswith(f"{tmp_path}/c.yaml:") for fault in c)
 
