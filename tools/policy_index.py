@@ -1,7 +1,7 @@
 """Writes the index of the policy library, `policies/README.md`, from what its policies say.
 
-    python -m tools.policy_index           # write it
-    python -m tools.policy_index --check   # exit with 1 if it is not up to date
+python -m tools.policy_index           # write it
+python -m tools.policy_index --check   # exit with 1 if it is not up to date
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def folders(library: Path = LIBRARY) -> list[Path]:
 
 
 def index(library: Path = LIBRARY) -> str:
-    rows = ["| policy | what it sees | signals | does | severity | maturity |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| policy | what it sees | signals | does | severity | maturity |",
+        "|---|---|---|---|---|---|",
+    ]
     for folder in folders(library):
         rows += [_row(folder.name, policy) for policy in load_policies(folder).policies]
     return HEAD + "\n".join(rows) + "\n" + FOOT

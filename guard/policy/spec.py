@@ -1,4 +1,4 @@
-"""What every part of the schema shares: strict keys, words that come later, all faults at once.
+"""What every part of the schema shares: strict keys, the nearest word, all faults at once.
 
 Errors leave a model as pydantic errors, so that pydantic puts the path before them; `explain` turns
 them into faults. Those that we word ourselves have one of two types: KEY_FAULT, which belongs to
@@ -39,8 +39,6 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", alias_generator=to_camel)
 
-    LATER: ClassVar[frozenset[str]] = frozenset()
-    """Keys of the language that this version does not know yet."""
     BARE: ClassVar[frozenset[str]] = frozenset()
     """Keys that need no settings: `word`, `word:`, `word: true` and `word: {}` say the same."""
     HINTS: ClassVar[Mapping[str, str]] = {}
@@ -109,9 +107,6 @@ class Spec(BaseModel):
 
     @classmethod
     def _about_unknown(cls, key: object) -> str:
-        if isinstance(key, str) and key in cls.LATER:
-            known = one_of(cls.key_names(), "and")
-            return f"{quote(key)} is not supported yet; this version has {known}"
         if isinstance(key, str) and key in cls.HINTS:
             return cls.HINTS[key]
         shown = quote(key) if isinstance(key, str) else describe(key)
@@ -120,15 +115,12 @@ class Spec(BaseModel):
         return f"unknown key {shown}{hint}"
 
 
-def word(choices: Collection[str], *, later: Collection[str] = ()) -> Callable[[object], str]:
+def word(choices: Collection[str]) -> Callable[[object], str]:
     """A check that a value is one of `choices`."""
 
     def check(value: object) -> str:
         if isinstance(value, str) and value in choices:
             return value
-        if isinstance(value, str) and value in later:
-            known = one_of(choices, "and")
-            raise value_fault(f"{quote(value)} is not supported yet; this version has {known}")
         hint = did_you_mean(value, choices)
         raise value_fault(f"expected {one_of(choices)}, found {describe(value)}{hint}")
 
