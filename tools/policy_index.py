@@ -21,11 +21,13 @@ HEAD: Final = """\
 <!-- Written by `python -m tools.policy_index` from the policies' metadata. -->
 # The policy library
 
-A folder for each policy: `policy.yaml`, a test suite (`tests.yaml`) and a README that says what it is for, what it
-needs and what it does not see. All are in `audit`: they count and log, and act once you set `mode: enforce`.
+A folder for each policy: `policy.yaml`, a test suite (`tests.yaml`) and a README that says what it is
+for, what it needs and what it does not see. All are in `audit`: they count and log, and act once you
+set `mode: enforce`.
 
-They take their experts, baselines and thresholds from a profile, so that they fit any model that has one. Here
-that is the profile of the demo model, `profiles/demo.json`; for yours, copy a folder and change `spec.profile`.
+They take their experts, baselines and thresholds from a profile, so that they fit any model that has
+one. Here that is the profile of the demo model, `profiles/demo.json`; for yours, copy a folder and
+change `spec.profile`.
 
     moe-guard check policies --model demo/model
     moe-guard test policies
@@ -34,8 +36,9 @@ that is the profile of the demo model, `profiles/demo.json`; for yours, copy a f
 """
 
 FOOT: Final = """
-Routing is evidence, not proof of intent. Each README says what a policy can miss, and whom it can hit wrongly.
-`schema/` holds the JSON Schema of policies and profiles, for editors; `profiles/` what is known of models.
+Routing is evidence, not proof of intent. Each README says what a policy can miss, and whom it can hit
+wrongly. `schema/` holds the JSON Schema of policies and profiles, for editors; `profiles/` what is
+known of models.
 """
 
 
