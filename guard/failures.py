@@ -24,6 +24,7 @@ class Stage(StrEnum):
     METRICS = "metrics"
     DECISION_LOG = "decision_log"
     EVENT_BUFFER = "event_buffer"
+    RELOAD = "reload"
 
 
 class Failures:

@@ -43,11 +43,15 @@ def read_policies(path: Path | str) -> PolicyTexts:
 
     In a folder, names that begin with '.' are passed over.
     """
-    path = Path(path)
     faults: list[Fault] = []
-    files = sorted(_files_below(path, faults)) if os.path.isdir(path) else [path]
+    files = policy_files(Path(path), faults)
     texts = [Text(str(file), text) for file in files if (text := _read_file(file, faults)) is not None]
     return with_profiles(texts, read_profile, faults)
+
+
+def policy_files(path: Path, faults: list[Fault]) -> list[Path]:
+    """The files that `read_policies` reads; folders that cannot be listed are faults."""
+    return sorted(_files_below(path, faults)) if os.path.isdir(path) else [path]
 
 
 def with_profiles(

@@ -24,6 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "guard.host": {"guard.policy", "guard.program"},
     "guard.device": {"guard.policy", "guard.program"},
     "guard.events": {"guard.failures", "guard.policy", "guard.program"},
+    "guard.source": {"guard.failures", "guard.policy"},
     "guard.discover": {"guard.policy", "guard.program"},
     "guard.runtime": {
         "guard.failures",
@@ -44,6 +45,7 @@ FOREIGN: dict[str, set[str]] = {
     "guard": ARRAYS,
     "guard.errors": ARRAYS,
     "guard.policy": ARRAYS,
+    "guard.source": ARRAYS,
     "guard.program": {"torch"},
 }
 

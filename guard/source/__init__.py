@@ -1,0 +1,1 @@
+"""Where a running server's policies come from: notices that they changed, and reads them whole."""
