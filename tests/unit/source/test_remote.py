@@ -147,7 +147,9 @@ def test_a_bundle_that_is_not_the_one_of_its_checksum_is_not_taken(host: Host) -
     assert source.poll() is not None
 
 
-@pytest.mark.parametrize("checksum", [None, b"", b"<html>", b"abc"])
+@pytest.mark.parametrize(
+    "checksum", [None, b"", b"<html>", b"abc"], ids=["missing", "empty", "a page", "short"]
+)
 def test_a_bundle_without_a_checksum_is_not_taken(host: Host, checksum: bytes | None) -> None:
     host.publish(ONE)
     del host.documents[PATH + ".sha256"]
@@ -218,7 +220,9 @@ def test_a_token_is_sent_to_the_server_but_not_on_to_where_it_redirects(
     ]
 
 
-@pytest.mark.parametrize("token", [None, "", "two\nlines", "ünicode"])
+@pytest.mark.parametrize(
+    "token", [None, "", "two\nlines", "ünicode"], ids=["unset", "empty", "two lines", "not ASCII"]
+)
 def test_a_token_that_cannot_be_sent_is_a_fault_that_does_not_show_it(
     host: Host, monkeypatch: pytest.MonkeyPatch, token: str | None
 ) -> None:
