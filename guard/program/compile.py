@@ -225,4 +225,6 @@ def _program_rule(policy: Policy, rule: Rule) -> ProgramRule:
         message=message,
         condition_labels=tuple(condition.label for condition in conditions),
         thresholds=tuple(condition.threshold for condition in conditions),
+        match=rule.match,
+        exceptions=tuple(e for e in policy.exceptions if e.covers(rule.name)),
     )

@@ -18,7 +18,17 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.policy.model import MaskMethod, MaskUntil, Mode, OnError, Phase, Severity
+from guard.policy.model import (
+    ALL_REQUESTS,
+    MaskMethod,
+    MaskUntil,
+    Mode,
+    OnError,
+    Phase,
+    PolicyException,
+    RequestMatch,
+    Severity,
+)
 from guard.program.topology import Topology
 
 Ints = NDArray[np.int64]
@@ -141,7 +151,11 @@ class ActionKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProgramRule:
-    """A rule with its policy, by name and for people; the arrays of `RuleTable` hold the rest."""
+    """A rule with its policy, by name and for people; the arrays of `RuleTable` hold the rest.
+
+    match: the requests to which it applies
+    exceptions: those of its policy that name it or all rules
+    """
 
     policy: str
     rule: str
@@ -153,6 +167,8 @@ class ProgramRule:
     message: str
     condition_labels: tuple[str, ...]
     thresholds: tuple[float, ...]
+    match: RequestMatch = ALL_REQUESTS
+    exceptions: tuple[PolicyException, ...] = ()
 
     @property
     def reason(self) -> str:
