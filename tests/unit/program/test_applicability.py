@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from datetime import UTC, date, datetime
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,7 +14,7 @@ from guard.policy.model import Mode, OnError, Phase, PolicyException, RequestMat
 from guard.program.applicability import RequestFacts, in_sample, rules_for, utc_today
 from guard.program.program import ActionKind, ProgramRule
 
-HERE = Location(Path("p.yaml"), 1, 1)
+HERE = Location("p.yaml", 1, 1)
 RED_TEAM = RequestMatch(labels={"tenant": frozenset({"red-team"})})
 DAY = date(2027, 3, 31)
 
