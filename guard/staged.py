@@ -38,7 +38,7 @@ class StagedGuard(Guard):
         super().__init__(program, capacity, device, masking=masking)
         self.stage = stage
         self._check.watch(stage.layers)
-        self._num_signals = program.signals.num_signals
+        self._num_signals = program.signals.num_evidence
         self._behind: set[str] = set()  # requests whose slots here are not what they are elsewhere
         self._evidence = StageEvidence(torch.empty(0, 0))
         self._num_step_requests = 0

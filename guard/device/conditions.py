@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from guard.program.program import ConditionTable, ExpressionTable, Floats
+from guard.program.program import ConditionTable, ExpressionTable, Floats, Transform
 
 FALSE, UNKNOWN, TRUE = 0, 1, 2
 
@@ -19,7 +19,7 @@ class ConditionValues(NamedTuple):
 
 
 class ConditionEvaluator:
-    """value = numerator / denominator + bias, compared with the threshold, in float64."""
+    """value = transform(numerator / denominator + bias), compared with the threshold, in float64."""
 
     def __init__(self, table: ConditionTable, scale_M: Floats, device: torch.device) -> None:
         """scale_M: [M] what a reading's whole number is divided by."""
@@ -32,11 +32,17 @@ class ConditionEvaluator:
         self._has_mass = bool((table.mass_denominator >= 0).any())
         self._mass = put(table.mass_denominator)
         scale_C = scale_M[table.numerator]
+        self._offset = put(table.offset * scale_C)
         self._per_token = put(table.per_token * scale_C)
         self._constant = put(table.constant * scale_C)
         self._bias = put(table.bias)
         self._min_tokens = put(table.min_tokens.clip(min=1))
-        self._limit = put(table.limit * table.sign)
+        limit_C = table.limit * table.sign
+        self._highest_met = put(limit_C + table.tolerance)
+        self._lowest_met = put(limit_C - table.tolerance)
+        self._is_log = put(table.transform == Transform.NEGATIVE_LOG)
+        self._is_logistic = put(table.transform == Transform.LOGISTIC)
+        self._transforms = bool(table.transform.any())
         self._sign = put(table.sign)
         self._strict = put(table.strict)
         self._always = put(table.always)
@@ -48,11 +54,19 @@ class ConditionEvaluator:
             mass_TC = reading_TM[:, self._mass.clamp(min=0)].to(torch.float64)
             denominator_TC = mass_TC.where(self._mass >= 0, denominator_TC)
         known_TC = (tokens_TC >= self._min_tokens) & (denominator_TC > 0)
-        quotient_TC = reading_TM[:, self._numerator] / denominator_TC.where(known_TC, 1.0)
+        numerator_TC = reading_TM[:, self._numerator] + self._offset
+        quotient_TC = numerator_TC / denominator_TC.where(known_TC, 1.0)
+        if self._transforms:
+            quotient_TC = torch.where(self._is_log, -quotient_TC.log(), quotient_TC)
         signed_TC = quotient_TC * self._sign
-        holds_TC = (signed_TC > self._limit) | ((signed_TC == self._limit) & ~self._strict)
+        holds_TC = torch.where(
+            self._strict, signed_TC > self._highest_met, signed_TC >= self._lowest_met
+        )
         truth_TC = (holds_TC.to(torch.int8) * TRUE).where(known_TC, UNKNOWN)
-        value_TC = (quotient_TC + self._bias).where(known_TC, float("nan"))
+        value_TC = quotient_TC + self._bias
+        if self._transforms:
+            value_TC = torch.where(self._is_logistic, value_TC.sigmoid(), value_TC)
+        value_TC = value_TC.where(known_TC, float("nan"))
         return ConditionValues(
             torch.where(self._always, 1.0, value_TC),
             truth_TC.where(~self._always, TRUE),

@@ -44,12 +44,13 @@ class StepEvaluator:
         )
 
     def signals(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
-        """int64 [T, X]: the signals of the tap's first `num_rows` rows."""
+        """int64 [T, X]: the evidence of the tap's first `num_rows` rows, which is their signals but for
+        the indicators."""
         return self._signals.reduce(tap, num_rows)
 
     def evaluate(
         self,
-        signal_TX: torch.Tensor,
+        evidence_TX: torch.Tensor,
         batch: StepBatch,
         state: SlotState,
         rejected_B: torch.Tensor | None = None,
@@ -58,14 +59,14 @@ class StepEvaluator:
     ) -> StepDecisions:
         """Advance `state` by the rows of `batch`.
 
-        signal_TX: int64; a row whose `TOKEN_SIGNAL` is 0 was not seen and is all 0
+        evidence_TX: int64; a row whose `TOKEN_SIGNAL` is 0 was not seen and is all 0
         rejected_B: [B] draft rows at the end of each request that were not accepted, if there are
             drafts; they were computed but do not count
         computed_B: [B] the first position that the forward has not computed, where that lies behind
             these rows; a mask that begins now begins there
         """
-        fresh = FreshRows.of(batch, state, signal_TX[:, TOKEN_SIGNAL] != 0, rejected_B)
-        signal_TX = signal_TX * fresh.fresh_T[:, None]
+        fresh = FreshRows.of(batch, state, evidence_TX[:, TOKEN_SIGNAL] != 0, rejected_B)
+        signal_TX = self._signals.with_indicators(evidence_TX) * fresh.fresh_T[:, None]
         sums = RunningSums(signal_TX, batch, fresh, state.sum_SX, state.recent_sum_SQX)
         values = self._conditions.evaluate(self._windows.read(sums, batch, fresh, state))
         holds_TR = self._expressions.holds(values.truth_TC)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.nn.functional import embedding_bag
 
+from guard.device.mask import pack_bits
 from guard.device.tap import RoutingTap
-from guard.program.program import SignalTable
+from guard.program.program import WORD_BITS, SignalTable
 from guard.program.topology import Topology
 
 
 class SignalReducer:
-    """Σ over layers and chosen experts of a signal's weight, or of weight times gate weight.
+    """Σ over layers and chosen experts of a signal's weight, or of weight times gate weight; and over
+    layers, of whether an expert of a set is among the chosen.
 
     Each row's sum is taken on its own, in one order, in float64 over whole numbers below 2^53: the
     same bits whatever else is in the batch and however the prompt was chunked.
@@ -27,17 +30,19 @@ class SignalReducer:
             torch.arange(num_layers, dtype=torch.int64, device=device)[:, None] * num_experts
         )
 
-        def lookup(weights: torch.Tensor) -> torch.Tensor:
-            """[signals, L, E] -> [L·E + 1, signals]."""
-            table = torch.zeros((self._nobody + 1, len(weights)), dtype=torch.float64)
-            table[: self._nobody] = weights.reshape(len(weights), self._nobody).T
-            return table.to(device)
-
-        self._unit_table = lookup(torch.from_numpy(signals.unit_weights))
-        self._mass_table = lookup(torch.from_numpy(signals.mass_weights))
+        self._unit_table = torch.from_numpy(signals.unit.by_place(self._nobody + 1)).to(device)
+        layer_mass = signals.layer_mass.by_place(num_layers).repeat(num_experts, axis=0)
+        mass = np.concatenate([signals.mass.by_place(self._nobody + 1)[:-1], layer_mass], axis=1)
+        self._mass_table = torch.from_numpy(np.pad(mass, [(0, 1), (0, 0)])).to(device)
+        self._num_spread = len(signals.spread)
+        in_set_IP = torch.from_numpy(signals.spread.by_place(self._nobody + 1) != 0)
+        self._spread_bits_IW = pack_bits(in_set_IP).to(device)
+        self._indicated_I = torch.from_numpy(signals.indicators.signal).to(device)
+        self._least_I = torch.from_numpy(signals.indicators.least).to(device)
 
     def reduce(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
-        """int64 [T, X] of the tap's first `num_rows` rows, whoever they belong to."""
+        """int64 [T, X], all but the indicators, of the tap's first `num_rows` rows, whoever they
+        belong to."""
         ids_TLK = tap.topk_ids_TLK[:num_rows]
         weights_TLK = tap.topk_weights_TLK[:num_rows]
         # An id that is no expert would read beyond the tables, which ends the engine on CUDA.
@@ -49,9 +54,30 @@ class SignalReducer:
         parts = [seen_T1]  # `TOKEN_SIGNAL`
         if self._unit_table.shape[1]:
             parts.append(embedding_bag(index_TI, self._unit_table, mode="sum").to(torch.int64))
+        if self._num_spread:
+            parts.append(self._spread(index_TLK))
         if self._mass_table.shape[1]:
             gate_TI = weights_TLK.reshape(num_rows, -1).to(torch.float64)
             gate_TI = gate_TI.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
             masses = embedding_bag(index_TI, self._mass_table, mode="sum", per_sample_weights=gate_TI)
             parts.append(masses.round().to(torch.int64))
         return torch.cat(parts, dim=1)
+
+    def _spread(self, index_TLK: torch.Tensor) -> torch.Tensor:
+        """int64 [T, spread signals]: the layers in which an expert of a set was chosen."""
+        words_TLW = self._spread_bits_IW[index_TLK[:, :, 0]]
+        for choice in range(1, index_TLK.shape[2]):
+            words_TLW = words_TLW | self._spread_bits_IW[index_TLK[:, :, choice]]
+        spread_T = [
+            (words_TLW[:, :, number // WORD_BITS] >> (number % WORD_BITS) & 1).sum(dim=1)
+            for number in range(self._num_spread)
+        ]
+        return torch.stack(spread_T, dim=1)
+
+    def with_indicators(self, evidence_TX: torch.Tensor) -> torch.Tensor:
+        """int64 [T, X], all signals, from those of all layers together. A row that was not seen, whose
+        evidence is all 0, stays so."""
+        if not len(self._least_I):
+            return evidence_TX
+        indicator_TI = (evidence_TX[:, self._indicated_I] >= self._least_I).to(torch.int64)
+        return torch.cat([evidence_TX, indicator_TI], dim=1)

@@ -22,9 +22,9 @@ _BlockIds = Sequence[int]
 
 
 class KeptEvidence:
-    """Signals by KV slot, block · block_size + offset. The last row is a dustbin: padding goes there.
+    """Evidence by KV slot, block · block_size + offset. The last row is a dustbin: padding goes there.
 
-    narrow_KX: tokens and unit signals; TOKEN_SIGNAL is 1 where the slot's token was seen
+    narrow_KX: tokens, unit and spread signals; TOKEN_SIGNAL is 1 where the slot's token was seen
     wide_KX: int64, mass signals
     """
 
@@ -39,7 +39,7 @@ class KeptEvidence:
         self.block_size = block_size
         self._device = device
         self._dustbin = num_blocks * block_size
-        self._num_narrow = 1 + len(signals.unit_weights)
+        self._num_narrow = signals.num_narrow
         narrow, wide = _widths(signals, topology)
         rows = self._dustbin + 1
         self.narrow_KX = torch.zeros((rows, self._num_narrow), dtype=narrow, device=device)
@@ -51,7 +51,7 @@ class KeptEvidence:
     def token_bytes(signals: SignalTable, topology: Topology) -> int:
         """What it keeps for one token."""
         narrow, wide = _widths(signals, topology)
-        return (1 + len(signals.unit_weights)) * narrow.itemsize + wide * 8
+        return signals.num_narrow * narrow.itemsize + wide * 8
 
     @property
     def num_bytes(self) -> int:
@@ -106,13 +106,15 @@ class KeptEvidence:
 def _widths(signals: SignalTable, topology: Topology) -> tuple[torch.dtype, int]:
     """The least type that holds every unit signal of a token, and the number of mass signals.
 
-    A token's unit signal is at most the sum over layers of its k largest weights.
+    A token's unit signal is at most the sum over layers of its k largest weights; a spread signal, the
+    number of layers.
     """
-    bound = 1.0
-    for row, layer in enumerate(topology.layers):
-        largest = np.sort(np.abs(signals.unit_weights[:, row]), axis=-1)[:, -layer.top_k :]
-        bound += float(largest.sum(axis=-1).max(initial=0.0))
+    num_layers, num_experts = len(topology.layers), topology.max_experts
+    largest_L = np.zeros(num_layers)  # of one expert, whatever the signal
+    np.maximum.at(largest_L, signals.unit.place // max(1, num_experts), np.abs(signals.unit.value))
+    top_k_L = np.array([layer.top_k for layer in topology.layers])
+    bound = 1.0 + max(float(largest_L @ top_k_L), num_layers)
     narrow = next(
         dtype for dtype in (torch.int16, torch.int32, torch.int64) if bound <= torch.iinfo(dtype).max
     )
-    return narrow, len(signals.mass_weights)
+    return narrow, len(signals.mass) + len(signals.layer_mass)

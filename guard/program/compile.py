@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import numpy as np
 
 from guard.policy.fault import Fault, PolicyError
 from guard.policy.model import (
     Block,
-    Condition,
-    ConditionKind,
     Mask,
     Mode,
     Observe,
@@ -19,12 +15,12 @@ from guard.policy.model import (
     PolicySet,
     Rule,
 )
+from guard.program.condition_terms import ConditionBuilder
 from guard.program.expressions import ExpressionBuilder
 from guard.program.fit import check_against
 from guard.program.program import (
     WORD_BITS,
     ActionKind,
-    ConditionTable,
     MaskMethodCode,
     MaskRelease,
     MaskTable,
@@ -50,11 +46,11 @@ def compile_policies(policies: PolicySet, topology: Topology) -> Program:
     ordered = list(policies.ordered_rules())
     builder = SignalBuilder(topology)
     named_sets = [
-        (policy.name, name, builder.unit(dict.fromkeys(expert_set.weights, 1.0)))
+        (policy.name, name, builder.members(expert_set.weights))
         for policy in sorted({p.name: p for p, _ in ordered}.values(), key=lambda p: p.name)
         for name, expert_set in policy.experts.items()
     ]
-    conditions = _Conditions(builder)
+    conditions = ConditionBuilder(builder)
     expressions = ExpressionBuilder(conditions.number_of)
     condition_rows = []
     for _, rule in ordered:
@@ -73,75 +69,10 @@ def compile_policies(policies: PolicySet, topology: Topology) -> Program:
         masks=_mask_table([rule for _, rule in ordered], topology),
         rules=tuple(_program_rule(policy, rule) for policy, rule in ordered),
         sets=tuple(
-            NamedSet(policy, name, builder.signal_row("unit", unit))
-            for policy, name, unit in named_sets
+            NamedSet(policy, name, builder.signal_row(members)) for policy, name, members in named_sets
         ),
         policies=tuple(policy.name for policy in policies.policies),
     )
-
-
-class _Conditions:
-    """Numbers a rule's conditions and lays them out; a condition's phase is its rule's."""
-
-    def __init__(self, builder: SignalBuilder) -> None:
-        self._builder = builder
-        self._number_of: dict[int, int] = {}
-        self._rows: list[tuple[int, int, int, float, float, Condition]] = []
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def number_of(self, condition: Condition) -> int:
-        return self._number_of[id(condition)]
-
-    def add_rule(self, rule: Rule) -> None:
-        for condition in rule.conditions():
-            self._number_of[id(condition)] = len(self._rows)
-            self._rows.append((*self._readings(condition, rule.phase), condition))
-
-    def _readings(self, condition: Condition, phase: Phase) -> tuple[int, int, int, float, float]:
-        """numerator, tokens, mass denominator, per token, constant."""
-        builder = self._builder
-        tokens = builder.reading("token", 0, condition.over, phase)
-        if condition.experts is None:
-            return tokens, tokens, -1, 0.0, 1.0
-        weights = condition.experts.weights
-        members = dict.fromkeys(weights, 1.0)
-        match condition.kind:
-            case ConditionKind.MASS:
-                everyone = builder.layer_mass({expert.layer for expert in members})
-                numerator = builder.reading("mass", builder.mass(members), condition.over, phase)
-                denominator = builder.reading("mass", everyone, condition.over, phase)
-                return numerator, tokens, denominator, 0.0, 0.0
-            case ConditionKind.SCORE:
-                signal = builder.unit(weights)
-                return builder.reading("unit", signal, condition.over, phase), tokens, -1, 1.0, 0.0
-            case _:
-                numerator = builder.reading("unit", builder.unit(members), condition.over, phase)
-                if condition.kind is ConditionKind.RATE:
-                    return numerator, tokens, -1, float(len(members)), 0.0
-                return numerator, tokens, -1, 0.0, 1.0
-
-    def table(self) -> ConditionTable:
-        numerators, tokens, denominators, per_token, constants, conditions = (
-            list(column) for column in (zip(*self._rows, strict=True) if self._rows else [()] * 6)
-        )
-        return ConditionTable(
-            numerator=np.array(numerators, dtype=np.int64),
-            tokens=np.array(tokens, dtype=np.int64),
-            mass_denominator=np.array(denominators, dtype=np.int64),
-            per_token=np.array(per_token, dtype=np.float64),
-            constant=np.array(constants, dtype=np.float64),
-            bias=np.array([c.bias for c in conditions], dtype=np.float64),
-            min_tokens=np.array([c.min_tokens for c in conditions], dtype=np.int64),
-            limit=np.array(
-                [float(Fraction(str(c.threshold)) - Fraction(str(c.bias))) for c in conditions],
-                dtype=np.float64,
-            ),
-            sign=np.array([1.0 if c.comparison.upward else -1.0 for c in conditions], dtype=np.float64),
-            strict=np.array([c.comparison.strict for c in conditions], dtype=np.bool_),
-            always=np.array([c.kind is ConditionKind.ALWAYS for c in conditions], dtype=np.bool_),
-        )
 
 
 def _rule_table(rules: list[Rule], condition_rows: list[list[int]]) -> RuleTable:

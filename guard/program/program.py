@@ -1,7 +1,7 @@
 """A compiled policy set: immutable arrays, ready to be copied to a device.
 
-Letters in shapes: L MoE layers, E experts of the largest layer, X signals, M readings, C conditions,
-R rules, A mask actions, W 64-bit mask words, N named expert sets.
+Letters in shapes: L MoE layers, E experts of the largest layer, X signals, I indicators, M readings,
+C conditions, R rules, A mask actions, W 64-bit mask words, N named expert sets.
 
 A *signal* is a number per token, a *reading* is a signal summed over a window, a *condition* compares
 one reading (over another, or over a count of tokens) with a threshold, a *rule* joins conditions.
@@ -11,7 +11,7 @@ independent of the order and of the chunks in which tokens arrive.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 
@@ -48,21 +48,95 @@ class WindowKind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class SignalTable:
-    """Linear functionals of a token's routing, in the order: tokens, unit signals, mass signals.
+class SparseWeights:
+    """The weights of some signals that are not 0, one signal after the other.
 
-    unit_weights: whole numbers [units, L, E]; a chosen expert adds its weight
-    mass_weights: whole numbers [masses, L, E]; a chosen expert adds its weight times its gate weight
+    start: [signals + 1] where each signal's weights begin, and their number
+    place: int32 [weights] in a flattened [L, E], or a row of [L], rising within a signal
+    value: float64 [weights], whole numbers
+    """
+
+    start: Ints
+    place: NDArray[np.int32]
+    value: Floats
+
+    def __len__(self) -> int:
+        return len(self.start) - 1
+
+    def of(self, signal: int) -> tuple[NDArray[np.int32], Floats]:
+        """The places and values of one signal."""
+        span = slice(int(self.start[signal]), int(self.start[signal + 1]))
+        return self.place[span], self.value[span]
+
+    @property
+    def signal(self) -> Ints:
+        """[weights] the signal of each weight."""
+        return np.repeat(np.arange(len(self)), np.diff(self.start))
+
+    def by_place(self, num_places: int) -> Floats:
+        """[num_places, signals] with the zeros."""
+        table = np.zeros((num_places, len(self)))
+        table[self.place, self.signal] = self.value
+        return table
+
+    @staticmethod
+    def none() -> SparseWeights:
+        return SparseWeights(
+            np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float64)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class IndicatorTable:
+    """Signals that are 1 where another signal of the token is large enough, else 0.
+
+    They are no sum over layers, so they are computed where that signal is whole: behind the exchange
+    between ranks that have some of the layers each.
+
+    signal: [I] row of the signal table
+    least: [I]
+    """
+
+    signal: Ints
+    least: Ints
+
+    @staticmethod
+    def none() -> IndicatorTable:
+        return IndicatorTable(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class SignalTable:
+    """Numbers of a token's routing, in the order: tokens, unit, spread, mass, layer mass, indicators.
+
+    All but the indicators are sums over layers, and are the token's *evidence*.
+
+    unit: places in [L, E]; a chosen expert adds its weight
+    spread: places in [L, E]; a layer adds 1 if one of these experts is chosen there
+    mass: places in [L, E]; a chosen expert adds its weight times its gate weight
+    layer_mass: places in [L]; every chosen expert of the layer adds that weight times its gate weight
     scale: [X]; a signal's true value is its integer divided by this
     """
 
-    unit_weights: Floats
-    mass_weights: Floats
+    unit: SparseWeights
+    mass: SparseWeights
     scale: Floats
+    spread: SparseWeights = field(default_factory=SparseWeights.none)
+    layer_mass: SparseWeights = field(default_factory=SparseWeights.none)
+    indicators: IndicatorTable = field(default_factory=IndicatorTable.none)
 
     @property
     def num_signals(self) -> int:
         return len(self.scale)
+
+    @property
+    def num_evidence(self) -> int:
+        return self.num_signals - len(self.indicators.signal)
+
+    @property
+    def num_narrow(self) -> int:
+        """Signals of the evidence that are small whole numbers: tokens, unit and spread ones."""
+        return 1 + len(self.unit) + len(self.spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +159,28 @@ class ReadingTable:
         return int(self.tokens.max(initial=0))
 
 
+class Transform(IntEnum):
+    """What makes a condition's value of its quotient."""
+
+    NONE = 0
+    LOGISTIC = 1  # 1 / (1 + exp(-(quotient + bias))); compared before it
+    NEGATIVE_LOG = 2  # -ln quotient; compared behind it
+
+
 @dataclass(frozen=True, slots=True)
 class ConditionTable:
-    """value = numerator / denominator + bias, unknown below `min_tokens` or where that is 0/0.
+    """value = transform(numerator / denominator + bias), unknown below `min_tokens` or at 0/0.
 
     Both are whole numbers below 2^53, so the quotient is rounded once; it is compared with `limit`,
     which is threshold - bias in decimals: a value that meets its threshold on paper meets it here.
+    A logarithm is not exact: there a value within `tolerance` of the limit meets it.
 
     numerator, tokens: [C] readings; tokens is |W| of the same window
+    offset: [C] added to the numerator, times its scale
     mass_denominator: [C] reading, or -1: then the denominator is `per_token`·|W| + `constant`, times
         the numerator's scale
+    transform: [C] Transform
+    tolerance: [C] 0 where the comparison is exact
     sign: [C] +1 where the condition is true upwards (above, atLeast), else -1
     strict: [C] above, below
     always: [C] true whatever the readings
@@ -102,10 +188,13 @@ class ConditionTable:
 
     numerator: Ints
     tokens: Ints
+    offset: Floats
     mass_denominator: Ints
     per_token: Floats
     constant: Floats
     bias: Floats
+    transform: Ints
+    tolerance: Floats
     min_tokens: Ints
     limit: Floats
     sign: Floats

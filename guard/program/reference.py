@@ -30,9 +30,18 @@ from guard.policy.model import (
     Policy,
     PolicySet,
     Rule,
+    TogetherIn,
 )
 from guard.program.topology import Topology
-from guard.program.verdict import BlockedAt, Evidence, Firing, MaskInterval, Routing, Verdict
+from guard.program.verdict import (
+    CLOSE,
+    BlockedAt,
+    Evidence,
+    Firing,
+    MaskInterval,
+    Routing,
+    Verdict,
+)
 
 
 def evaluate(
@@ -139,7 +148,7 @@ class _RuleState:
         evidence = []
         for condition in self.rule.conditions():
             value = _value(condition, self.rule.phase, position, topology, routing)
-            shown = math.nan if value is None else float(value + Fraction(str(condition.bias)))
+            shown = math.nan if value is None else _shown(value, condition)
             evidence.append(Evidence(condition.label, shown, condition.threshold))
         return Firing(position, self.policy.name, self.rule.name, tuple(evidence))
 
@@ -203,25 +212,47 @@ def _truth(
             return True if True in truths else None if None in truths else False
 
 
-def _compare(exact: Fraction, condition: Condition) -> bool:
-    """As nearest floats; the bias is taken off the threshold, not added to a rounded value."""
+_Value = Fraction | float
+"""A condition's number before its bias and the probe's σ: exact, or a float where it is irrational."""
+
+
+def _shown(value: _Value, condition: Condition) -> float:
+    if condition.kind is ConditionKind.PROBE:
+        return 1 / (1 + math.exp(-(float(value) + condition.bias)))
+    return float(value + Fraction(str(condition.bias)))
+
+
+def _compare(exact: _Value, condition: Condition) -> bool:
+    """As nearest floats; the bias is taken off the threshold, not added to a rounded value.
+
+    A value that is a float already meets a threshold that is close (`CLOSE`). The probability of a
+    probe is p where its score is ln(p/(1-p)).
+    """
     value = float(exact)
-    threshold = float(Fraction(str(condition.threshold)) - Fraction(str(condition.bias)))
+    if condition.kind is ConditionKind.PROBE:
+        if not 0 < condition.threshold < 1:
+            return (condition.threshold <= 0) is condition.comparison.upward
+        odds = condition.threshold / (1 - condition.threshold)
+        threshold = math.log(odds) - condition.bias
+    else:
+        threshold = float(Fraction(str(condition.threshold)) - Fraction(str(condition.bias)))
+    close = CLOSE * max(1.0, abs(threshold)) if isinstance(exact, float) else 0.0
+    meets = abs(value - threshold) <= close
     match condition.comparison:
         case Comparison.ABOVE:
-            return value > threshold
+            return value > threshold and not meets
         case Comparison.AT_LEAST:
-            return value >= threshold
+            return value > threshold or meets
         case Comparison.BELOW:
-            return value < threshold
+            return value < threshold and not meets
         case Comparison.AT_MOST:
-            return value <= threshold
+            return value < threshold or meets
 
 
 def _value(
     condition: Condition, phase: Phase, position: int, topology: Topology, routing: Routing
-) -> Fraction | None:
-    """The condition's number before its bias; None where it is unknown."""
+) -> _Value | None:
+    """None where it is unknown."""
     if condition.kind is ConditionKind.ALWAYS:
         return Fraction(1)
     tokens = _seen_tokens(condition, phase, position, routing)
@@ -243,16 +274,46 @@ def _value(
                 mass += gate_weight
 
     match condition.kind:
-        case ConditionKind.COUNT:
+        case ConditionKind.COUNT | ConditionKind.DORMANT:
             return Fraction(count)
         case ConditionKind.RATE:
             return Fraction(count, len(tokens) * len(weights)) if weights else None
         case ConditionKind.MASS:
             return mass / mass_of_layers if mass_of_layers else None
-        case ConditionKind.SCORE:
+        case ConditionKind.SCORE | ConditionKind.PROBE:
             return score / len(tokens)
+        case ConditionKind.COACTIVATION:
+            return Fraction(sum(_is_together(condition, t, weights, topology, routing) for t in tokens))
+        case ConditionKind.SUPPRESSED:
+            return _suppressed(condition, count, len(tokens), list(weights)) if weights else None
         case _:
             raise AssertionError(f"{condition.kind} is not evaluated yet")
+
+
+def _is_together(
+    condition: Condition,
+    token: int,
+    experts: Collection[Expert],
+    topology: Topology,
+    routing: Routing,
+) -> bool:
+    """The token chose at least so many of the experts, or some in at least so many layers."""
+    assert condition.together is not None
+    chosen = [expert for expert, _ in _chosen(token, topology, routing) if expert in experts]
+    match condition.together.of:
+        case TogetherIn.MEMBERS:
+            return len(chosen) >= condition.together.least
+        case TogetherIn.LAYERS:
+            return len({expert.layer for expert in chosen}) >= condition.together.least
+
+
+def _suppressed(condition: Condition, count: int, num_tokens: int, experts: list[Expert]) -> float:
+    """ln((b+e)/(r+e)): b the experts' mean rate in the profile, r in the window, e = 0.5/(|W||F|)."""
+    assert condition.baselines is not None
+    selections = num_tokens * len(experts)
+    smoothing = Fraction(1, 2) / selections
+    baseline = sum(Fraction(condition.baselines.rate(expert)) for expert in experts) / len(experts)
+    return math.log((baseline + smoothing) / (Fraction(count, selections) + smoothing))
 
 
 def _seen_tokens(condition: Condition, phase: Phase, position: int, routing: Routing) -> list[int]:

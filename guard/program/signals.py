@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from guard.policy.model import Expert, NamedWindow, Phase, Window
+from guard.policy.model import Expert, NamedWindow, Phase, Together, TogetherIn, Window
 from guard.program.program import (
     TOKEN_SIGNAL,
     Floats,
-    Ints,
+    IndicatorTable,
     ReadingTable,
     SignalTable,
+    SparseWeights,
     WindowKind,
 )
 from guard.program.topology import Topology
@@ -23,11 +25,23 @@ FIXED_POINT = 10**9
 """Nine decimals: every decimal weight an operator is likely to write is whole at this scale, and a gate
 weight in float32 (24 significant bits) loses nothing that a threshold could tell."""
 
+SignalKind = Literal["token", "unit", "spread", "mass", "layer mass", "indicator"]
+
+
+class Signal(NamedTuple):
+    """A signal by its number among those of its kind: its row in the table is known in the end."""
+
+    kind: SignalKind
+    number: int
+
+
+TOKENS = Signal("token", 0)
+
 
 class _Weights(NamedTuple):
-    """The weights of a signal that are not 0: [n] each, by place in a flattened [L, E]."""
+    """The weights of a signal that are not 0: [n] each, by place in a flattened [L, E], or in [L]."""
 
-    place: Ints
+    place: NDArray[np.int32]
     value: Floats
 
     @property
@@ -40,51 +54,72 @@ class SignalBuilder:
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
-        self._unit: dict[bytes, int] = {}
-        self._mass: dict[bytes, int] = {}
-        self._unit_weights: list[_Weights] = []
-        self._mass_weights: list[_Weights] = []
+        self._index_of_layer = topology.index_of_layer
+        self._numbers: dict[tuple[SignalKind, object], int] = {}
+        self._weights: dict[SignalKind, list[_Weights]] = {
+            "unit": [],
+            "spread": [],
+            "mass": [],
+            "layer mass": [],
+        }
         self._unit_scale: list[float] = []
-        self._readings: dict[tuple[str, int, WindowKind, int, bool], int] = {}
+        self._indicators: list[tuple[Signal, int]] = []
+        self._readings: dict[tuple[Signal, WindowKind, int, bool], int] = {}
 
-    def unit(self, weights: Mapping[Expert, float]) -> int:
-        """A signal of Σ w(l,e) over the chosen experts; its number among the unit signals."""
+    def unit(self, weights: Mapping[Expert, float]) -> Signal:
+        """Σ w(l,e) over the chosen experts."""
         largest = max(map(abs, weights.values()), default=1.0)
         whole = all(float(weight).is_integer() for weight in weights.values())
         digits = 0 if whole else 9 - max(0, math.ceil(math.log10(largest)))
-        scaled = self._scaled(weights, 10.0**digits)
-        key = scaled.key + str(digits).encode()
-        if key not in self._unit:
-            self._unit[key] = len(self._unit_weights)
-            self._unit_weights.append(scaled)
-            self._unit_scale.append(10.0**digits)
-        return self._unit[key]
+        scale = 10.0**digits
+        signal, is_new = self._signal("unit", self._scaled(weights, scale), digits)
+        if is_new:
+            self._unit_scale.append(scale)
+        return signal
 
-    def mass(self, weights: Mapping[Expert, float]) -> int:
-        """A signal of Σ g·w(l,e) over the chosen experts; its number among the mass signals."""
-        return self._mass_signal(self._scaled(weights, FIXED_POINT))
+    def members(self, experts: Iterable[Expert]) -> Signal:
+        """How many of some experts were chosen."""
+        return self.unit(dict.fromkeys(experts, 1.0))
 
-    def layer_mass(self, numbers: Iterable[int]) -> int:
-        """As `mass`, with weight 1 on every expert of some layers."""
-        num_experts = self._topology.max_experts
-        chosen = set(numbers)
-        place = np.concatenate(
-            [
-                index * num_experts + np.arange(layer.num_experts)
-                for index, layer in enumerate(self._topology.layers)
-                if layer.number in chosen
-            ]
-        )
-        return self._mass_signal(_Weights(place, np.full(len(place), float(FIXED_POINT))))
+    def spread(self, experts: Iterable[Expert]) -> Signal:
+        """In how many layers at least one of some experts was chosen."""
+        return self._signal("spread", self._scaled(dict.fromkeys(experts, 1.0), 1.0))[0]
 
-    def _mass_signal(self, scaled: _Weights) -> int:
-        if scaled.key not in self._mass:
-            self._mass[scaled.key] = len(self._mass_weights)
-            self._mass_weights.append(scaled)
-        return self._mass[scaled.key]
+    def together(self, experts: Iterable[Expert], together: Together) -> Signal:
+        """1 where a token used that much of a set, else 0."""
+        match together.of:
+            case TogetherIn.MEMBERS:
+                of = self.members(experts)
+            case TogetherIn.LAYERS:
+                of = self.spread(experts)
+        number = self._numbers.setdefault(("indicator", (of, together.least)), len(self._indicators))
+        if number == len(self._indicators):
+            self._indicators.append((of, together.least))
+        return Signal("indicator", number)
 
-    def reading(self, kind: str, signal: int, over: Window, phase: Phase) -> int:
-        """Row of the reading table for a signal of the kind `token`, `unit` or `mass` over a window."""
+    def mass(self, experts: Iterable[Expert]) -> Signal:
+        """Σ g over the chosen ones of some experts."""
+        weights = self._scaled(dict.fromkeys(experts, 1.0), FIXED_POINT)
+        return self._signal("mass", weights)[0]
+
+    def layer_mass(self, numbers: Iterable[int]) -> Signal:
+        """Σ g over all chosen experts of some layers."""
+        place = np.array(sorted(self._index_of_layer[n] for n in set(numbers)), dtype=np.int32)
+        weights = _Weights(place, np.full(len(place), float(FIXED_POINT)))
+        return self._signal("layer mass", weights)[0]
+
+    def _signal(self, kind: SignalKind, weights: _Weights, also: int = 0) -> tuple[Signal, bool]:
+        """The signal, and whether there was none like it."""
+        of_kind = self._weights[kind]
+        number = self._numbers.setdefault((kind, (weights.key, also)), len(of_kind))
+        is_new = number == len(of_kind)
+        if is_new:
+            of_kind.append(weights)
+        return Signal(kind, number), is_new
+
+    def reading(self, signal: Signal, over: Window, phase: Phase) -> int:
+        """Row of the reading table for a signal over a window."""
+        window: tuple[WindowKind, int, bool]
         match over:
             case NamedWindow.REQUEST:
                 window = (WindowKind.REQUEST, 0, False)
@@ -96,47 +131,56 @@ class SignalBuilder:
                 window = (WindowKind.RECENT, 1, False)
             case tokens:
                 window = (WindowKind.RECENT, int(tokens), phase is Phase.OUTPUT)
-        return self._readings.setdefault((kind, signal, *window), len(self._readings))
+        return self._readings.setdefault((signal, *window), len(self._readings))
 
-    def signal_row(self, kind: str, signal: int) -> int:
+    def signal_row(self, signal: Signal) -> int:
         """Row of the signal table; only right once every signal has been added."""
-        match kind:
-            case "token":
-                return TOKEN_SIGNAL
-            case "unit":
-                return 1 + signal
-            case _:
-                return 1 + len(self._unit_weights) + signal
+        if signal.kind == "token":
+            return TOKEN_SIGNAL
+        row = 1 + signal.number
+        for kind, of_kind in self._weights.items():
+            if kind == signal.kind:
+                return row
+            row += len(of_kind)
+        return row
 
     def tables(self) -> tuple[SignalTable, ReadingTable]:
-        shape = (len(self._topology.layers), self._topology.max_experts)
+        tables = {kind: _stack(of_kind) for kind, of_kind in self._weights.items()}
+        num_masses = len(tables["mass"]) + len(tables["layer mass"])
+        scale = [1.0, *self._unit_scale, *[1.0] * len(tables["spread"]), *[FIXED_POINT] * num_masses]
         signals = SignalTable(
-            unit_weights=_stack(self._unit_weights, shape),
-            mass_weights=_stack(self._mass_weights, shape),
-            scale=np.array(
-                [1.0, *self._unit_scale, *[FIXED_POINT] * len(self._mass_weights)], dtype=np.float64
+            unit=tables["unit"],
+            spread=tables["spread"],
+            mass=tables["mass"],
+            layer_mass=tables["layer mass"],
+            indicators=IndicatorTable(
+                np.array([self.signal_row(of) for of, _ in self._indicators], dtype=np.int64),
+                np.array([least for _, least in self._indicators], dtype=np.int64),
             ),
+            scale=np.array([*scale, *[1.0] * len(self._indicators)], dtype=np.float64),
         )
         keys = list(self._readings)
         readings = ReadingTable(
-            signal=np.array([self.signal_row(key[0], key[1]) for key in keys], dtype=np.int64),
-            window=np.array([key[2] for key in keys], dtype=np.int64),
-            tokens=np.array([key[3] for key in keys], dtype=np.int64),
-            in_output=np.array([key[4] for key in keys], dtype=np.bool_),
+            signal=np.array([self.signal_row(key[0]) for key in keys], dtype=np.int64),
+            window=np.array([key[1] for key in keys], dtype=np.int64),
+            tokens=np.array([key[2] for key in keys], dtype=np.int64),
+            in_output=np.array([key[3] for key in keys], dtype=np.bool_),
         )
         return signals, readings
 
     def _scaled(self, weights: Mapping[Expert, float], scale: float) -> _Weights:
-        row, num_experts = self._topology.index_of_layer, self._topology.max_experts
-        place = np.array([row[layer] * num_experts + id_ for layer, id_ in weights], dtype=np.int64)
+        row, num_experts = self._index_of_layer, self._topology.max_experts
+        place = np.array([row[layer] * num_experts + id_ for layer, id_ in weights], dtype=np.int32)
         value = np.rint(np.array(list(weights.values()), dtype=np.float64) * scale)
         order = np.argsort(place)
         order = order[value[order] != 0]
         return _Weights(place[order], value[order])
 
 
-def _stack(signals: list[_Weights], shape: tuple[int, int]) -> Floats:
-    tables = np.zeros((len(signals), *shape))
-    for table, weights in zip(tables, signals, strict=True):
-        table.reshape(-1)[weights.place] = weights.value
-    return tables
+def _stack(signals: Sequence[_Weights]) -> SparseWeights:
+    none = SparseWeights.none()
+    return SparseWeights(
+        start=np.cumsum([0, *(len(weights.place) for weights in signals)], dtype=np.int64),
+        place=np.concatenate([none.place, *(weights.place for weights in signals)]),
+        value=np.concatenate([none.value, *(weights.value for weights in signals)]),
+    )

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+CLOSE: Final = 1e-12
+"""Values with logarithms or sums of quotients in them (suppressed, divergence, entropy, concentration)
+are computed in float64, in whatever order. Such a value meets a threshold that is at most this far off,
+times the threshold where that is above 1: then `atLeast` and `atMost` hold, `above` and `below` do not.
+Rounding errors are far smaller, so a value that meets its threshold on paper does so everywhere. All
+other values are compared exactly."""
 
 
 class Routing(NamedTuple):

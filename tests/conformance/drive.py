@@ -22,6 +22,8 @@ from guard.program.verdict import BlockedAt, Evidence, Firing, Routing, Verdict
 from guard.runtime import Guard
 
 MAX_ROWS = 64
+_OFF_THE_EDGE = 3.7e-9
+"""Added before rounding: values like 1/256 would lie between two rounded ones."""
 
 
 @dataclass
@@ -201,7 +203,8 @@ def _comparable(
     firing: Firing,
 ) -> tuple[int, str, str, tuple[tuple[str, float | None], ...]]:
     evidence = tuple(
-        (e.condition, None if math.isnan(e.value) else round(e.value, 7)) for e in firing.evidence
+        (e.condition, None if math.isnan(e.value) else round(e.value + _OFF_THE_EDGE, 7))
+        for e in firing.evidence
     )
     return firing.position, firing.policy, firing.rule, evidence
 

@@ -6,26 +6,21 @@ again and again, and two rules fire at one position. `cases()` is what a conform
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from guard.policy.fault import Location
 from guard.policy.model import (
     Action,
     All,
     AnyOf,
     Block,
-    Comparison,
     Condition,
-    ConditionKind,
     ExpertEntry,
     ExpertSet,
     Expression,
@@ -33,7 +28,6 @@ from guard.policy.model import (
     MaskMethod,
     MaskUntil,
     Mode,
-    NamedWindow,
     Not,
     Observe,
     Persist,
@@ -42,23 +36,14 @@ from guard.policy.model import (
     PolicySet,
     Rule,
     Severity,
-    Window,
 )
 from guard.program.topology import MoELayer, Topology
 from guard.program.verdict import Routing
+from tests.conformance.condition_strategies import LOCATION, condition
+from tests.conformance.drawing import GATE_NUMERATORS, ONE_IN_FOUR, WEIGHTS, digits, pick, subset
 
-LOCATION = Location("policies.yaml", 1, 1)
 MAX_LAYERS, MAX_EXPERTS, MAX_PROMPT, MAX_OUTPUT = 3, 8, 12, 12
-GATE_NUMERATORS = (64, 128, 64, 77)  # over 256
-WEIGHTS = (1.0, 0.5, 0.1, 0.2, 0.3, -0.1, -0.25, 0.07, 0.33, -1.0, 2.0)
-SPREADING_PRIME = 2_654_435_761
 MASK_UNTILS: tuple[MaskUntil, ...] = ("clear", "clear", "request-end", 1, 2, 3, 5)
-LINEAR_KINDS = [ConditionKind.COUNT, ConditionKind.RATE, ConditionKind.MASS, ConditionKind.SCORE]
-CONDITION_KINDS = [ConditionKind.ALWAYS, *LINEAR_KINDS * 3]
-WINDOWS: list[Window] = [*NamedWindow, *[NamedWindow.TOKEN] * 4, 1, 2, 2, 3, 3, 4, 6, 9, 30]
-ONE_IN_FOUR = (False, False, False, True)
-
-T = TypeVar("T")
 
 
 class Case(NamedTuple):
@@ -75,7 +60,7 @@ def topologies(draw: st.DrawFn) -> Topology:
     for _ in range(draw(st.integers(1, MAX_LAYERS))):
         number += draw(st.integers(1, 3))
         num_experts = draw(st.integers(3, MAX_EXPERTS))
-        largest = _pick(draw, [min(3, num_experts - 1), num_experts - 1])
+        largest = pick(draw, [min(3, num_experts - 1), num_experts - 1])
         layers.append(MoELayer(number, num_experts, draw(st.integers(1, largest))))
     return Topology("TestMoeForCausalLM", tuple(layers))
 
@@ -87,11 +72,11 @@ def routings(draw: st.DrawFn, topology: Topology) -> Routing:
     Every position repeats one of a few kinds of token, so that a request changes topic and returns.
     """
     kinds = [_token_row(draw, topology) for _ in range(draw(st.integers(2, 5)))]
-    num_prompt = 1 + _digits(draw, [MAX_PROMPT])[0]
-    num_output = _digits(draw, [MAX_OUTPUT + 1])[0]
-    first_seen = draw(st.integers(0, num_prompt - 1)) if _pick(draw, ONE_IN_FOUR) else 0
-    of_prompt = _digits(draw, [len(kinds)] * num_prompt)
-    of_output = _digits(draw, [len(kinds)] * num_output)
+    num_prompt = 1 + digits(draw, [MAX_PROMPT])[0]
+    num_output = digits(draw, [MAX_OUTPUT + 1])[0]
+    first_seen = draw(st.integers(0, num_prompt - 1)) if pick(draw, ONE_IN_FOUR) else 0
+    of_prompt = digits(draw, [len(kinds)] * num_prompt)
+    of_output = digits(draw, [len(kinds)] * num_output)
     topk_ids = np.stack([kinds[n][0] for n in of_prompt + of_output])
     topk_weights = np.stack([kinds[n][1] for n in of_prompt + of_output])
     return Routing(topk_ids, topk_weights, num_prompt, first_seen)
@@ -101,15 +86,15 @@ def _token_row(draw: st.DrawFn, topology: Topology) -> tuple[NDArray[np.int32], 
     """One token's ids and gate weights, [L, K]. One integer stands for a row: draws are slow."""
     shape = (len(topology.layers), topology.max_top_k)
     topk_ids, topk_weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-    with_gaps = _pick(draw, ONE_IN_FOUR)
+    with_gaps = pick(draw, ONE_IN_FOUR)
     for index, layer in enumerate(topology.layers):
         k = layer.top_k
         remaining = list(range(layer.num_experts))
-        for rank, choice in enumerate(_digits(draw, [len(remaining) - r for r in range(k)])):
+        for rank, choice in enumerate(digits(draw, [len(remaining) - r for r in range(k)])):
             topk_ids[index, rank] = remaining.pop(choice)
-        for rank, choice in enumerate(_digits(draw, [len(GATE_NUMERATORS)] * k)):
+        for rank, choice in enumerate(digits(draw, [len(GATE_NUMERATORS)] * k)):
             topk_weights[index, rank] = GATE_NUMERATORS[choice] / 256
-        for rank, gap in enumerate(_digits(draw, [6] * k) if with_gaps else []):
+        for rank, gap in enumerate(digits(draw, [6] * k) if with_gaps else []):
             if gap == 1:  # as zero experts come back: expert 0, and so perhaps twice
                 topk_ids[index, rank] = 0
             if gap in (1, 2):
@@ -117,48 +102,22 @@ def _token_row(draw: st.DrawFn, topology: Topology) -> tuple[NDArray[np.int32], 
     return topk_ids, topk_weights
 
 
-def _pick(draw: st.DrawFn, items: Iterable[T]) -> T:
-    """One of the items. `sampled_from` would build and check a strategy for every draw."""
-    choices = list(items)
-    return choices[draw(st.integers(0, len(choices) - 1))]
-
-
-def _digits(draw: st.DrawFn, bases: Sequence[int]) -> list[int]:
-    """Numbers 0 <= n < base for each base, all out of one draw.
-
-    Hypothesis prefers small integers, which would leave the last digits 0: a prime spreads them.
-    """
-    limit = math.prod(bases)
-    assert limit < SPREADING_PRIME
-    code, digits = draw(st.integers(0, limit - 1)) * SPREADING_PRIME % limit, []
-    for base in bases:
-        code, digit = divmod(code, base)
-        digits.append(digit)
-    return digits
-
-
-def _subset(draw: st.DrawFn, items: Sequence[T]) -> list[T]:
-    """Some of the items, at least one, in their order, out of one draw."""
-    bits = draw(st.integers(1, 2 ** len(items) - 1))
-    return [item for n, item in enumerate(items) if bits >> n & 1]
-
-
 def _expert_set(draw: st.DrawFn, topology: Topology, name: str) -> ExpertSet:
     """Entries over several layers that may overlap, or one a layer, each with its own weights."""
     weights = WEIGHTS if draw(st.booleans()) else (1.0,)
-    layers = _subset(draw, topology.layers)
+    layers = subset(draw, topology.layers)
     entries = []
     if draw(st.booleans()):
-        weight_of = [weights[n] for n in _digits(draw, [len(weights)] * MAX_EXPERTS)]
+        weight_of = [weights[n] for n in digits(draw, [len(weights)] * MAX_EXPERTS)]
         for _ in range(draw(st.integers(1, 2))):
-            some = _subset(draw, layers)
-            ids = _subset(draw, range(min(layer.num_experts for layer in some)))
+            some = subset(draw, layers)
+            ids = subset(draw, range(min(layer.num_experts for layer in some)))
             numbers = tuple(layer.number for layer in some)
             entries.append(ExpertEntry(numbers, {i: weight_of[i] for i in ids}, LOCATION))
     else:
         for layer in layers:
-            ids = _subset(draw, range(layer.num_experts))
-            choices = _digits(draw, [len(weights)] * len(ids))
+            ids = subset(draw, range(layer.num_experts))
+            choices = digits(draw, [len(weights)] * len(ids))
             of_layer = {i: weights[n] for i, n in zip(ids, choices, strict=True)}
             entries.append(ExpertEntry((layer.number,), of_layer, LOCATION))
     return ExpertSet(name, tuple(entries), LOCATION)
@@ -168,75 +127,26 @@ def _mask_set(draw: st.DrawFn, topology: Topology, name: str, method: MaskMethod
     """Any number of such sets together can be honoured: rerouted ones leave every layer its top_k
     live experts, forced ones are at most top_k, and any expert may be dropped."""
     entries = []
-    for layer in _subset(draw, topology.layers):
+    for layer in subset(draw, topology.layers):
         maskable = {
             MaskMethod.REROUTE: range(layer.top_k, layer.num_experts),
             MaskMethod.FORCE: range(layer.top_k),
         }
-        ids = _subset(draw, maskable.get(method, range(layer.num_experts)))
+        ids = subset(draw, maskable.get(method, range(layer.num_experts)))
         entries.append(ExpertEntry((layer.number,), dict.fromkeys(ids, 1.0), LOCATION))
     return ExpertSet(name, tuple(entries), LOCATION)
 
 
-def _condition(draw: st.DrawFn, experts: Sequence[ExpertSet]) -> Condition:
-    kind = _pick(draw, CONDITION_KINDS)
-    if kind is ConditionKind.ALWAYS:
-        return Condition(kind, kind, LOCATION)
-    expert_set, over = _pick(draw, experts), _pick(draw, WINDOWS)
-    comparison = _pick(draw, Comparison)
-    default_floor = 1
-    if isinstance(over, int) and not (kind is ConditionKind.COUNT and comparison.upward):
-        default_floor = over
-    highest_floor = min(over, 5) if isinstance(over, int) else 5
-    bias = _pick(draw, WEIGHTS) if kind is ConditionKind.SCORE else 0.0
-    return Condition(
-        kind,
-        kind,
-        LOCATION,
-        experts=expert_set,
-        over=over,
-        min_tokens=_pick(draw, [default_floor, *range(1, highest_floor + 1)]),
-        comparison=comparison,
-        threshold=_threshold(draw, kind, expert_set, over, bias),
-        bias=bias,
-    )
-
-
-def _threshold(
-    draw: st.DrawFn, kind: ConditionKind, experts: ExpertSet, over: Window, bias: float
-) -> float:
-    """A number that the condition's value is likely to meet exactly, rounded as the value is."""
-    num_tokens = over if isinstance(over, int) else 1 if over == "token" else draw(st.integers(1, 4))
-    match kind:
-        case ConditionKind.ALWAYS:
-            return 0.0
-        case ConditionKind.COUNT:
-            return float(_pick(draw, [1, 0, 2, *range(3, num_tokens + 2)]))
-        case ConditionKind.RATE:
-            selections = _pick(draw, [1, 0, *range(2, num_tokens + 2)])
-            return float(Fraction(selections, num_tokens * len(experts.weights)))
-        case ConditionKind.MASS:
-            if draw(st.booleans()):
-                return _pick(draw, [0.5, 1 / 3, 2 / 3, 0.25, 0.0, 1.0])
-            inside = _pick(draw, GATE_NUMERATORS)
-            return float(Fraction(inside, inside + _pick(draw, GATE_NUMERATORS)))
-        case ConditionKind.SCORE:
-            weights = [Fraction(str(weight)) for weight in experts.weights.values()]
-            num_chosen = draw(st.integers(0, 2))
-            total = sum((_pick(draw, weights) for _ in range(num_chosen)), start=Fraction(0))
-            return float(total / num_tokens + Fraction(str(bias)))
-        case _:
-            raise AssertionError(f"{kind} is not drawn")
-
-
-def _expression(draw: st.DrawFn, experts: Sequence[ExpertSet], depth: int = 2) -> Expression:
-    shape = _pick(draw, ["condition", "condition", "condition", "all", "any", "not"])
+def _expression(
+    draw: st.DrawFn, topology: Topology, experts: Sequence[ExpertSet], depth: int = 2
+) -> Expression:
+    shape = pick(draw, ["condition", "condition", "condition", "all", "any", "not"])
     if depth == 0 or shape == "condition":
-        return _condition(draw, experts)
+        return condition(draw, topology, experts)
     if shape == "not":
-        return Not(_expression(draw, experts, depth - 1))
+        return Not(_expression(draw, topology, experts, depth - 1))
     num_children = draw(st.integers(1, 3))
-    children = tuple(_expression(draw, experts, depth - 1) for _ in range(num_children))
+    children = tuple(_expression(draw, topology, experts, depth - 1) for _ in range(num_children))
     return All(children) if shape == "all" else AnyOf(children)
 
 
@@ -260,23 +170,29 @@ _MaskSets = Sequence[tuple[MaskMethod, ExpertSet]]
 
 def _action(draw: st.DrawFn, mask_sets: _MaskSets) -> Action:
     # Blocks are rare: each hides what the other rules would have done behind it.
-    name = _pick(draw, ["mask", "mask", "mask", "mask", "observe", "block"])
+    name = pick(draw, ["mask", "mask", "mask", "mask", "observe", "block"])
     if name == "observe":
         return Observe()
     if name == "block":
         return Block("Stopped.")
-    method, experts = _pick(draw, mask_sets)
-    return Mask(experts, LOCATION, method=method, until=_pick(draw, MASK_UNTILS))
+    method, experts = pick(draw, mask_sets)
+    return Mask(experts, LOCATION, method=method, until=pick(draw, MASK_UNTILS))
 
 
-def _rule(draw: st.DrawFn, name: str, experts: Sequence[ExpertSet], mask_sets: _MaskSets) -> Rule:
-    of = draw(st.integers(1, 8)) if _pick(draw, ONE_IN_FOUR) else 1
+def _rule(
+    draw: st.DrawFn,
+    name: str,
+    topology: Topology,
+    experts: Sequence[ExpertSet],
+    mask_sets: _MaskSets,
+) -> Rule:
+    of = draw(st.integers(1, 8)) if pick(draw, ONE_IN_FOUR) else 1
     return Rule(
         name=name,
-        when=_labelled(_expression(draw, experts), Counter()),
+        when=_labelled(_expression(draw, topology, experts), Counter()),
         then=_action(draw, mask_sets),
         location=LOCATION,
-        phase=_pick(draw, [Phase.ANY, *Phase]),
+        phase=pick(draw, [Phase.ANY, *Phase]),
         persist=Persist(hits=draw(st.integers(1, of)), of=of),
     )
 
@@ -287,7 +203,7 @@ def policy_sets(draw: st.DrawFn, topology: Topology) -> PolicySet:
     policies = []
     for number in range(draw(st.integers(1, 4))):
         experts = [_expert_set(draw, topology, f"read-{n}") for n in range(draw(st.integers(1, 3)))]
-        methods = [_pick(draw, MaskMethod) for _ in range(2)]
+        methods = [pick(draw, MaskMethod) for _ in range(2)]
         mask_sets = [
             (method, _mask_set(draw, topology, f"masked-{n}", method))
             for n, method in enumerate(methods)
@@ -296,13 +212,14 @@ def policy_sets(draw: st.DrawFn, topology: Topology) -> PolicySet:
             Policy(
                 name=f"policy-{number}",
                 location=LOCATION,
-                mode=_pick(draw, [Mode.ENFORCE, Mode.ENFORCE, Mode.AUDIT, Mode.OFF]),
-                severity=_pick(draw, Severity),
+                mode=pick(draw, [Mode.ENFORCE, Mode.ENFORCE, Mode.AUDIT, Mode.OFF]),
+                severity=pick(draw, Severity),
                 experts={
                     expert_set.name: expert_set for expert_set in [*experts, *(s for _, s in mask_sets)]
                 },
                 rules=tuple(
-                    _rule(draw, f"rule-{n}", experts, mask_sets) for n in range(draw(st.integers(1, 3)))
+                    _rule(draw, f"rule-{n}", topology, experts, mask_sets)
+                    for n in range(draw(st.integers(1, 3)))
                 ),
             )
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from guard.device.kept_evidence import KeptEvidence
-from guard.program.program import SignalTable
+from guard.program.program import SignalTable, SparseWeights
 from guard.program.step_report import EventColumn, RequestColumn, StepReport
 from tests.unit.device.driving import (
     COUNT,
@@ -27,9 +27,16 @@ MASS = "{mass: {experts: f, over: token, above: 0.1}}"
 
 def signals(*largest: float) -> SignalTable:
     """A unit signal for each number, that weight on every expert, and one mass signal."""
-    shape = (len(TOPOLOGY.layers), TOPOLOGY.max_experts)
-    units = np.stack([np.full(shape, weight) for weight in largest])
-    return SignalTable(units, np.ones((1, *shape)), np.ones(2 + len(largest)))
+    everyone = np.arange(len(TOPOLOGY.layers) * TOPOLOGY.max_experts, dtype=np.int32)
+
+    def weights(*values: float) -> SparseWeights:
+        return SparseWeights(
+            np.arange(len(values) + 1) * len(everyone),
+            np.tile(everyone, len(values)),
+            np.repeat(np.array(values), len(everyone)),
+        )
+
+    return SignalTable(weights(*largest), weights(1.0), np.ones(2 + len(largest)))
 
 
 def store() -> KeptEvidence:

@@ -58,7 +58,7 @@ class Rank:
         chosen = torch.tensor([e for _, experts in rows.values() for e in experts])
         ids = torch.stack([chosen, torch.full_like(chosen, 7)], dim=1)
         guard.tap.record(self.rank, ids, torch.full(ids.shape, 0.5))
-        width = guard.program.signals.num_signals + guard.capacity.mask_words
+        width = guard.program.signals.num_evidence + guard.capacity.mask_words
         if self.rank == 0:
             evidence = guard.evidence(num_rows, len(rows), None)
             assert evidence is not None

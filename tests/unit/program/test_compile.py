@@ -170,7 +170,7 @@ def test_equal_sets_share_a_signal_and_equal_windows_a_reading() -> None:
 
     program = compile_policies(parse_policies(text), TOPOLOGY)
 
-    assert len(program.signals.unit_weights) == 1  # count and the metrics read members, not weights
+    assert len(program.signals.unit) == 1  # count and the metrics read members, not weights
     assert len(program.readings.signal) == 2  # tokens over 4, and the signal over 4
     assert {named.signal for named in program.sets} == {1}
     assert len(set(program.conditions.numerator.tolist())) == 1
@@ -192,7 +192,7 @@ def test_weights_are_whole_at_their_scale_for_every_decimal_of_six_places(
     program = compile_policies(PolicySet((policy,), "0"), topology)
 
     scale = Fraction(float(program.signals.scale[1]))
-    table = program.signals.unit_weights[0, 0]
+    table = program.signals.unit.by_place(16)[:, 0]
     assert [Fraction(float(table[n])) / scale for n in weights] == [
         Fraction(digit, 10**places) for digit in digits
     ]
