@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from guard.policy.fault import Fault, Location
-from guard.policy.model import Baselines, ExpertEntry, ExpertSet, ModelRequirement, Policy, PolicySet
+from guard.policy.model import (
+    Baselines,
+    ExpertEntry,
+    ExpertSet,
+    Mask,
+    ModelRequirement,
+    Policy,
+    PolicySet,
+)
 from guard.program.mask_proof import mask_faults
 from guard.program.topology import MoELayer, Topology
 from guard.program.wording import ranges
@@ -82,7 +90,7 @@ def _model_faults(
 def _expert_faults(policy: Policy, topology: Topology) -> list[Fault]:
     layers = {layer.number: layer for layer in topology.layers}
     faults = []
-    for expert_set in policy.experts.values():
+    for expert_set in _expert_sets(policy):
         for entry in expert_set.entries:
             for number in entry.layers:
                 if number not in layers:
@@ -95,6 +103,14 @@ def _expert_faults(policy: Policy, topology: Topology) -> list[Fault]:
                 else:
                     faults += _outside_faults(expert_set, entry, layers[number])
     return faults
+
+
+def _expert_sets(policy: Policy) -> list[ExpertSet]:
+    """What the policy names, and what its rules took from a profile: a probe, dormant experts."""
+    read = [condition.experts for rule in policy.rules for condition in rule.conditions()]
+    masked = [rule.then.experts for rule in policy.rules if isinstance(rule.then, Mask)]
+    sets = [s for s in (*policy.experts.values(), *read, *masked) if s is not None]
+    return list({(s.name, s.location): s for s in sets}.values())
 
 
 def _outside_faults(expert_set: ExpertSet, entry: ExpertEntry, layer: MoELayer) -> list[Fault]:

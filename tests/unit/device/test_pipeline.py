@@ -29,6 +29,8 @@ BOTH = (
     "spec:\n  mode: enforce\n  experts: {f: [{layers: 0-1, experts: [3]}]}\n  rules:\n"
     + rule_text("{count: {experts: f, over: request, atLeast: 4}}", "{mask: {experts: f}}", name="m")
     + rule_text("{mass: {experts: f, over: 2, minTokens: 1, above: 0.4}}", name="r")
+    + rule_text("{coactivation: {experts: f, members: 2, over: 3, atLeast: 2}}", name="c")
+    + rule_text("{coactivation: {experts: f, layers: 2, over: request, above: 2}}", name="l")
     + rule_text("{count: {experts: f, over: request, atLeast: 6}}", "{block: {message: x}}", name="b")
 )
 

@@ -16,6 +16,7 @@ from guard.policy.model import (
     Action,
     All,
     AnyOf,
+    Baselines,
     Block,
     Comparison,
     Condition,
@@ -34,6 +35,8 @@ from guard.policy.model import (
     Policy,
     PolicySet,
     Rule,
+    Together,
+    TogetherIn,
     Window,
 )
 from guard.program.reference import evaluate
@@ -68,9 +71,14 @@ def condition(
     min_tokens: int = 1,
     bias: float = 0.0,
     label: str = "",
+    together: Together | None = None,
+    baselines: Baselines | None = None,
 ) -> Condition:
     kind_, comparison_ = ConditionKind(kind), Comparison(comparison)
-    return Condition(kind_, label or kind, HERE, of, over, min_tokens, comparison_, threshold, bias)
+    return Condition(
+        kind_, label or kind, HERE, of, over, min_tokens, comparison_, threshold, bias,
+        together=together, baselines=baselines,
+    )  # fmt: skip
 
 
 SEES_F = condition()  # true on every F, false on every other token
@@ -320,6 +328,88 @@ def test_a_value_is_rounded_once_before_it_meets_its_threshold() -> None:
     assert positions(run("F..|", rule(third))) == [2]
     # 6 selections of 3 experts in 5 tokens: 6 / 5 / 3 rounds twice, and not to 0.4.
     assert value_at(4, condition("rate", REQUEST, of=experts(0, 1, 3)), routing("F....|")) == 0.4
+
+
+@pytest.mark.parametrize(
+    ("least", "of", "expected"),
+    [
+        (1, TogetherIn.MEMBERS, 2),  # both tokens
+        (3, TogetherIn.MEMBERS, 1),  # the first: experts 0 and 1 of layer 2, expert 2 of layer 7
+        (4, TogetherIn.MEMBERS, 0),
+        (1, TogetherIn.LAYERS, 2),
+        (2, TogetherIn.LAYERS, 1),  # the first: layers 2 and 7; the second's expert 0 is no member
+        (3, TogetherIn.LAYERS, 0),
+    ],
+)
+def test_tokens_are_counted_that_chose_enough_of_a_set_together(
+    least: int, of: TogetherIn, expected: int
+) -> None:
+    measured = condition("coactivation", REQUEST, of=ACROSS, together=Together(least, of))
+    assert value_at(1, measured, TWO_TOKENS, topology=TWO_LAYERS) == expected
+
+
+def test_selections_of_dormant_experts_are_counted() -> None:
+    measured = condition("dormant", REQUEST, of=experts(0, 2))
+    assert value_at(3, measured, routing("F..F|")) == 4
+
+
+def test_a_probe_is_a_probability() -> None:
+    # Expert 0 in 1 token of 2: 3 · 1/2 - 0.5 = 1, and 1 / (1 + e^-1).
+    measured = condition("probe", REQUEST, of=weighted({0: 3.0}), bias=-0.5)
+    assert value_at(1, measured, routing("F.|")) == pytest.approx(0.7310585786300049, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("comparison", "threshold", "expected"),
+    [
+        ("atLeast", 0.5, [0]),  # 0.3 - 0.1 - 0.2 is 0 in decimals
+        ("above", 0.5, []),
+        ("atLeast", 0.6, []),
+        ("above", 0.4, [0]),
+        ("below", 1.0, [0]),
+        ("atMost", 0.0, []),
+    ],
+)
+def test_a_probe_meets_one_half_where_its_score_is_nothing(
+    comparison: str, threshold: float, expected: list[int]
+) -> None:
+    of = weighted({0: 0.3, 3: -0.1})
+    measured = condition("probe", TOKEN, comparison, threshold, of=of, bias=-0.2)
+    assert positions(run("F|", rule(measured))) == expected
+
+
+HALF_AND_TENTH = Baselines(None, {5: (0.5, 0.1, 0.7, 0.7)})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # Experts 0 and 1 of F: b = 0.3. With |W| = 5, e = 0.5 / 10.
+        (".....|", math.log(0.35 / 0.05)),
+        ("F....|", math.log(0.35 / 0.15)),
+        ("FFF..|", 0.0),  # as often as in the profile: r = 3 / 10
+        ("FFFFF|", math.log(0.35 / 0.55)),
+    ],
+)
+def test_a_set_is_suppressed_by_the_logarithm_of_how_much_less_it_is_used(
+    text: str, expected: float
+) -> None:
+    of = experts(0, 1)
+    measured = condition("suppressed", REQUEST, of=of, baselines=HALF_AND_TENTH)
+    assert value_at(4, measured, routing(text)) == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("comparison", "expected"), [("above", []), ("atLeast", [4]), ("below", []), ("atMost", [4])]
+)
+def test_a_logarithm_meets_a_threshold_that_rounding_keeps_it_from(
+    comparison: str, expected: list[int]
+) -> None:
+    measured = condition(
+        "suppressed", REQUEST, comparison, math.log(0.35 / 0.15) + 3e-16, of=experts(0, 1),
+        baselines=HALF_AND_TENTH, min_tokens=5,
+    )  # fmt: skip
+    assert positions(run("F....|", rule(measured))) == expected
 
 
 @pytest.mark.parametrize(
