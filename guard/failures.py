@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from enum import StrEnum
 from types import TracebackType
@@ -28,16 +29,21 @@ class Stage(StrEnum):
 
 
 class Failures:
-    """Counts faults by stage. What follows from one is the caller's business, by the fail mode."""
+    """Counts faults by stage. What follows from one is the caller's business, by the fail mode.
+
+    Safe to call from any thread.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.count: Counter[str] = Counter()
         self._taken: Counter[str] = Counter()
 
     def take(self) -> dict[str, int]:
         """Faults since the last call, by stage."""
-        new = self.count - self._taken
-        self._taken += new
+        with self._lock:
+            new = self.count - self._taken
+            self._taken += new
         return dict(new)
 
     def caught(self, stage: Stage) -> Attempt:
@@ -46,15 +52,17 @@ class Failures:
 
     def note(self, stage: Stage, error: BaseException) -> None:
         """Count a fault. Of a stage the 1st, 2nd, 4th, 8th … is logged, the first with its trace."""
-        self.count[stage] += 1
-        if self.count[stage].bit_count() > 1:
+        with self._lock:
+            self.count[stage] += 1
+            count = self.count[stage]
+        if count.bit_count() > 1:
             return
         logger.error(
             "MoE Guard fault %d in stage %s: %s",
-            self.count[stage],
+            count,
             stage,
             error,
-            exc_info=error if self.count[stage] == 1 else None,
+            exc_info=error if count == 1 else None,
         )
 
 

@@ -10,12 +10,15 @@ import typer
 from guard.cli.output import err, fail
 from guard.cli.server import GuardedServer, ServerSettings
 from guard.errors import GuardError
+from guard.source.remote import is_url
 
 
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="The model, as vLLM takes it.")],
-    policies: Annotated[Path, typer.Option(help="A policy file, or a folder of them.")],
+    policies: Annotated[
+        str, typer.Option(help="A policy file, a folder of them, or the URL of a bundle.")
+    ],
     strict: Annotated[
         bool, typer.Option(help="Refuse to serve where the guard is not proved live.")
     ] = True,
@@ -27,6 +30,9 @@ def serve(
         int,
         typer.Option(min=0, help="Room for so many mask actions, so that reloads can bring some."),
     ] = 64,
+    reload: Annotated[
+        bool, typer.Option(help="Put changed policies in force while the server runs; SIGHUP: at once.")
+    ] = True,
     redact_reasons: Annotated[
         bool, typer.Option(help="Tell clients 'moe_guard', not which rule stopped a request.")
     ] = False,
@@ -39,10 +45,11 @@ def serve(
         fail("name the model first: moe-guard serve MODEL --policies PATH, then what is for vLLM")
     settings = ServerSettings(
         model=model,
-        policies=policies,
+        policies=policies if is_url(policies) else Path(policies),
         strict=strict,
         observe_only=observe_only,
         mask_actions=mask_actions,
+        reload=reload,
         redact_reasons=redact_reasons,
         decision_log=decision_log,
         vllm_args=tuple(context.args),

@@ -39,13 +39,14 @@ class ServerError(GuardError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """What to serve. `policies` None: without the guard, for comparison."""
+    """What to serve. policies: a path, or a bundle's URL; None: without the guard, for comparison."""
 
     model: str
-    policies: Path | None
+    policies: Path | str | None
     strict: bool = True
     observe_only: bool = False
     mask_actions: int = 64
+    reload: bool = True
     redact_reasons: bool = False
     decision_log: Path | None = None
     vllm_args: tuple[str, ...] = ()
@@ -57,13 +58,8 @@ class ServerSettings:
         """
         if self.policies is None:
             return
-        policies = load_policies(self.policies)
-        if self.observe_only and (faults := check_observe_only(policies)):
-            raise PolicyError(faults)
-        if Path(self.model).is_dir():
-            topology = topology_from_folder(Path(self.model))
-            if topology.architecture in EXACT_ARCHITECTURES:
-                compile_policies(policies, topology)
+        if isinstance(self.policies, Path):  # a bundle is fetched once, by vLLM's process
+            self._check_policies(self.policies)
         if not entry_points(group="vllm.general_plugins", name=PLUGIN):
             raise ServerError(
                 "vLLM would not find MoE Guard: its entry point is not installed in this "
@@ -74,6 +70,15 @@ class ServerSettings:
             raise ServerError(
                 f"VLLM_PLUGINS={chosen!r} leaves MoE Guard out; add {PLUGIN!r} to it, or unset it"
             )
+
+    def _check_policies(self, path: Path) -> None:
+        policies = load_policies(path)
+        if self.observe_only and (faults := check_observe_only(policies)):
+            raise PolicyError(faults)
+        if Path(self.model).is_dir():
+            topology = topology_from_folder(Path(self.model))
+            if topology.architecture in EXACT_ARCHITECTURES:
+                compile_policies(policies, topology)
 
     def command(self) -> list[str]:
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.model]
@@ -92,12 +97,15 @@ class ServerSettings:
     def _section(self) -> dict[str, Any] | None:
         if self.policies is None:
             return None
-        log = self.decision_log
+        policies, log = self.policies, self.decision_log
+        if isinstance(policies, Path):
+            policies = os.path.abspath(policies)  # links stay in it: a reload sees them change
         return {
-            "policies": str(self.policies.resolve()),
+            "policies": policies,
             "strict": self.strict,
             "observe_only": self.observe_only,
             "mask_actions": self.mask_actions,
+            "reload": self.reload,
             "redact_reasons": self.redact_reasons,
             "decision_log": None if log is None else str(log.resolve()),
         }
@@ -117,6 +125,7 @@ class GuardedServer:
     def __init__(self, settings: ServerSettings, process: subprocess.Popen[bytes]) -> None:
         self._settings = settings
         self._process = process
+        self._is_guarded = False
 
     @property
     def base_url(self) -> str:
@@ -189,14 +198,17 @@ class GuardedServer:
                 "MoE Guard reports itself blind, so the server was stopped; --no-strict serves all "
                 "the same"
             )
+        self._is_guarded = True
 
     def forward_signals(self) -> None:
-        """From now on an interrupt or a termination of this process is passed on to the server's."""
+        """From now on an interrupt or a termination of this process is passed on to the server's, and
+        a hangup, too, once the server has a use for it; before that, it would end it."""
 
         def forward(number: int, _: object) -> None:
-            self._process.send_signal(number)
+            if number != signal.SIGHUP or self._is_guarded:
+                self._process.send_signal(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, forward)
 
     def wait(self) -> int:

@@ -27,7 +27,7 @@ class EventBus:
     def __init__(self, metrics: GuardMetrics, model: str, decision_log: Path | None = None) -> None:
         self._metrics = metrics
         self._model = model
-        self._failures = Failures()
+        self.failures = Failures()
         self._lock = threading.Lock()
         self._greeting = threading.Condition(self._lock)
         self._greeted: set[int] = set()
@@ -38,10 +38,10 @@ class EventBus:
 
     def receive(self, data: bytes) -> None:
         """Take a message of `guard.events.message` from an engine."""
-        with self._lock, self._failures.caught(Stage.DELIVER):
+        with self._lock, self.failures.caught(Stage.DELIVER):
             match decode(data):
                 case Hello() as hello:
-                    with self._failures.caught(Stage.METRICS):
+                    with self.failures.caught(Stage.METRICS):
                         self._metrics.greet(hello)
                     self.hellos[hello.engine] = hello
                     for listener in self.on_hello:
@@ -51,18 +51,18 @@ class EventBus:
                 case Delta() as delta:
                     self._take(delta)
                 case Health() as health:
-                    with self._failures.caught(Stage.METRICS):
+                    with self.failures.caught(Stage.METRICS):
                         self._metrics.tell(health)
 
     def _take(self, delta: Delta) -> None:
-        with self._failures.caught(Stage.METRICS):
+        with self.failures.caught(Stage.METRICS):
             self._metrics.apply(delta)
         for decision in delta.decisions:
             decision = msgspec.structs.replace(decision, model=self._model)
             self.decisions.append(decision)
             if self._log is not None:
                 self._log.write(decision)
-        for stage, count in self._failures.take().items():
+        for stage, count in self.failures.take().items():
             for _ in range(count):
                 self._metrics.fail(delta.engine, Stage(stage))
 
@@ -80,7 +80,7 @@ class EventBus:
 
     def _dropped(self, count: int) -> None:
         """Called by the log's thread too: a fault here must not end that."""
-        with self._failures.caught(Stage.METRICS):
+        with self.failures.caught(Stage.METRICS):
             self._metrics.drop(min(list(self.hellos), default=0), Stage.DECISION_LOG, count)
 
     def close(self) -> None:

@@ -62,6 +62,11 @@ def _create_engine_config(stock: Any, engine_args: Any, *args: Any, **kwargs: An
         resolved = resolve(config, settings)
         # In the config so that every process and vLLM's compile key see the same.
         config.additional_config = {**config.additional_config, CONFIG_KEY: resolved.as_section()}
+        usage = kwargs.get("usage_context", args[0] if args else None)
+        if getattr(usage, "name", None) == "OPENAI_API_SERVER":
+            from guard_vllm.hangup import take_hangups
+
+            take_hangups()
     return config
 
 
@@ -104,9 +109,11 @@ def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwa
         """What an API server asks its engines before it serves. An engine's hello is ahead of its
         answer, on the same socket."""
         from guard_vllm.client import num_engines, require_hellos
+        from guard_vllm.watching import watch_policies
 
         tasks = await get_supported_tasks()
         require_hellos(bus, num_engines(engine.engine_core), timeout_s=0)
+        watch_policies(engine, Settings.of(vllm_config.additional_config), bus)
         return tasks
 
     engine.get_supported_tasks = guarded_get_supported_tasks

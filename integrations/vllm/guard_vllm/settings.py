@@ -13,6 +13,7 @@ from guard.program.program import WORD_BITS
 
 CONFIG_KEY = "moe_guard"
 POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
+MIN_SECONDS, MAX_SECONDS = 0.1, 86_400
 FORMAT = 2
 """Part of vLLM's compile key, by way of `additional_config`: raise it when the traced code changes."""
 
@@ -25,7 +26,7 @@ class SettingsError(GuardError):
 class Settings:
     """What `--additional-config '{"moe_guard": {…}}'` may say. Off where there is no `policies`.
 
-    policies: file or folder, readable at the same path by every worker
+    policies: file or folder, readable at the same path by every worker; or the URL of a bundle
     observe_only: provision no masking, so that models whose routers cannot be masked are served too
     strict: refuse to start where the guard is not live; else serve, and report the guard as blind
     redact_reasons: tell clients "moe_guard" instead of which policy and rule stopped a request
@@ -34,6 +35,12 @@ class Settings:
     decision_log: file that gets one JSON line a decision
     mask_actions: how many mask actions the policies of a running server may come to have; reloads that
         need more are refused
+    reload: look for changed policies while the server runs, and at SIGHUP
+    reload_seconds: how often; None: every second for files, every 30 for a bundle
+    bundle_sha256: the only bundle to take, by its digest; else the one that URL.sha256 names
+    bundle_cache: folder for the bundle in force, from which a server starts while the URL is down
+    bundle_token_variable: environment variable with the bearer token for the URL
+    bundle_allow_http: take a bundle unencrypted from other hosts than this one
     mask_words, format: filled in by the plugin; they decide the shape of the compiled graph
     """
 
@@ -44,6 +51,12 @@ class Settings:
     prefix_evidence: bool = True
     decision_log: str | None = None
     mask_actions: int = 64
+    reload: bool = True
+    reload_seconds: float | None = None
+    bundle_sha256: str | None = None
+    bundle_cache: str | None = None
+    bundle_token_variable: str | None = None
+    bundle_allow_http: bool = False
     mask_words: int = 0
     format: int = FORMAT
 
@@ -74,7 +87,8 @@ class Settings:
 
     def _check_types(self) -> None:
         flag, path, number = (bool, "true or false"), (str, "a path"), (int, "a whole number")
-        expected: dict[str, tuple[type, str]] = {
+        word = (str, "a text")
+        expected: dict[str, tuple[type | tuple[type, ...], str]] = {
             "policies": path,
             "observe_only": flag,
             "strict": flag,
@@ -82,12 +96,19 @@ class Settings:
             "prefix_evidence": flag,
             "decision_log": path,
             "mask_actions": number,
+            "reload": flag,
+            "reload_seconds": ((int, float), "a number of seconds"),
+            "bundle_sha256": word,
+            "bundle_cache": path,
+            "bundle_token_variable": word,
+            "bundle_allow_http": flag,
             "mask_words": number,
             "format": number,
         }
+        optional = {field.name for field in fields(self) if field.default is None}
         for name, (kind, words) in expected.items():
             value = getattr(self, name)
-            absent = value is None and name == "decision_log"
+            absent = value is None and name in optional
             if not absent and (not isinstance(value, kind) or value == ""):
                 raise SettingsError(
                     f"additional_config.{CONFIG_KEY}.{name} is {value!r}; it must be {words}"
@@ -96,6 +117,11 @@ class Settings:
             raise SettingsError(
                 f"additional_config.{CONFIG_KEY}.mask_actions is {self.mask_actions}; it must be 0 or "
                 "more"
+            )
+        if self.reload_seconds is not None and not MIN_SECONDS <= self.reload_seconds <= MAX_SECONDS:
+            raise SettingsError(
+                f"additional_config.{CONFIG_KEY}.reload_seconds is {self.reload_seconds}; it must be "
+                f"{MIN_SECONDS} to {MAX_SECONDS}, and `reload: false` looks for no changes at all"
             )
 
     def resolved(self, mask_words: int) -> Settings:

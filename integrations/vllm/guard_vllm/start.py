@@ -9,13 +9,13 @@ from typing import Any
 from guard.events.bus import EventBus
 from guard.events.message import Hello
 from guard.policy.fault import PolicyError
-from guard.policy.load import load_policies
 from guard.program.compile import check_observe_only, compile_policies, num_mask_words
 from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_config
 from guard_vllm.client import open_bus
 from guard_vllm.frontend.install import install_frontend
 from guard_vllm.frontend.refusals import refuse_unguarded_frontends
 from guard_vllm.host import check_host
+from guard_vllm.policies import find_policies
 from guard_vllm.settings import Settings
 
 
@@ -27,12 +27,13 @@ def resolve(config: Any, settings: Settings) -> Settings:
     """
     refuse_unguarded_frontends(sys.argv, os.environ)
     check_host(config)
-    policies = load_policies(settings.policies)
+    policies, keep = find_policies(settings)
     if settings.observe_only and (faults := check_observe_only(policies)):
         raise PolicyError(faults)
     topology = topology_from_config(config.model_config.hf_config.to_dict())
     if topology.architecture in EXACT_ARCHITECTURES:
         compile_policies(policies, topology)
+    keep()
     return settings.resolved(mask_words=num_mask_words(policies))
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from guard.device.kept_evidence import KeptEvidence
 from guard.device.layout import Capacity
 from guard.errors import UnsupportedHostError
-from guard.policy.load import load_policies
 from guard.program.compile import compile_policies
 from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_config
 from guard.program.program import WORD_BITS, NamedSet, Program, ProgramRule
@@ -23,6 +22,7 @@ from guard_vllm.kernel_proof import kernel_faults
 from guard_vllm.monolithic import guardable_kernels
 from guard_vllm.parallel import agree_on_tensor_parallel_ranks
 from guard_vllm.pipeline import hook_pipeline, layers_of_pipeline, make_stage, pipeline_size
+from guard_vllm.policies import load_in_worker
 from guard_vllm.prefix_evidence import KeptGroup, PrefixEvidence, kept_group, memory_share
 from guard_vllm.proof import PROBE_ROWS, Proof, prove, require
 from guard_vllm.routers import RoutedLayer, attach, routed_layers, topology_of
@@ -86,7 +86,7 @@ class WorkerGuard:
         topology = topology_of(architecture, layers)
         topology = replace(topology, layers=layers_of_pipeline(topology.layers))
         self._check_against_config(topology)
-        program = compile_policies(load_policies(self._settings.policies), topology)
+        program = compile_policies(load_in_worker(self._settings), topology)
         guard = self._make_guard(program, layers)
         attach(guard, layers)
         self._layers = layers

@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, NoReturn
@@ -107,6 +107,7 @@ def test_the_command_is_vllms_own_with_the_guards_section(policies: Path) -> Non
             "strict": True,
             "observe_only": False,
             "mask_actions": 64,
+            "reload": True,
             "redact_reasons": False,
             "decision_log": str(Path("log").resolve()),
         }
@@ -267,19 +268,66 @@ def test_a_server_that_ends_before_it_serves_is_told_with_its_exit_code(
         guarded.wait_until_guarded()
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
 def test_a_termination_is_passed_on_while_the_server_still_loads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     process = FakeProcess()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        watched(monkeypatch, process, lambda _: None).forward_signals()
-        signal.raise_signal(signal.SIGTERM)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    watched(monkeypatch, process, lambda _: None).forward_signals()
+    signal.raise_signal(signal.SIGTERM)
 
     assert process.signals == [signal.SIGTERM]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_hangup_is_passed_on_once_the_server_is_guarded_and_ends_nothing_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = FakeProcess()
+    pages = {"/health": "", "/metrics": 'moe_guard_up{engine="0"} 1.0'}
+    guarded = watched(monkeypatch, process, pages.get)
+    guarded.forward_signals()
+    signal.raise_signal(signal.SIGHUP)
+    assert process.signals == []
+
+    guarded.wait_until_guarded()
+    signal.raise_signal(signal.SIGHUP)
+    assert process.signals == [signal.SIGHUP]
+
+
+def test_a_link_among_the_policies_path_stays_one(policies: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(policies.parent)
+    linked = settings(tmp_path / "current" / "p.yaml", reload=False)
+
+    section = config_of(linked.command())["moe_guard"]
+
+    assert section["policies"] == str(tmp_path / "current" / "p.yaml")
+    assert section["reload"] is False
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_bundle_goes_to_vllm_as_the_url_that_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def popen(command: list[str], **_: object) -> NoReturn:
+        commands.append(command)
+        raise ServerError("far enough")
+
+    monkeypatch.setattr(server, "_get", lambda url: None)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    serve("some/model", "--policies", "https://example.org/b.tar.gz", "--no-reload")
+
+    section = config_of(commands[0])["moe_guard"]
+    assert (section["policies"], section["reload"]) == ("https://example.org/b.tar.gz", False)
 
 
 def test_a_server_without_policies_inherits_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,14 @@ def test_an_unknown_key_is_refused_with_the_nearest_even_while_off(key: str, hin
         {"policies": "p", "decision_log": True},
         {"policies": "p", "mask_words": "1"},
         {"policies": "p", "mask_actions": -1},
+        {"policies": "p", "reload": "no"},
+        {"policies": "p", "reload_seconds": "1"},
+        {"policies": "p", "reload_seconds": 0},
+        {"policies": "p", "reload_seconds": float("nan")},
+        {"policies": "p", "bundle_sha256": 1},
+        {"policies": "p", "bundle_cache": ""},
+        {"policies": "p", "bundle_token_variable": True},
+        {"policies": "p", "bundle_allow_http": 1},
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(wrong: dict[str, object]) -> None:

@@ -7,12 +7,19 @@ from guard_vllm.seams.seam import Seam
 SEAMS: tuple[Seam, ...] = (
     # What starts: config, engine, worker.
     Seam("vllm.version", "__version__", "names the version in errors"),
-    Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", "checks policies and host"),
+    Seam(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_engine_config",
+        "checks policies and host",
+        leading=("usage_context",),
+    ),
     Seam("vllm.v1.worker.worker_base", "WorkerBase.__init__", "the guard hangs on it"),
     Seam("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", "workers are up, no scheduler yet"),
     Seam("vllm.v1.engine.llm_engine", "LLMEngine.__init__", "opens the bus", leading=("vllm_config",)),
     Seam("vllm.v1.engine.async_llm", "AsyncLLM.__init__", "opens the bus", leading=("vllm_config",)),
     Seam("vllm.v1.engine.async_llm", "AsyncLLM.get_supported_tasks", "asked before it serves"),
+    Seam("vllm.v1.engine.async_llm", "AsyncLLM.shutdown", "its watch of the policies ends"),
+    Seam("vllm.usage.usage_lib", "UsageContext.OPENAI_API_SERVER", "which processes take SIGHUP"),
     # Configuration.
     Seam(
         "vllm.config.vllm",

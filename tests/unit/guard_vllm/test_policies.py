@@ -1,0 +1,165 @@
+"""Where a server's processes find their policies, and which of them watches for others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guard_vllm import hangup, policies, watching
+from guard_vllm.policies import find_policies, load_in_worker, source_to_watch
+from guard_vllm.settings import Settings
+
+from guard.failures import Failures
+from guard.policy import PolicyError, PolicySet
+from guard.source.files import FileSource
+from guard.source.remote import BundleSource
+from tests.unit.source.test_remote import Host, host
+from tests.unit.source.writing import bundle, policy, write
+
+__all__ = ["host"]  # a fixture
+
+SOON_S = 10.0
+
+
+def names(loaded: PolicySet) -> list[str]:
+    return [policy.name for policy in loaded.policies]
+
+
+def test_a_bundle_is_fetched_once_for_all_processes_of_a_server(host: Host, tmp_path: Path) -> None:
+    settings = Settings(policies=host.url, bundle_cache=str(tmp_path))
+    host.publish(bundle(a=policy("a")))
+    found = find_policies(settings)
+    found.keep()
+    host.publish(bundle(b=policy("b")))
+
+    assert names(found.policies) == ["a"]
+    assert names(load_in_worker(settings)) == ["a"]
+
+
+def test_a_process_that_another_started_takes_what_that_one_found(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(policies=host.url, bundle_cache=str(tmp_path))
+    host.publish(bundle(a=policy("a")))
+    find_policies(settings).keep()
+    host.publish(bundle(b=policy("b")))
+    monkeypatch.setattr(policies.multiprocessing, "parent_process", lambda: object())
+
+    assert names(find_policies(settings).policies) == ["a"]
+
+
+def test_a_bundle_that_does_not_fit_is_not_kept_for_the_next_start(host: Host, tmp_path: Path) -> None:
+    settings = Settings(policies=host.url, bundle_cache=str(tmp_path))
+    host.publish(bundle(a=policy("a")))
+
+    find_policies(settings)  # what was found is kept by who finds it good
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_that_cannot_be_used_is_refused_before_a_worker_starts() -> None:
+    with pytest.raises(PolicyError, match="is not encrypted"):
+        find_policies(Settings(policies="http://example.org/b.tar.gz"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "seconds"),
+    [
+        (Settings(policies="p"), FileSource, 1.0),
+        (Settings(policies="p", reload_seconds=5), FileSource, 5.0),
+        (Settings(policies="https://h/b.tar.gz"), BundleSource, 30.0),
+        (Settings(policies="https://h/b.tar.gz", reload_seconds=5), BundleSource, 5.0),
+        (Settings(policies="https://h/b.tar.gz", bundle_sha256="0" * 64), None, 0.0),
+        (Settings(policies="p", reload=False), None, 0.0),
+    ],
+    ids=["file", "file, slower", "bundle", "bundle, faster", "pinned bundle", "no reload"],
+)
+def test_what_is_watched_and_how_often(settings: Settings, kind: type | None, seconds: float) -> None:
+    source = source_to_watch(settings)
+
+    assert (None if source is None else type(source)) == kind
+    if source is not None:
+        assert source.delay_s() == pytest.approx(seconds, rel=0.11)
+
+
+@dataclass
+class Hello:
+    revision: str
+
+
+class Bus:
+    def __init__(self) -> None:
+        self.hellos = {0: Hello("000000000000")}
+        self.failures = Failures()
+
+
+class Engine:
+    def __init__(self) -> None:
+        self.shutdowns = 0
+
+    def shutdown(self) -> None:
+        self.shutdowns += 1
+
+
+@dataclass
+class Result:
+    fault: str | None = None
+
+
+class Reloader:
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.applied = threading.Semaphore(0)
+
+    def apply(self, load: Callable[[], PolicySet]) -> Result:
+        self.bus.hellos[0] = Hello(load().revision)
+        self.applied.release()
+        return Result()
+
+
+def watch(engine: Engine, settings: Settings | None, bus: Bus) -> None:
+    watching.watch_policies(engine, settings, bus)  # type: ignore[arg-type]
+
+
+def test_the_api_server_that_reloads_watches_until_its_engine_is_shut_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, bus, engine = write(tmp_path, a=policy("a")), Bus(), Engine()
+    reloader = Reloader(bus)
+    monkeypatch.setattr(watching, "reloader", lambda: reloader)
+    settings = Settings(policies=str(folder), reload_seconds=3600.0)
+    try:
+        watch(engine, settings, bus)
+        watch(engine, settings, bus)  # vLLM asks its engines more than once
+        assert len(hangup.listeners) == 1
+        assert reloader.applied.acquire(timeout=SOON_S)
+        write(folder, a=policy("b"))
+        hangup.listeners[0]()
+        assert reloader.applied.acquire(timeout=SOON_S)
+    finally:
+        engine.shutdown()
+        engine.shutdown()
+    assert (hangup.listeners, engine.shutdowns) == ([], 2)
+
+
+@pytest.mark.parametrize(
+    ("reloader", "settings"),
+    [
+        (None, Settings(policies="p")),
+        (object(), Settings(policies="p", reload=False)),
+        (object(), None),
+    ],
+    ids=["another's task", "no reload", "off"],
+)
+def test_nobody_else_watches(
+    monkeypatch: pytest.MonkeyPatch, reloader: Any, settings: Settings | None
+) -> None:
+    monkeypatch.setattr(watching, "reloader", lambda: reloader)
+
+    watch(Engine(), settings, Bus())
+
+    assert hangup.listeners == []
