@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guard_vllm import hangup, policies, watching
+from guard_vllm import hangup, watching
 from guard_vllm.policies import find_policies, load_in_worker, source_to_watch
 from guard_vllm.settings import Settings
 
@@ -47,7 +48,7 @@ def test_a_process_that_another_started_takes_what_that_one_found(
     host.publish(bundle(a=policy("a")))
     find_policies(settings).keep()
     host.publish(bundle(b=policy("b")))
-    monkeypatch.setattr(policies.multiprocessing, "parent_process", lambda: object())
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
 
     assert names(find_policies(settings).policies) == ["a"]
 
