@@ -2,7 +2,7 @@
 
 It reads the choosing split and nothing else. The sets and the probe are found as in
 `choose_experts`, baselines are means over all benign tokens. A small stand-in for a calibration
-command: its thresholds are order statistics of a few hundred prompts of one kind.
+command: its thresholds are order statistics of a few hundred prompts (`budgets`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from demo.budgets import thresholds
 from demo.choose_experts import (
     NUM_FLAGGED,
     OUTPUT_WINDOW,
@@ -33,7 +34,8 @@ from guard.program.verdict import Routing
 
 PROFILE: Final = Path(__file__).parent.parent / "policies" / "profiles" / "demo.json"
 BENIGN_TOPICS: Final = (*BENIGN, "code")
-NUM_EXPECTED: Final = 4
+LEAST_EXPECTED: Final = 0.05
+"""Selections a token, over all benign topics."""
 DECIMALS: Final = 6
 
 Expert = tuple[int, int]
@@ -66,17 +68,10 @@ def baselines(samples: Sequence[Sample]) -> tuple[int, Floats]:
     return len(counts_TLE), counts_TLE.mean(0)
 
 
-def expected(samples: Sequence[Sample]) -> list[Expert]:
-    """Experts that every benign topic uses: those whose least rate over the topics is highest, one a
-    layer. They stand in for a safety set, which a model of this size does not have."""
-    rates_NLE = np.stack(
-        [
-            np.concatenate([s.counts_TLE for s in samples if s.topic == topic]).mean(0)
-            for topic in BENIGN_TOPICS
-        ]
-    )
-    least_LE = rates_NLE.min(0)
-    return [(layer, int(least_LE[layer].argmax())) for layer in range(len(least_LE))][:NUM_EXPECTED]
+def expected(rates_LE: Floats) -> list[Expert]:
+    """The experts that benign traffic lives on. They stand in for a safety set, which a model of this
+    size does not have."""
+    return [(int(layer), int(id_)) for layer, id_ in np.argwhere(rates_LE >= LEAST_EXPECTED)]
 
 
 def probe(samples: Sequence[Sample]) -> tuple[Floats, float]:
@@ -120,7 +115,7 @@ def profile(topology: Topology, recorded: Sequence[Recorded]) -> dict[str, Any]:
     tokens, rates_LE = baselines(samples)
     weights_LE, bias = probe(samples)
     first = topology.layers[0]
-    return {
+    content = {
         "apiVersion": "moe-guard/v1",
         "kind": "Profile",
         "model": {
@@ -137,7 +132,7 @@ def profile(topology: Topology, recorded: Sequence[Recorded]) -> dict[str, Any]:
         "sets": {
             "flagged": entries(flagged),
             "python": entries(python),
-            "safety": entries(expected(samples)),
+            "safety": entries(expected(rates_LE)),
         },
         "baselines": {
             "tokens": tokens,
@@ -148,6 +143,8 @@ def profile(topology: Topology, recorded: Sequence[Recorded]) -> dict[str, Any]:
         },
         "probes": {"restricted": {"bias": bias, "weights": weighted(weights_LE)}},
     }
+    benign = [one.routing for one in recorded if one.sample.topic in BENIGN_TOPICS]
+    return content | {"thresholds": thresholds(content, topology, benign)}
 
 
 def written(content: Mapping[str, Any]) -> str:
