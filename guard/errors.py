@@ -11,5 +11,9 @@ class UnsupportedHostError(GuardError):
     """The engine, the model or a setting of theirs is one that the guard cannot watch truthfully."""
 
 
+class ReloadRefusedError(GuardError):
+    """A policy set cannot take effect in a server as it runs; the one before stays in force."""
+
+
 class NotLiveError(GuardError):
     """The start-up proof failed: a layer does not report, or a masked expert is still used."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from guard.device.agreement import RankAgreement
+from guard.device.carry_over import CarryOver
 from guard.device.check import LivenessCheck
-from guard.device.evaluate import StepEvaluator
 from guard.device.findings import CheckFindings
 from guard.device.kept_evidence import KeptEvidence
 from guard.device.layout import NULL_SLOT, Capacity
@@ -20,9 +21,21 @@ from guard.device.replay import CachedPrefix, replay_chunks
 from guard.device.rows import StepBatch, last_rows
 from guard.device.state import Admission, SlotState, host_to_device
 from guard.device.tap import RoutingTap
+from guard.errors import ReloadRefusedError
 from guard.failures import Failures, Stage
-from guard.program.program import Program
+from guard.prepared import PreparedProgram, check_fits, check_follows, make_evaluator
+from guard.program.program import Bools, Program
 from guard.program.step_report import StepReport
+
+
+class LiveRequest(NamedTuple):
+    """What is remembered of a request that has not ended, for programs that come while it runs.
+
+    tightened: policies in audit that it asked to have enforced
+    """
+
+    prompt_tokens: int
+    tightened: frozenset[str]
 
 
 class Guard:
@@ -53,9 +66,8 @@ class Guard:
         self._check = LivenessCheck(program.topology, program.masks, device)
         self._layers = tuple(layer.number for layer in program.topology.layers)
         self._state = SlotState(program, capacity, device)
-        self._evaluator = (
-            StepEvaluator(program, device, capacity.max_draft_tokens) if program.rules else None
-        )
+        self._evaluator = make_evaluator(program, capacity, device)
+        self._requests: dict[str, LiveRequest] = {}
         self._slot_of: dict[str, int] = {}
         self._free_slots = list(range(capacity.max_slots, NULL_SLOT, -1))
         self._missed: set[str] = set()  # requests of failed steps, until their next good one
@@ -78,10 +90,16 @@ class Guard:
     def agree_with(self, group: dist.ProcessGroup) -> None:
         """The ranks of this group compute the same rows. Each of them must call it."""
         self.agreement = RankAgreement(group, self.capacity.max_slots, self._check.form, self.device)
+        self.agreement.follow(self.program.revision, self.program.generation, self._check.form)
 
     @property
     def num_requests(self) -> int:
-        return len(self._slot_of)
+        return len(self._requests)
+
+    @property
+    def judges(self) -> bool:
+        """There are rules. Where there are none, requests are only remembered."""
+        return self._evaluator is not None
 
     def add_request(self, req_id: str, prompt_tokens: int, tightened: Collection[str] = ()) -> None:
         """Follow a request from its first step on. One that is followed already goes on as it is:
@@ -89,16 +107,25 @@ class Guard:
 
         tightened: policies in audit that this request asked to have enforced
         """
-        if self._evaluator is None or req_id in self._slot_of:
+        if req_id in self._requests:
             return
+        with self.failures.caught(Stage.ADMIT):
+            self._requests[req_id] = LiveRequest(prompt_tokens, frozenset(tightened))
+            if self.judges:
+                self._admit(req_id)
+
+    def _admit(self, req_id: str, next_position: int = 0) -> None:
         with self.failures.caught(Stage.ADMIT) as attempt:
-            enforced_R = self.program.enforced_for(frozenset(tightened))
-            if self.mask is None:
-                enforced_R = enforced_R & ~self.program.is_mask_rule
+            request = self._requests[req_id]
+            enforced_R = self._enforced(self.program, request.tightened)
             slot = self._take_slot(req_id)
-            self._state.add_request(Admission(slot, prompt_tokens, enforced_R))
+            self._state.add_request(Admission(slot, request.prompt_tokens, enforced_R, next_position))
         if attempt.failed:
             self.finish_requests([req_id])  # its slot still says what the request before it left
+
+    def _enforced(self, program: Program, tightened: frozenset[str]) -> Bools:
+        enforced_R = program.enforced_for(tightened)
+        return enforced_R if self.mask is not None else enforced_R & ~program.is_mask_rule
 
     def _take_slot(self, req_id: str) -> int:
         if not self._free_slots:
@@ -110,26 +137,106 @@ class Guard:
     def finish_requests(self, req_ids: Iterable[str]) -> None:
         """Free the slots of requests that ended, not of those that are merely preempted."""
         for req_id in req_ids:
-            slot = self._slot_of.pop(req_id, None)
+            self._requests.pop(req_id, None)
             self._missed.discard(req_id)
             self._cached.pop(req_id, None)
-            if slot is not None:
-                self._free_slots.append(slot)
+            self._free_slot(req_id)
 
-    def keep_evidence(self, num_blocks: int, block_size: int) -> KeptEvidence | None:
+    def _free_slot(self, req_id: str) -> None:
+        slot = self._slot_of.pop(req_id, None)
+        if slot is not None:
+            self._free_slots.append(slot)
+
+    def prepare(self, program: Program) -> PreparedProgram:
+        """What `install` needs, on the device, while the program before goes on. Between two steps, but
+        in no hurry: this is the long part.
+
+        Raises ReloadRefusedError for a program that does not fit what was provisioned at start.
+        """
+        check_fits(program, self.program, self.capacity, masking=self.mask is not None)
+        check = LivenessCheck(program.topology, program.masks, self.device)
+        check.take_over(self._check)
+        return PreparedProgram(
+            program,
+            make_evaluator(program, self.capacity, self.device),
+            SlotState(program, self.capacity, self.device),
+            CarryOver(self.program, program, self.device),
+            check,
+            None if self.mask is None else self.mask.prepare(program.masks),
+            None if self.kept is None else self.kept.prepare(program.signals, program.generation),
+        )
+
+    @torch.inference_mode()
+    def install(self, prepared: PreparedProgram, computed: Mapping[str, int] | None = None) -> None:
+        """Put a prepared program in force, between two steps, requests under way included.
+
+        computed: of requests under way, how many positions are computed; needed where nothing was
+            judged until now. What is not in it is followed from position 0 on.
+
+        Rules that go on keep what they counted and what they mask. What a removed rule masked is masked
+        no longer, not even in a recompute of positions that were: the rule is not known any more.
+
+        Raises ReloadRefusedError, and then the program before is still in force.
+        """
+        if self._batch is not None:
+            raise ReloadRefusedError("a step is under way; a program takes effect between two of them")
+        check_follows(prepared.program, self.program)
+        judged = self.judges
+        if judged and prepared.evaluator is not None:
+            self._carry_over(prepared)
+        self.program, self._evaluator = prepared.program, prepared.evaluator
+        self._state, self._check = prepared.state, prepared.check
+        if self.mask is not None and prepared.mask is not None:
+            self.mask.put(prepared.mask)
+        if self.kept is not None and prepared.kept is not None:
+            self.kept.install(prepared.kept)
+        if self.agreement is not None:
+            self.agreement.follow(self.program.revision, self.program.generation, self._check.form)
+        if not self.judges:
+            self._cached.clear()
+            self._missed.clear()
+            for req_id in tuple(self._slot_of):
+                self._free_slot(req_id)
+        elif not judged:
+            for req_id in tuple(self._requests):
+                self._admit(req_id, (computed or {}).get(req_id, 0))
+
+    def _carry_over(self, prepared: PreparedProgram) -> None:
+        before, after = self._state, prepared.state
+        while after.num_slots < before.num_slots:
+            after.grow()
+        if not self._slot_of:
+            return
+        before.apply_staged_writes()
+        facts = [self._requests[req_id].tightened for req_id in self._slot_of]
+        enforced_of = {
+            tightened: self._enforced(prepared.program, tightened) for tightened in set(facts)
+        }
+        prepared.carry_over.apply(
+            before,
+            after,
+            host_to_device(np.fromiter(self._slot_of.values(), np.int64, len(facts)), self.device),
+            host_to_device(np.stack([enforced_of[tightened] for tightened in facts]), self.device),
+        )
+
+    def keep_evidence(self, num_blocks: int, block_size: int) -> KeptEvidence:
         """From now on keep what is seen of each token beside its KV, so that a prefix taken from the
-        cache counts as if it had been computed. None where no rule asks for evidence."""
-        if self._evaluator is not None:
-            program = self.program
-            self.kept = KeptEvidence(
-                program.signals, program.topology, num_blocks, block_size, self.device
-            )
+        cache counts as if it had been computed."""
+        program = self.program
+        self.kept = KeptEvidence(
+            program.signals,
+            program.topology,
+            num_blocks,
+            block_size,
+            self.device,
+            program.generation,
+        )
         return self.kept
 
     def take_from_cache(self, req_id: str, blocks: Sequence[int], num_tokens: int) -> None:
         """The first `num_tokens` positions of a request of the next step come from the cache: the step
         does not compute them. Their KV lies in `blocks`, in order."""
-        if self.kept is not None and num_tokens > 0:
+        if self.kept is not None and self.judges and num_tokens > 0:
             self._cached[req_id] = (blocks, num_tokens)
 
     @torch.inference_mode()

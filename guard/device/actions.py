@@ -11,7 +11,7 @@ from guard.device.readback import StepDecisions
 from guard.device.rows import FreshRows, StepBatch
 from guard.device.rules import RuleResults
 from guard.device.state import SlotState
-from guard.program.program import ActionKind, MaskRelease, MaskTable, Program
+from guard.program.program import TOKEN_SIGNAL, ActionKind, MaskRelease, MaskTable, Program
 from guard.program.step_report import NEVER, EventColumn, RequestColumn
 
 
@@ -85,19 +85,25 @@ class StepActions:
         self._set_signal_N = torch.tensor(
             [named.signal for named in program.sets], dtype=torch.int64, device=device
         )
+        self._newest_tokens_R = torch.from_numpy(program.rule_table.newest_tokens).to(device)
+        self._newest_tokens = int(program.rule_table.newest_tokens.max(initial=TOKEN_SIGNAL))
         self._masks = MaskSchedule(program.masks, device) if program.masks.num_actions else None
 
     def apply(
         self,
         results: RuleResults,
         value_TC: torch.Tensor,
+        sum_TX: torch.Tensor,
         seen_BX: torch.Tensor,
         batch: StepBatch,
         fresh: FreshRows,
         state: SlotState,
         computed_B: torch.Tensor | None = None,
     ) -> StepDecisions:
-        """seen_BX: what each signal grew by in this step; computed_B: see `StepEvaluator.evaluate`."""
+        """sum_TX: each signal of the request up to each row
+        seen_BX: what each signal grew by in this step
+        computed_B: see `StepEvaluator.evaluate`
+        """
         slots_B = batch.slots_B
         enforced_TR = state.enforced_SR[batch.slot_T]
         if self._masks is not None:
@@ -105,7 +111,7 @@ class StepActions:
             self._masks.update(fired_BR, results.active_BR, fresh, batch, state, computed_B)
         self._block(results.fired_TR & self._blocks_R & enforced_TR, batch, fresh, state)
         events_V, values_V, num_events = self._events(
-            results.fired_TR, enforced_TR, value_TC, batch, fresh
+            results.fired_TR, enforced_TR, value_TC, sum_TX, batch, fresh
         )
         in_prompt_T = batch.position_T < fresh.prompt_T
         prompt_tokens_B = _count_by_request(fresh.judged_T & in_prompt_T, batch)
@@ -121,6 +127,8 @@ class StepActions:
         columns[RequestColumn.OUTPUT_TOKENS] = output_tokens_B
         columns[RequestColumn.UNSEEN] = state.unseen_S[slots_B] * judged_B
         columns[RequestColumn.JUDGED] = judged_B
+        seen_B = state.sum_SX[slots_B, self._newest_tokens]
+        columns[RequestColumn.LATE] = (fresh.after_B - seen_B) * judged_B
         requests_B = torch.cat([torch.stack(columns, dim=1), seen_BX[:, self._set_signal_N]], dim=1)
         extremes_BC = state.extreme_SC[slots_B].to(torch.float32)
         masked_BW = pack_bits(state.masks_at(slots_B, fresh.after_B))
@@ -151,6 +159,7 @@ class StepActions:
         fired_TR: torch.Tensor,
         enforced_TR: torch.Tensor,
         value_TC: torch.Tensor,
+        sum_TX: torch.Tensor,
         batch: StepBatch,
         fresh: FreshRows,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -180,6 +189,9 @@ class StepActions:
         columns[EventColumn.POSITION] = batch.position_T[row]
         columns[EventColumn.IN_PROMPT] = (batch.position_T < fresh.prompt_T)[row].to(torch.int64)
         columns[EventColumn.ENFORCED] = enforced_TR[row, rule].to(torch.int64)
+        columns[EventColumn.UNSEEN] = (
+            batch.position_T[row] + 1 - sum_TX[row, self._newest_tokens_R[rule]]
+        )
         row, rule = row[:MAX_EVENTS_PER_STEP], rule[:MAX_EVENTS_PER_STEP]
         conditions = self._conditions_RC[rule]
         values = value_TC[row[:, None], conditions.clamp(min=0)].where(conditions >= 0, float("nan"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -35,10 +36,11 @@ class RankAgreement:
     """One small all-reduce a step over ranks whose rows and decisions must be the same.
 
     Only one rank's output reaches the engine core, but every rank masks by its own state and routes by
-    itself. So each rank gives a digest of every request's decisions and masks, whether its guard had
-    a fault, and what its running check found. The greatest and the least digest are equal where all
-    ranks agree. A request on which they do not is marked `Judged.RANKS_DIFFER`, on every rank, and
-    follows the fail mode. Of findings each rank gets the greatest numbers: what all see counts once.
+    itself. So each rank gives a digest of every request's decisions and masks and of the program that
+    made them, whether its guard had a fault, and what its running check found. The greatest and the
+    least digest are equal where all ranks agree. A request on which they do not is marked
+    `Judged.RANKS_DIFFER`, on every rank, and follows the fail mode. Of findings each rank gets the
+    greatest numbers: what all see counts once.
 
     `agree`, `agree_on_rows` or `report_fault` must be called once a step on every rank, whatever
     happened there. The ballot has one size: ranks that do not check the same steps differ, not hang.
@@ -54,14 +56,22 @@ class RankAgreement:
         self._group = group
         self._max_requests = max_requests
         self._form = form
+        self._mark = 0
         self._device = device
         self._findings_start = _Head.NUM + 2 * max_requests
+
+    def follow(self, revision: str, generation: int, form: FindingsForm) -> None:
+        """The program that decides from now on. Ranks that have different ones agree on nothing."""
+        digest = hashlib.sha256(f"{generation}:{revision}".encode()).digest()
+        self._mark = int.from_bytes(digest[:8], "big", signed=True)
+        self._form = form
 
     def agree(
         self, decisions: StepDecisions, findings: CheckFindings | None
     ) -> tuple[StepDecisions, CheckFindings | None]:
         """The same decisions, with the requests marked on which some rank decided otherwise."""
-        digest_B = _digests(torch.cat([decisions.requests_B, decisions.masked_BW], dim=1))
+        mark_B1 = torch.full_like(decisions.requests_B[:, :1], self._mark)
+        digest_B = _digests(torch.cat([mark_B1, decisions.requests_B, decisions.masked_BW], dim=1))
         outcome = self._vote(digest_B, findings)
         requests_B = decisions.requests_B.clone()
         judged_B = requests_B[:, RequestColumn.JUDGED]

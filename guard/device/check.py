@@ -61,6 +61,11 @@ class LivenessCheck:
         self._is_here_L1 = is_here_L1
         self._used_LK = self._used_LK & is_here_L1
 
+    def take_over(self, before: LivenessCheck) -> None:
+        """Go on where the check of the program before stands: the same layers, steps and trust."""
+        self._used_LK, self._is_here_L1 = before._used_LK, before._is_here_L1
+        self._steps, self._sees = before._steps, before._sees
+
     def begin_step(self) -> None:
         """Counted on the host, for steps that fail too: all ranks check the same ones."""
         self._steps += 1

@@ -70,7 +70,7 @@ class StepEvaluator:
         sums = RunningSums(signal_TX, batch, fresh, state.sum_SX, state.recent_sum_SQX)
         values = self._conditions.evaluate(self._windows.read(sums, batch, fresh, state))
         holds_TR = self._expressions.holds(values.truth_TC)
-        results = self._rules.evaluate(holds_TR, batch, fresh, state)
+        results = self._rules.evaluate(holds_TR, signal_TX, batch, fresh, state)
         signed_TC = self._signed(values, results)
         drafts = None
         if self._max_draft_tokens:
@@ -80,7 +80,7 @@ class StepEvaluator:
         sums.keep()
         seen_BX = state.sum_SX[batch.slots_B] - before_BX
         decisions = self._actions.apply(
-            results, values.value_TC, seen_BX, batch, fresh, state, computed_B
+            results, values.value_TC, sums.at_row_TX, seen_BX, batch, fresh, state, computed_B
         )
         return decisions._replace(drafts=drafts)
 

@@ -30,6 +30,7 @@ class SignalReducer:
             torch.arange(num_layers, dtype=torch.int64, device=device)[:, None] * num_experts
         )
 
+        self._num_tokens = signals.num_token_signals
         self._unit_table = torch.from_numpy(signals.unit.by_place(self._nobody + 1)).to(device)
         layer_mass = signals.layer_mass.by_place(num_layers).repeat(num_experts, axis=0)
         mass = np.concatenate([signals.mass.by_place(self._nobody + 1)[:-1], layer_mass], axis=1)
@@ -38,6 +39,8 @@ class SignalReducer:
         in_set_IP = torch.from_numpy(signals.spread.by_place(self._nobody + 1) != 0)
         self._spread_bits_IW = pack_bits(in_set_IP).to(device)
         self._indicated_I = torch.from_numpy(signals.indicators.signal).to(device)
+        tokens_I = signals.token_signal[signals.num_evidence :]
+        self._indicator_tokens_I = torch.from_numpy(tokens_I).to(device)
         self._least_I = torch.from_numpy(signals.indicators.least).to(device)
 
     def reduce(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
@@ -50,8 +53,8 @@ class SignalReducer:
         chosen_TLK = is_expert_TLK & (weights_TLK != 0)
         index_TLK = torch.where(chosen_TLK, ids_TLK + self._layer_offset_L1, self._nobody)
         index_TI = index_TLK.reshape(num_rows, -1)
-        seen_T1 = torch.ones((num_rows, 1), dtype=torch.int64, device=ids_TLK.device)
-        parts = [seen_T1]  # `TOKEN_SIGNAL`
+        seen = torch.ones((num_rows, self._num_tokens), dtype=torch.int64, device=ids_TLK.device)
+        parts = [seen]  # `TOKEN_SIGNAL`, and those of later epochs
         if self._unit_table.shape[1]:
             parts.append(embedding_bag(index_TI, self._unit_table, mode="sum").to(torch.int64))
         if self._num_spread:
@@ -75,9 +78,10 @@ class SignalReducer:
         return torch.stack(spread_T, dim=1)
 
     def with_indicators(self, evidence_TX: torch.Tensor) -> torch.Tensor:
-        """int64 [T, X], all signals, from those of all layers together. A row that was not seen, whose
-        evidence is all 0, stays so."""
+        """int64 [T, X], all signals, from those of all layers together. A row that a signal's epoch did
+        not see, whose evidence is 0, stays so."""
         if not len(self._least_I):
             return evidence_TX
         indicator_TI = (evidence_TX[:, self._indicated_I] >= self._least_I).to(torch.int64)
-        return torch.cat([evidence_TX, indicator_TI], dim=1)
+        seen_TI = evidence_TX[:, self._indicator_tokens_I]
+        return torch.cat([evidence_TX, indicator_TI * seen_TI], dim=1)

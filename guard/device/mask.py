@@ -37,6 +37,13 @@ class MaskedExperts(NamedTuple):
         return (self.excluded_TE | self.forced_TE).any(dim=-1, keepdim=True)
 
 
+class MaskBits(NamedTuple):
+    """A program's masks, shaped like the buffers of `ExpertMask`."""
+
+    experts_LEW: torch.Tensor
+    methods_MW: torch.Tensor
+
+
 class ExpertMask:
     """Fixed buffers that the forward reads; any mix of masks in a batch costs the same.
 
@@ -62,11 +69,23 @@ class ExpertMask:
 
     def install(self, masks: MaskTable) -> None:
         """Take over a program's masks; its words must fit the capacity."""
+        self.put(self.prepare(masks))
+
+    def prepare(self, masks: MaskTable) -> MaskBits:
+        """What `install` writes, laid out on the device ahead of it."""
         assert masks.num_words <= self.expert_bits_LEW.shape[-1], "provisioned for fewer masks"
-        self.expert_bits_LEW.zero_()
-        self.expert_bits_LEW[..., : masks.num_words] = torch.from_numpy(masks.expert_bits)
+        experts_LEW = torch.zeros_like(self.expert_bits_LEW)
+        methods_MW = torch.zeros_like(self.method_bits_MW)
+        experts_LEW[..., : masks.num_words] = torch.from_numpy(masks.expert_bits)
         is_method_MA = masks.method == np.arange(len(MaskMethodCode))[:, None]
-        self.method_bits_MW[:, : masks.num_words] = pack_bits(torch.from_numpy(is_method_MA))
+        methods_MW[:, : masks.num_words] = pack_bits(torch.from_numpy(is_method_MA))
+        return MaskBits(experts_LEW, methods_MW)
+
+    def put(self, bits: MaskBits) -> None:
+        """Into the buffers that captured graphs read; no row is masked until `set_rows`."""
+        self.clear_rows()
+        self.expert_bits_LEW.copy_(bits.experts_LEW)
+        self.method_bits_MW.copy_(bits.methods_MW)
 
     def set_rows(self, in_force_TA: torch.Tensor) -> None:
         """The actions in force for the rows of the step that begins; rows behind them get none."""

@@ -9,11 +9,11 @@ import torch
 from guard.device.rows import FreshRows, StepBatch
 from guard.device.state import SlotState
 from guard.device.windows import RunningSums
-from guard.program.program import RuleTable
+from guard.program.program import TOKEN_SIGNAL, RuleTable
 
 
 class RuleResults(NamedTuple):
-    """evaluated_TR: the row is judged and in the rule's phase
+    """evaluated_TR: the row is in the rule's phase, and some signal of the rule saw it
     fired_TR: the result turned true at this row
     active_BR: the result behind the request's last accepted row
     """
@@ -30,13 +30,23 @@ class RuleEvaluator:
         self._hits = torch.from_numpy(table.hits).to(device)
         self._of = torch.from_numpy(table.of).to(device)
         self._column_R = torch.arange(table.num_rules, device=device)
+        self._oldest_tokens = torch.from_numpy(table.oldest_tokens).to(device)
+        self._has_newer = bool((table.oldest_tokens > TOKEN_SIGNAL).any())
 
     def evaluate(
-        self, holds_TR: torch.Tensor, batch: StepBatch, fresh: FreshRows, state: SlotState
+        self,
+        holds_TR: torch.Tensor,
+        signal_TX: torch.Tensor,
+        batch: StepBatch,
+        fresh: FreshRows,
+        state: SlotState,
     ) -> RuleResults:
+        """signal_TX: of which only the token signals are read"""
         position_T1, prompt_T1 = batch.position_T[:, None], fresh.prompt_T[:, None]
         in_phase_TR = torch.where(position_T1 < prompt_T1, self._in_prompt, self._in_output)
         evaluated_TR = in_phase_TR & fresh.judged_T[:, None]
+        if self._has_newer:
+            evaluated_TR = evaluated_TR & (signal_TX[:, self._oldest_tokens] != 0)
         hit_TR = holds_TR & evaluated_TR
         persists_TR = hit_TR
         if state.needs_recent_hits:

@@ -14,11 +14,16 @@ from guard.program.step_report import NEVER
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A request that takes a slot. enforced_R: the rules whose action it meets."""
+    """A request that takes a slot.
+
+    enforced_R: the rules whose action it meets
+    next_position: where it is followed from; what was computed before is unseen
+    """
 
     slot: int
     prompt_tokens: int
     enforced_R: Bools
+    next_position: int = 0
 
 
 class SlotState:
@@ -40,7 +45,7 @@ class SlotState:
     """
 
     def __init__(self, program: Program, capacity: Capacity, device: torch.device) -> None:
-        self._program = program
+        self.program = program
         self._device = device
         num_slots = self.num_slots = capacity.max_slots + 1
         num_signals = program.signals.num_signals
@@ -98,10 +103,9 @@ class SlotState:
         slots = self._to_device(np.array([a.slot for a in staged], dtype=np.int64))
         prompt_tokens_np = np.array([a.prompt_tokens for a in staged], dtype=np.int64)
         enforced_np = np.stack([a.enforced_R for a in staged])
-        mask_from_np, mask_to_np = self._static_masks(prompt_tokens_np, enforced_np)
+        next_position_np = np.array([a.next_position for a in staged], dtype=np.int64)
+        mask_from_np, mask_to_np = self._static_masks(prompt_tokens_np, enforced_np, next_position_np)
         for zeroed in (
-            self.next_position_S,
-            self.unseen_S,
             self.sum_SX,
             self.prompt_sum_SX,
             self.recent_sum_SQX,
@@ -112,6 +116,8 @@ class SlotState:
             zeroed.index_fill_(0, slots, 0)
         self.block_key_S.index_fill_(0, slots, NEVER)
         self.extreme_SC.index_fill_(0, slots, float("nan"))
+        self.next_position_S[slots] = self._to_device(next_position_np)
+        self.unseen_S[slots] = self.next_position_S[slots]
         self.prompt_tokens_S[slots] = self._to_device(prompt_tokens_np)
         self.enforced_SR[slots] = self._to_device(enforced_np)
         self.mask_from_SIA.index_fill_(0, slots, NEVER)
@@ -149,12 +155,13 @@ class SlotState:
             recent_SQX[slots_B] = sum_SX[slots_B][:, None].where(in_gap_BQ1, recent_SQX[slots_B])
 
     def _static_masks(
-        self, prompt_tokens_np: np.ndarray, enforced_np: np.ndarray
+        self, prompt_tokens_np: np.ndarray, enforced_np: np.ndarray, next_position_np: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Masks of rules that are nothing but `always` hold from the first position of their phase."""
-        masks, rules = self._program.masks, self._program.rule_table
+        masks, rules = self.program.masks, self.program.rule_table
         on = enforced_np[:, masks.rule] & masks.static
         first = np.where(rules.in_prompt[masks.rule], 0, prompt_tokens_np[:, None])
+        first = np.maximum(first, next_position_np[:, None])
         start = np.where(on, first, NEVER)
         stop = np.where(on & (masks.tokens > 0), start + masks.tokens, NEVER)
         return start, stop

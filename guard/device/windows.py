@@ -74,9 +74,6 @@ class WindowReader:
         self._output = columns(WindowKind.OUTPUT)
         self._recent_tokens = torch.from_numpy(readings.tokens).to(device)[self._recent]
         self._recent_in_output = torch.from_numpy(readings.in_output).to(device)[self._recent]
-        self._needs_prompt_sums = bool(
-            len(self._prompt) or len(self._output) or readings.in_output.any()
-        )
 
     def read(
         self, sums: RunningSums, batch: StepBatch, fresh: FreshRows, state: SlotState
@@ -85,25 +82,22 @@ class WindowReader:
         value_TM = sums.at_row_TX[:, self._signal_M]
         position_T1 = batch.position_T[:, None]
         prompt_T1 = fresh.prompt_T[:, None]
-        if self._needs_prompt_sums:
-            prompt_sum_TX = self._prompt_sums(sums, batch, fresh, state)
-            if len(self._prompt):
-                signal = self._signal_M[self._prompt]
-                value_TM[:, self._prompt] = prompt_sum_TX[:, signal].where(
-                    position_T1 >= prompt_T1 - 1, 0
-                )
-            if len(self._output):
-                signal = self._signal_M[self._output]
-                value_TM[:, self._output] = (
-                    value_TM[:, self._output] - prompt_sum_TX[:, signal]
-                ).where(position_T1 >= prompt_T1, 0)
+        # Always: a program that comes later may ask for them.
+        prompt_sum_TX = self._prompt_sums(sums, batch, fresh, state)
+        if len(self._prompt):
+            signal = self._signal_M[self._prompt]
+            value_TM[:, self._prompt] = prompt_sum_TX[:, signal].where(position_T1 >= prompt_T1 - 1, 0)
+        if len(self._output):
+            signal = self._signal_M[self._output]
+            value_TM[:, self._output] = (value_TM[:, self._output] - prompt_sum_TX[:, signal]).where(
+                position_T1 >= prompt_T1, 0
+            )
         if len(self._recent):
             signal = self._signal_M[self._recent]
             before_TM = position_T1 - self._recent_tokens
             reaches_back_TM = self._recent_in_output & (before_TM < prompt_T1)
             start_TM = sums.at(before_TM.clamp(min=-1), signal)
-            if self._needs_prompt_sums:
-                start_TM = prompt_sum_TX[:, signal].where(reaches_back_TM, start_TM)
+            start_TM = prompt_sum_TX[:, signal].where(reaches_back_TM, start_TM)
             value_TM[:, self._recent] = value_TM[:, self._recent] - start_TM
         return value_TM
 

@@ -15,12 +15,15 @@ from guard.policy.model import (
     PolicySet,
     Rule,
 )
+from guard.policy.revision import RuleKeys, mask_key
 from guard.program.condition_terms import ConditionBuilder
 from guard.program.expressions import ExpressionBuilder
 from guard.program.fit import check_against
 from guard.program.program import (
+    TOKEN_SIGNAL,
     WORD_BITS,
     ActionKind,
+    Ints,
     MaskMethodCode,
     MaskRelease,
     MaskTable,
@@ -33,8 +36,10 @@ from guard.program.signals import SignalBuilder
 from guard.program.topology import Topology
 
 
-def compile_policies(policies: PolicySet, topology: Topology) -> Program:
+def compile_policies(policies: PolicySet, topology: Topology, after: Program | None = None) -> Program:
     """Bind policies to a model.
+
+    after: the program that is to be replaced while it runs; signals that it has go on
 
     Raises:
         PolicyError: with every policy that does not fit the model: a `model` requirement that it does
@@ -44,7 +49,9 @@ def compile_policies(policies: PolicySet, topology: Topology) -> Program:
     if faults:
         raise PolicyError(faults)
     ordered = list(policies.ordered_rules())
-    builder = SignalBuilder(topology)
+    generation = 0 if after is None else after.generation + 1
+    counted = after.signals if after is not None and after.rules else None
+    builder = SignalBuilder(topology, counted, generation)
     named_sets = [
         (policy.name, name, builder.members(expert_set.weights))
         for policy in sorted({p.name: p for p, _ in ordered}.values(), key=lambda p: p.name)
@@ -58,24 +65,29 @@ def compile_policies(policies: PolicySet, topology: Topology) -> Program:
         expressions.add_rule(rule.when)
         condition_rows.append([conditions.number_of(condition) for condition in rule.conditions()])
     signals, readings = builder.tables()
+    condition_table, keys = conditions.table(), RuleKeys()
     return Program(
         revision=policies.revision,
         topology=topology,
         signals=signals,
         readings=readings,
-        conditions=conditions.table(),
+        conditions=condition_table,
         expressions=expressions.table(len(conditions)),
-        rule_table=_rule_table([rule for _, rule in ordered], condition_rows),
+        rule_table=_rule_table(
+            [rule for _, rule in ordered], condition_rows, readings.signal[condition_table.tokens]
+        ),
         masks=_mask_table([rule for _, rule in ordered], topology),
-        rules=tuple(_program_rule(policy, rule) for policy, rule in ordered),
+        rules=tuple(_program_rule(policy, rule, keys) for policy, rule in ordered),
         sets=tuple(
             NamedSet(policy, name, builder.signal_row(members)) for policy, name, members in named_sets
         ),
         policies=tuple(policy.name for policy in policies.policies),
+        generation=generation,
     )
 
 
-def _rule_table(rules: list[Rule], condition_rows: list[list[int]]) -> RuleTable:
+def _rule_table(rules: list[Rule], condition_rows: list[list[int]], token_signal_C: Ints) -> RuleTable:
+    """token_signal_C: the token signal of each condition's |W|; `always` has the oldest"""
     width = max(map(len, condition_rows), default=1)
     conditions = np.full((len(rules), width), -1, dtype=np.int64)
     for row, numbers in enumerate(condition_rows):
@@ -87,6 +99,12 @@ def _rule_table(rules: list[Rule], condition_rows: list[list[int]]) -> RuleTable
         of=np.array([rule.persist.of for rule in rules], dtype=np.int64),
         conditions=conditions,
         blocks=np.array([isinstance(rule.then, Block) for rule in rules], dtype=np.bool_),
+        oldest_tokens=np.array(
+            [min(token_signal_C[row], default=TOKEN_SIGNAL) for row in condition_rows], dtype=np.int64
+        ),
+        newest_tokens=np.array(
+            [max(token_signal_C[row], default=TOKEN_SIGNAL) for row in condition_rows], dtype=np.int64
+        ),
     )
 
 
@@ -133,10 +151,11 @@ def _mask_table(rules: list[Rule], topology: Topology) -> MaskTable:
         ),
         static=np.array([rule.is_static for _, rule, _ in actions], dtype=np.bool_),
         expert_bits=bits.view(np.int64),
+        keys=tuple(mask_key(mask) for _, _, mask in actions),
     )
 
 
-def _program_rule(policy: Policy, rule: Rule) -> ProgramRule:
+def _program_rule(policy: Policy, rule: Rule, keys: RuleKeys) -> ProgramRule:
     match rule.then:
         case Observe():
             action, message = ActionKind.OBSERVE, ""
@@ -156,6 +175,7 @@ def _program_rule(policy: Policy, rule: Rule) -> ProgramRule:
         message=message,
         condition_labels=tuple(condition.label for condition in conditions),
         thresholds=tuple(condition.threshold for condition in conditions),
+        key=keys.key(policy, rule),
         match=rule.match,
         exceptions=tuple(e for e in policy.exceptions if e.covers(rule.name)),
     )

@@ -72,37 +72,39 @@ class ConditionBuilder:
         def reading(signal: Signal) -> int:
             return builder.reading(signal, over, phase)
 
-        tokens = reading(TOKENS)
+        def counted(signal: Signal) -> tuple[int, int]:
+            """The signal, and the tokens that it has seen."""
+            return reading(signal), reading(builder.tokens_of(signal))
+
         if condition.kind is ConditionKind.ALWAYS:
+            tokens = reading(TOKENS)
             return Terms(tokens, tokens, constant=1.0)
         assert condition.experts is not None, f"`{condition.kind}` reads an expert set"
         weights = condition.experts.weights
         match condition.kind:
             case ConditionKind.COUNT | ConditionKind.DORMANT:
-                return Terms(reading(builder.members(weights)), tokens, constant=1.0)
+                return Terms(*counted(builder.members(weights)), constant=1.0)
             case ConditionKind.RATE:
-                members = reading(builder.members(weights))
-                return Terms(members, tokens, per_token=float(len(weights)))
+                members = builder.members(weights)
+                return Terms(*counted(members), per_token=float(len(weights)))
             case ConditionKind.MASS:
-                everyone = builder.layer_mass(expert.layer for expert in weights)
-                mass = reading(builder.mass(weights))
-                return Terms(mass, tokens, mass_denominator=reading(everyone))
+                mass, everyone = builder.mass(weights)
+                return Terms(*counted(mass), mass_denominator=reading(everyone))
             case ConditionKind.SCORE:
-                return Terms(reading(builder.unit(weights)), tokens, per_token=1.0)
+                return Terms(*counted(builder.unit(weights)), per_token=1.0)
             case ConditionKind.PROBE:
-                score = reading(builder.unit(weights))
-                return Terms(score, tokens, per_token=1.0, transform=Transform.LOGISTIC)
+                score = builder.unit(weights)
+                return Terms(*counted(score), per_token=1.0, transform=Transform.LOGISTIC)
             case ConditionKind.COACTIVATION:
                 assert condition.together is not None, "`coactivation` says how much of F is together"
                 together = builder.together(weights, condition.together)
-                return Terms(reading(together), tokens, constant=1.0)
+                return Terms(*counted(together), constant=1.0)
             case ConditionKind.SUPPRESSED:
                 assert condition.baselines is not None, "`suppressed` reads baselines"
                 rates = [condition.baselines.rate(expert) for expert in weights]
                 smoothing = 0.5 if rates else 0.0  # of no expert there is no rate: 0/0
                 return Terms(
-                    reading(builder.members(weights)),
-                    tokens,
+                    *counted(builder.members(weights)),
                     offset=smoothing,
                     per_token=math.fsum(rates),
                     constant=smoothing,

@@ -37,7 +37,8 @@ Bools = NDArray[np.bool_]
 
 WORD_BITS = 64
 TOKEN_SIGNAL = 0
-"""The signal that is 1 for every token that was seen; its sum over a window is |W|."""
+"""The signal that is 1 for every token that was seen; its sum over a window is |W|. Signals that came
+with a later program have a token signal of their own, which does not count the tokens before."""
 
 
 class WindowKind(IntEnum):
@@ -111,16 +112,23 @@ class SignalTable:
 
     All but the indicators are sums over layers, and are the token's *evidence*.
 
+    Signals that came with one program share an *epoch*, its generation: they have seen the same tokens.
+    Each epoch in use has a token signal, the oldest one first.
+
     unit: places in [L, E]; a chosen expert adds its weight
     spread: places in [L, E]; a layer adds 1 if one of these experts is chosen there
     mass: places in [L, E]; a chosen expert adds its weight times its gate weight
     layer_mass: places in [L]; every chosen expert of the layer adds that weight times its gate weight
     scale: [X]; a signal's true value is its integer divided by this
+    keys: [X]; a signal of equal content and epoch in another program is the same, and goes on
+    epochs: [X]
     """
 
     unit: SparseWeights
     mass: SparseWeights
     scale: Floats
+    keys: tuple[str, ...]
+    epochs: tuple[int, ...]
     spread: SparseWeights = field(default_factory=SparseWeights.none)
     layer_mass: SparseWeights = field(default_factory=SparseWeights.none)
     indicators: IndicatorTable = field(default_factory=IndicatorTable.none)
@@ -135,8 +143,22 @@ class SignalTable:
 
     @property
     def num_narrow(self) -> int:
-        """Signals of the evidence that are small whole numbers: tokens, unit and spread ones."""
-        return 1 + len(self.unit) + len(self.spread)
+        """Signals of the evidence that are small whole numbers: unit and spread ones."""
+        return len(self.unit) + len(self.spread)
+
+    @property
+    def num_token_signals(self) -> int:
+        return self.num_evidence - self.num_narrow - len(self.mass) - len(self.layer_mass)
+
+    @property
+    def token_epochs(self) -> tuple[int, ...]:
+        return self.epochs[: self.num_token_signals]
+
+    @property
+    def token_signal(self) -> Ints:
+        """[X] the token signal of each one's epoch."""
+        tokens = self.token_epochs
+        return np.array([tokens.index(epoch) for epoch in self.epochs], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +278,7 @@ class ProgramRule:
     message: str
     condition_labels: tuple[str, ...]
     thresholds: tuple[float, ...]
+    key: str = ""  # of all that decides when it fires and what it does; not of its mode
     match: RequestMatch = ALL_REQUESTS
     exceptions: tuple[PolicyException, ...] = ()
 
@@ -272,6 +295,8 @@ class RuleTable:
     hits, of: [R] persistence
     conditions: [R, most] columns of the condition table, padded with -1
     blocks: [R]
+    oldest_tokens, newest_tokens: [R] token signals of the rule's conditions: a token that the oldest
+        epoch did not see is not evaluated; one that the newest did not see is unseen by some
     """
 
     in_prompt: Bools
@@ -280,6 +305,8 @@ class RuleTable:
     of: Ints
     conditions: Ints
     blocks: Bools
+    oldest_tokens: Ints
+    newest_tokens: Ints
 
     @property
     def num_rules(self) -> int:
@@ -330,6 +357,7 @@ class MaskTable:
     static: [A] in force from the request's first position, or from its first output position where
         the rule is limited to the output
     expert_bits: int64 [L, E, W]; the bits of the actions that name an expert, whatever their method
+    keys: [A] of what each does to which experts: equal ones compute the same KV
     """
 
     rule: Ints
@@ -338,6 +366,7 @@ class MaskTable:
     tokens: Ints
     static: Bools
     expert_bits: Ints
+    keys: tuple[str, ...] = ()
 
     @property
     def num_actions(self) -> int:
@@ -365,7 +394,10 @@ class NamedSet:
 
 @dataclass(frozen=True)
 class Program:
-    """What the data plane runs. Made by `compile_policies`, bound to one topology, never changed."""
+    """What the data plane runs. Made by `compile_policies`, bound to one topology, never changed.
+
+    generation: 0 at start, one more with each reload
+    """
 
     revision: str
     topology: Topology
@@ -378,6 +410,7 @@ class Program:
     rules: tuple[ProgramRule, ...]
     sets: tuple[NamedSet, ...]
     policies: tuple[str, ...]
+    generation: int = 0
 
     @cached_property
     def enforced_by_default(self) -> Bools:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -36,6 +37,7 @@ class Signal(NamedTuple):
 
 
 TOKENS = Signal("token", 0)
+"""Of the oldest epoch; of a later one the number is its epoch."""
 
 
 class _Weights(NamedTuple):
@@ -45,17 +47,47 @@ class _Weights(NamedTuple):
     value: Floats
 
     @property
-    def key(self) -> bytes:
-        return self.place.tobytes() + self.value.tobytes()
+    def digest(self) -> str:
+        return hashlib.sha256(self.place.tobytes() + self.value.tobytes()).hexdigest()[:32]
+
+
+class _Identity(NamedTuple):
+    """What a signal counts, and from which program's coming on."""
+
+    content: str
+    epoch: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.content}@{self.epoch}"
 
 
 class SignalBuilder:
-    """Equal weights are one signal, and the same signal over the same window is one reading."""
+    """Equal weights are one signal, and the same signal over the same window is one reading.
 
-    def __init__(self, topology: Topology) -> None:
+    after: the signals of the program before, if a running one is replaced: what it counts goes on,
+        anything else counts from now on, which is the epoch `epoch`
+    """
+
+    def __init__(self, topology: Topology, after: SignalTable | None = None, epoch: int = 0) -> None:
         self._topology = topology
         self._index_of_layer = topology.index_of_layer
-        self._numbers: dict[tuple[SignalKind, object], int] = {}
+        self._epoch = epoch
+        self._epochs: set[int] = set()
+        # Where nothing is counted any more, what the program before saw still is what was seen.
+        self._oldest = epoch if after is None else after.epochs[TOKEN_SIGNAL]
+        self._known: dict[str, set[int]] = {}
+        for key in () if after is None else after.keys:
+            content, _, since = key.rpartition("@")
+            self._known.setdefault(content, set()).add(int(since))
+        self._numbers: dict[_Identity, int] = {}
+        self._identities: dict[SignalKind, list[_Identity]] = {
+            "unit": [],
+            "spread": [],
+            "mass": [],
+            "layer mass": [],
+            "indicator": [],
+        }
         self._weights: dict[SignalKind, list[_Weights]] = {
             "unit": [],
             "spread": [],
@@ -72,8 +104,8 @@ class SignalBuilder:
         whole = all(float(weight).is_integer() for weight in weights.values())
         digits = 0 if whole else 9 - max(0, math.ceil(math.log10(largest)))
         scale = 10.0**digits
-        signal, is_new = self._signal("unit", self._scaled(weights, scale), digits)
-        if is_new:
+        signal = self._signal("unit", self._scaled(weights, scale), also=f" in {digits} digits")
+        if signal.number == len(self._unit_scale):
             self._unit_scale.append(scale)
         return signal
 
@@ -83,7 +115,7 @@ class SignalBuilder:
 
     def spread(self, experts: Iterable[Expert]) -> Signal:
         """In how many layers at least one of some experts was chosen."""
-        return self._signal("spread", self._scaled(dict.fromkeys(experts, 1.0), 1.0))[0]
+        return self._signal("spread", self._scaled(dict.fromkeys(experts, 1.0), 1.0))
 
     def together(self, experts: Iterable[Expert], together: Together) -> Signal:
         """1 where a token used that much of a set, else 0."""
@@ -92,30 +124,49 @@ class SignalBuilder:
                 of = self.members(experts)
             case TogetherIn.LAYERS:
                 of = self.spread(experts)
-        number = self._numbers.setdefault(("indicator", (of, together.least)), len(self._indicators))
-        if number == len(self._indicators):
+        content = f"indicator:{self._identities[of.kind][of.number].content} >= {together.least}"
+        signal = self._identified("indicator", content)
+        if signal.number == len(self._indicators):
             self._indicators.append((of, together.least))
-        return Signal("indicator", number)
+        return signal
 
-    def mass(self, experts: Iterable[Expert]) -> Signal:
-        """Σ g over the chosen ones of some experts."""
-        weights = self._scaled(dict.fromkeys(experts, 1.0), FIXED_POINT)
-        return self._signal("mass", weights)[0]
+    def mass(self, experts: Iterable[Expert]) -> tuple[Signal, Signal]:
+        """Σ g over the chosen ones of some experts, and Σ g over all that were chosen in their layers.
+        Both of one epoch: the share of one in the other is only right of the same tokens."""
+        experts = set(experts)
+        part = self._scaled(dict.fromkeys(experts, 1.0), FIXED_POINT)
+        rows = sorted({self._index_of_layer[expert.layer] for expert in experts})
+        place = np.array(rows, dtype=np.int32)
+        whole = _Weights(place, np.full(len(place), float(FIXED_POINT)))
+        of_part, of_whole = _content("mass", part), _content("layer mass", whole)
+        epoch = min(self._epochs_of(of_part) & self._epochs_of(of_whole), default=self._epoch)
+        return self._signal("mass", part, epoch), self._signal("layer mass", whole, epoch)
 
-    def layer_mass(self, numbers: Iterable[int]) -> Signal:
-        """Σ g over all chosen experts of some layers."""
-        place = np.array(sorted(self._index_of_layer[n] for n in set(numbers)), dtype=np.int32)
-        weights = _Weights(place, np.full(len(place), float(FIXED_POINT)))
-        return self._signal("layer mass", weights)[0]
+    def tokens_of(self, signal: Signal) -> Signal:
+        """The token signal of its epoch."""
+        return Signal("token", self._identities[signal.kind][signal.number].epoch)
 
-    def _signal(self, kind: SignalKind, weights: _Weights, also: int = 0) -> tuple[Signal, bool]:
-        """The signal, and whether there was none like it."""
-        of_kind = self._weights[kind]
-        number = self._numbers.setdefault((kind, (weights.key, also)), len(of_kind))
-        is_new = number == len(of_kind)
-        if is_new:
-            of_kind.append(weights)
-        return Signal(kind, number), is_new
+    def _signal(
+        self, kind: SignalKind, weights: _Weights, epoch: int | None = None, also: str = ""
+    ) -> Signal:
+        signal = self._identified(kind, _content(kind, weights) + also, epoch)
+        if signal.number == len(self._weights[kind]):
+            self._weights[kind].append(weights)
+        return signal
+
+    def _identified(self, kind: SignalKind, content: str, epoch: int | None = None) -> Signal:
+        """The one of this content, which may be new."""
+        if epoch is None:
+            epoch = min(self._epochs_of(content), default=self._epoch)
+        identity, of_kind = _Identity(content, epoch), self._identities[kind]
+        number = self._numbers.setdefault(identity, len(of_kind))
+        if number == len(of_kind):
+            of_kind.append(identity)
+            self._epochs.add(epoch)
+        return Signal(kind, number)
+
+    def _epochs_of(self, content: str) -> set[int]:
+        return self._known.get(content, set())
 
     def reading(self, signal: Signal, over: Window, phase: Phase) -> int:
         """Row of the reading table for a signal over a window."""
@@ -135,19 +186,29 @@ class SignalBuilder:
 
     def signal_row(self, signal: Signal) -> int:
         """Row of the signal table; only right once every signal has been added."""
+        epochs = self._token_epochs
         if signal.kind == "token":
-            return TOKEN_SIGNAL
-        row = 1 + signal.number
+            return epochs.index(max(signal.number, epochs[TOKEN_SIGNAL]))
+        row = len(epochs) + signal.number
         for kind, of_kind in self._weights.items():
             if kind == signal.kind:
                 return row
             row += len(of_kind)
         return row
 
+    @property
+    def _token_epochs(self) -> list[int]:
+        """Ascending, of all signals there are."""
+        return sorted(self._epochs) or [self._oldest]
+
     def tables(self) -> tuple[SignalTable, ReadingTable]:
         tables = {kind: _stack(of_kind) for kind, of_kind in self._weights.items()}
         num_masses = len(tables["mass"]) + len(tables["layer mass"])
-        scale = [1.0, *self._unit_scale, *[1.0] * len(tables["spread"]), *[FIXED_POINT] * num_masses]
+        identities = [_Identity("tokens", epoch) for epoch in self._token_epochs]
+        scale = [1.0] * len(identities)
+        scale += [*self._unit_scale, *[1.0] * len(tables["spread"]), *[FIXED_POINT] * num_masses]
+        for of_kind in self._identities.values():
+            identities += of_kind
         signals = SignalTable(
             unit=tables["unit"],
             spread=tables["spread"],
@@ -158,6 +219,8 @@ class SignalBuilder:
                 np.array([least for _, least in self._indicators], dtype=np.int64),
             ),
             scale=np.array([*scale, *[1.0] * len(self._indicators)], dtype=np.float64),
+            keys=tuple(identity.key for identity in identities),
+            epochs=tuple(identity.epoch for identity in identities),
         )
         keys = list(self._readings)
         readings = ReadingTable(
@@ -175,6 +238,10 @@ class SignalBuilder:
         order = np.argsort(place)
         order = order[value[order] != 0]
         return _Weights(place[order], value[order])
+
+
+def _content(kind: SignalKind, weights: _Weights) -> str:
+    return f"{kind}:{weights.digest}"
 
 
 def _stack(signals: Sequence[_Weights]) -> SparseWeights:

@@ -27,7 +27,8 @@ class RequestColumn:
     OUTPUT_TOKENS = 3
     UNSEEN = 4  # of the request so far
     JUDGED = 5  # one of `Judged`
-    NUM = 6
+    LATE = 6  # of the request so far, what some rule did not see: `UNSEEN`, or from before it came
+    NUM = 7
 
 
 class Judged:
@@ -46,7 +47,8 @@ class EventColumn:
     POSITION = 2
     IN_PROMPT = 3
     ENFORCED = 4
-    NUM = 5
+    UNSEEN = 5  # of the request up to this position, what the rule did not see
+    NUM = 6
 
 
 class Finding:

@@ -26,7 +26,9 @@ LAYERS: dict[str, set[str]] = {
     "guard.events": {"guard.failures", "guard.policy", "guard.program"},
     "guard.source": {"guard.failures", "guard.policy"},
     "guard.discover": {"guard.policy", "guard.program"},
+    "guard.prepared": {"guard.policy", "guard.program", "guard.device"},
     "guard.runtime": {
+        "guard.prepared",
         "guard.failures",
         "guard.policy",
         "guard.program",

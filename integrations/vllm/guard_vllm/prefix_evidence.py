@@ -88,6 +88,9 @@ class PrefixEvidence:
             self.lose_track()
         if news is not None:
             self._serial = news.serial
+        if not self._guard.judges:
+            return  # nothing is written, and what a later program counts was not seen by an earlier one
+        if news is not None:
             self._kept.forget(news.handed_out)
         copies = getattr(scheduler_output, "kv_cache_block_copies", None) or ()
         self._kept.copy([src for src, _ in copies], [dst for _, dst in copies])

@@ -135,7 +135,7 @@ class WorkerGuard:
         if pipeline_size() > 1:
             return False  # a rank knows a step's signals only later: cached prefixes are unseen
         caching = self._worker.vllm_config.cache_config.enable_prefix_caching
-        return bool(caching and self._settings.prefix_evidence and self._hooks.guard.program.rules)
+        return bool(caching and self._settings.prefix_evidence)
 
     def _determine_available_memory(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """Leaves room for the evidence beside the KV, unless the operator said how much KV there is."""
@@ -160,8 +160,6 @@ class WorkerGuard:
             )
             return None
         kept = self._hooks.guard.keep_evidence(group.num_blocks, group.block_size)
-        if kept is None:
-            return None
         self._hooks.prefixes = PrefixEvidence(self._hooks.guard, kept, group.group)
         logger.info(
             "MoE Guard keeps evidence for cached prefixes: %.1f MiB for %d blocks of %d tokens",

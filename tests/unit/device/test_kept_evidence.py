@@ -36,7 +36,10 @@ def signals(*largest: float) -> SignalTable:
             np.repeat(np.array(values), len(everyone)),
         )
 
-    return SignalTable(weights(*largest), weights(1.0), np.ones(2 + len(largest)))
+    keys = tuple(map(str, range(2 + len(largest))))
+    return SignalTable(
+        weights(*largest), weights(1.0), np.ones(len(keys)), keys, epochs=(0,) * len(keys)
+    )
 
 
 def store() -> KeptEvidence:

@@ -390,17 +390,19 @@ def test_observing_only_audits_every_mask_and_still_blocks() -> None:
     report = engine.step({"a": (0, [FLAGGED])})
 
     assert report.masked_BW[0].tolist() == [0]
-    assert [int(event[-1]) for event in report.events_V] == [0, 1]
+    assert [int(event[EventColumn.ENFORCED]) for event in report.events_V] == [0, 1]
     assert block_position(report, 2) == 0
 
 
-def test_without_rules_nothing_is_followed_or_reported() -> None:
+def test_without_rules_requests_are_remembered_and_nothing_is_reported() -> None:
     engine = Engine(COUNTS.replace("mode: enforce", "mode: off"))
     engine.guard.add_request("a", 1)
     engine.guard.begin_step(["a"], torch.tensor([0, 1]), torch.tensor([0]))
 
-    assert engine.guard.num_requests == 0
     assert engine.guard.end_step() is None
+    assert engine.guard.num_requests == 1
+    engine.guard.finish_requests(["a"])
+    assert engine.guard.num_requests == 0
 
 
 def test_a_request_may_tighten_an_audit_policy_for_itself_alone() -> None:

@@ -61,7 +61,8 @@ def report(
     for number, row in enumerate(rows):
         key = NEVER if row.block is None else row.block[0] * num_rules + row.block[1]
         requests[number] = [
-            key, row.masked_from, row.prompt, row.output, row.unseen, row.judged, row.selections
+            key, row.masked_from, row.prompt, row.output, row.unseen, row.judged, row.unseen,
+            row.selections,
         ]  # fmt: skip
         for action in row.masks:
             masked[number, action // 64] |= np.uint64(1 << (action % 64))

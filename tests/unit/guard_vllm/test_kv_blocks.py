@@ -207,7 +207,7 @@ def test_a_worker_that_missed_news_forgets_everything() -> None:
         forget=lambda ids: calls.append(tuple(ids)),
         copy=lambda *pairs: calls.append(pairs),
     )
-    evidence = PrefixEvidence(SimpleNamespace(), kept, 0)  # type: ignore[arg-type]
+    evidence = PrefixEvidence(SimpleNamespace(judges=True), kept, 0)  # type: ignore[arg-type]
 
     def step(serial: int | None) -> Any:
         output = SimpleNamespace(

@@ -1,0 +1,147 @@
+"""Requests under way pass from one program's slots to the next one's, between two steps.
+
+A slot keeps its number. Letters: N live slots, others as in `layout`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from guard.device.state import SlotState
+from guard.program.program import ActionKind, Ints, Program
+from guard.program.step_report import NEVER
+from guard.program.succession import Succession
+
+
+class CarryOver:
+    """Made ahead, when a program is prepared; `apply` is the short part between two steps.
+
+    What a rule that goes on has counted stays. Of a rule that acts and was in audit for a request
+    and now is enforced, the last result is forgotten: if it still holds it fires again, and acts.
+    """
+
+    def __init__(self, earlier: Program, later: Program, device: torch.device) -> None:
+        succession = Succession.of(earlier, later)
+
+        def put(array: Ints) -> torch.Tensor:
+            return torch.from_numpy(array).to(device)
+
+        self._signal_X = put(succession.signal)
+        self._rule_R = put(succession.rule)
+        self._condition_C = put(succession.condition)
+        self._action_A = put(succession.action)
+        self._rule_after = put(succession.rule_after)
+        self._num_rules_before = len(earlier.rules)
+        self._num_rules = len(later.rules)
+        self._mask_rule_A = put(later.masks.rule)
+        self._static_A = torch.from_numpy(later.masks.static).to(device)
+        self._tokens_A = put(later.masks.tokens)
+        self._mask_in_prompt_A = torch.from_numpy(later.rule_table.in_prompt[later.masks.rule]).to(
+            device
+        )
+        self._blocks_R = torch.from_numpy(later.rule_table.blocks).to(device)
+        acts = [rule.action is not ActionKind.OBSERVE for rule in later.rules]
+        self._acts_R = torch.tensor(acts, dtype=torch.bool, device=device)
+
+    def apply(
+        self, old: SlotState, new: SlotState, slots_N: torch.Tensor, enforced_NR: torch.Tensor
+    ) -> None:
+        """Write the live slots of `new`, all of it. enforced_NR: by the later program."""
+        next_N = old.next_position_S[slots_N]
+        for name in ("next_position_S", "prompt_tokens_S", "unseen_S"):
+            getattr(new, name)[slots_N] = getattr(old, name)[slots_N]
+        new.enforced_SR[slots_N] = enforced_NR
+        for total, recent, columns in (
+            ("sum_SX", "recent_sum_SQX", self._signal_X),
+            ("hits_SR", "recent_hits_SHR", self._rule_R),
+        ):
+            total_NX = getattr(old, total)[slots_N]
+            recent_NQX = _ring(
+                getattr(old, recent)[slots_N], total_NX, next_N - 1, getattr(new, recent).shape[1]
+            )
+            getattr(new, total)[slots_N] = _taken(total_NX, columns, 0)
+            getattr(new, recent)[slots_N] = _taken(recent_NQX, columns, 0)
+        new.prompt_sum_SX[slots_N] = _taken(old.prompt_sum_SX[slots_N], self._signal_X, 0)
+        new.extreme_SC[slots_N] = _taken(old.extreme_SC[slots_N], self._condition_C, float("nan"))
+        was_enforced_NR = _taken(old.enforced_SR[slots_N], self._rule_R, False)
+        newly_NR = enforced_NR & ~was_enforced_NR & self._acts_R
+        active_NR = _taken(old.active_SR[slots_N], self._rule_R, False) & ~newly_NR
+        block_key_N, has_lost_N = self._block_keys(old.block_key_S[slots_N], enforced_NR)
+        # Of several blocks only the first was kept: those that still hold fire again.
+        new.active_SR[slots_N] = active_NR & ~(has_lost_N[:, None] & self._blocks_R)
+        new.block_key_S[slots_N] = block_key_N
+        self._carry_masks(old, new, slots_N, was_enforced_NR, enforced_NR)
+
+    def _block_keys(
+        self, key_N: torch.Tensor, enforced_NR: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks that were decided and have not taken place yet, and whether one is none any more."""
+        is_decided_N = key_N < NEVER
+        if not self._num_rules:
+            return torch.full_like(key_N, NEVER), is_decided_N
+        position_N = key_N // self._num_rules_before
+        rule_N = self._rule_after[key_N.remainder(self._num_rules_before)]
+        rule_N1 = rule_N.clamp(min=0)[:, None]
+        stands_N = is_decided_N & (rule_N >= 0) & enforced_NR.gather(1, rule_N1)[:, 0]
+        translated_N = position_N * self._num_rules + rule_N
+        return translated_N.where(stands_N, NEVER), is_decided_N & ~stands_N
+
+    def _carry_masks(
+        self,
+        old: SlotState,
+        new: SlotState,
+        slots_N: torch.Tensor,
+        was_enforced_NR: torch.Tensor,
+        enforced_NR: torch.Tensor,
+    ) -> None:
+        """What was masked stays masked in a recompute, as long as there is the rule; what is no longer
+        enforced ends at the next position, and static masks that are new begin there."""
+        next_N11 = old.next_position_S[slots_N][:, None, None]
+        from_NIA = _taken(old.mask_from_SIA[slots_N], self._action_A, NEVER)
+        to_NIA = _taken(old.mask_to_SIA[slots_N], self._action_A, NEVER)
+        enforced_NA = enforced_NR[:, self._mask_rule_A]
+        was_enforced_NA = was_enforced_NR[:, self._mask_rule_A]
+        to_NIA = to_NIA.where(enforced_NA[:, None], to_NIA.minimum(next_N11))
+        begins_NA = self._static_A & enforced_NA & ~was_enforced_NA
+        phase_NA = old.prompt_tokens_S[slots_N][:, None].where(~self._mask_in_prompt_A, 0)
+        start_NA = torch.maximum(next_N11[:, 0], phase_NA)
+        stop_NA = (start_NA + self._tokens_A).where(self._tokens_A > 0, NEVER)
+        begins_N1A = begins_NA[:, None]
+        new.mask_from_SIA[slots_N] = torch.where(
+            begins_N1A, torch.cat([start_NA[:, None], from_NIA[:, :-1]], dim=1), from_NIA
+        )
+        new.mask_to_SIA[slots_N] = torch.where(
+            begins_N1A, torch.cat([stop_NA[:, None], to_NIA[:, :-1]], dim=1), to_NIA
+        )
+
+
+def _taken(values_NX: torch.Tensor, column_X: torch.Tensor, fill: float) -> torch.Tensor:
+    """The earlier program's columns in the order of the later one's; `fill` where there is none."""
+    if not values_NX.shape[-1]:
+        shape = (*values_NX.shape[:-1], len(column_X))
+        return torch.full(shape, fill, dtype=values_NX.dtype, device=values_NX.device)
+    return values_NX[..., column_X.clamp(min=0)].where(column_X >= 0, fill)
+
+
+def _ring(
+    kept_NQX: torch.Tensor, total_NX: torch.Tensor, last_N: torch.Tensor, size: int
+) -> torch.Tensor:
+    """[N, size, X]: sums up to position p at p % size, from a ring of another size.
+
+    total_NX: the sum up to position `last_N`
+    Positions that the old ring no longer has count as if nothing had been seen up to them: they
+    get the sum of the oldest one that it has, so that a longer window grows from there.
+    """
+    kept = kept_NQX.shape[1]
+    if kept == size:
+        return kept_NQX
+    place_Q = torch.arange(size, device=last_N.device)
+    last_N1 = last_N[:, None]
+    position_NQ = last_N1 - (last_N1 - place_Q).remainder(size)
+    oldest_N1 = (last_N1 - kept + 1).clamp(min=0)
+    source_NQ = torch.maximum(position_NQ, oldest_N1)
+    past_NQX = kept_NQX.gather(
+        1, source_NQ.remainder(kept)[:, :, None].expand(-1, -1, kept_NQX.shape[2])
+    )
+    is_last_NQ1 = (source_NQ >= last_N1)[:, :, None]
+    return total_NX[:, None].where(is_last_NQ1, past_NQX)
