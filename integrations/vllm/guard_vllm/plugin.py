@@ -13,6 +13,7 @@ from typing import Any
 
 from guard.errors import UnsupportedHostError
 from guard_vllm.compat import seam
+from guard_vllm.logs import log_where_vllm_logs
 from guard_vllm.settings import CONFIG_KEY, Settings
 
 _REGISTERED = "_moe_guard_registered"
@@ -51,9 +52,16 @@ def _around(owner: type, name: str, around: Callable[..., Any]) -> None:
     setattr(owner, name, wrapper)
 
 
+def _settings(vllm_config: Any) -> Settings | None:
+    settings = Settings.of(vllm_config.additional_config)
+    if settings is not None:
+        log_where_vllm_logs()
+    return settings
+
+
 def _create_engine_config(stock: Any, engine_args: Any, *args: Any, **kwargs: Any) -> Any:
     config = stock(engine_args, *args, **kwargs)
-    settings = Settings.of(config.additional_config)
+    settings = _settings(config)
     if settings is not None:
         if _unsupported:
             raise _unsupported[0]
@@ -72,7 +80,7 @@ def _create_engine_config(stock: Any, engine_args: Any, *args: Any, **kwargs: An
 
 def _init_worker(stock: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
     stock(worker, *args, **kwargs)
-    settings = Settings.of(worker.vllm_config.additional_config)
+    settings = _settings(worker.vllm_config)
     if settings is not None:
         from guard_vllm.worker import WorkerGuard
 
@@ -81,7 +89,7 @@ def _init_worker(stock: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
 
 def _initialize_kv_caches(stock: Any, core: Any, *args: Any, **kwargs: Any) -> Any:
     kv_cache_config = stock(core, *args, **kwargs)
-    settings = Settings.of(core.vllm_config.additional_config)
+    settings = _settings(core.vllm_config)
     if settings is not None:
         from guard_vllm.engine_core import EngineCoreGuard
 
@@ -120,7 +128,7 @@ def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwa
 
 
 def _front_end_bus(vllm_config: Any) -> Any:
-    settings = Settings.of(vllm_config.additional_config)
+    settings = _settings(vllm_config)
     if settings is None:
         return None
     from guard_vllm.start import open_front_end
