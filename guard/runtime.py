@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,18 +25,19 @@ from guard.device.tap import RoutingTap
 from guard.errors import ReloadRefusedError
 from guard.failures import Failures, Stage
 from guard.prepared import PreparedProgram, check_fits, check_follows, make_evaluator
-from guard.program.program import Bools, Program
+from guard.program.applicability import RequestFacts, RulesFor, rules_for
+from guard.program.program import Program
 from guard.program.step_report import StepReport
 
 
 class LiveRequest(NamedTuple):
     """What is remembered of a request that has not ended, for programs that come while it runs.
 
-    tightened: policies in audit that it asked to have enforced
+    facts: what decides which rules apply to it
     """
 
     prompt_tokens: int
-    tightened: frozenset[str]
+    facts: RequestFacts
 
 
 class Guard:
@@ -101,31 +103,33 @@ class Guard:
         """There are rules. Where there are none, requests are only remembered."""
         return self._evaluator is not None
 
-    def add_request(self, req_id: str, prompt_tokens: int, tightened: Collection[str] = ()) -> None:
+    def add_request(self, req_id: str, prompt_tokens: int, facts: RequestFacts | None = None) -> None:
         """Follow a request from its first step on. One that is followed already goes on as it is:
         a preempted request keeps its windows, its masks and its count of positions.
 
-        tightened: policies in audit that this request asked to have enforced
+        facts: what decides which rules apply to it; None: nothing is known but its id
         """
         if req_id in self._requests:
             return
         with self.failures.caught(Stage.ADMIT):
-            self._requests[req_id] = LiveRequest(prompt_tokens, frozenset(tightened))
+            self._requests[req_id] = LiveRequest(prompt_tokens, facts or RequestFacts(req_id))
             if self.judges:
                 self._admit(req_id)
 
     def _admit(self, req_id: str, next_position: int = 0) -> None:
         with self.failures.caught(Stage.ADMIT) as attempt:
             request = self._requests[req_id]
-            enforced_R = self._enforced(self.program, request.tightened)
+            rules = self._rules_for(self.program, request.facts)
             slot = self._take_slot(req_id)
-            self._state.add_request(Admission(slot, request.prompt_tokens, enforced_R, next_position))
+            self._state.add_request(Admission(slot, request.prompt_tokens, rules, next_position))
         if attempt.failed:
             self.finish_requests([req_id])  # its slot still says what the request before it left
 
-    def _enforced(self, program: Program, tightened: frozenset[str]) -> Bools:
-        enforced_R = program.enforced_for(tightened)
-        return enforced_R if self.mask is not None else enforced_R & ~program.is_mask_rule
+    def _rules_for(self, program: Program, facts: RequestFacts) -> RulesFor:
+        rules = rules_for(program.rules, facts)
+        if self.mask is not None:
+            return rules
+        return replace(rules, enforced_R=rules.enforced_R & ~program.is_mask_rule)
 
     def _take_slot(self, req_id: str) -> int:
         if not self._free_slots:
@@ -208,15 +212,16 @@ class Guard:
         if not self._slot_of:
             return
         before.apply_staged_writes()
-        facts = [self._requests[req_id].tightened for req_id in self._slot_of]
-        enforced_of = {
-            tightened: self._enforced(prepared.program, tightened) for tightened in set(facts)
-        }
+        rules = [
+            self._rules_for(prepared.program, self._requests[req_id].facts) for req_id in self._slot_of
+        ]
         prepared.carry_over.apply(
             before,
             after,
-            host_to_device(np.fromiter(self._slot_of.values(), np.int64, len(facts)), self.device),
-            host_to_device(np.stack([enforced_of[tightened] for tightened in facts]), self.device),
+            host_to_device(np.fromiter(self._slot_of.values(), np.int64, len(rules)), self.device),
+            host_to_device(np.stack([each.applies_R for each in rules]), self.device),
+            host_to_device(np.stack([each.enforced_R for each in rules]), self.device),
+            host_to_device(np.stack([each.exempt_R for each in rules]), self.device),
         )
 
     def keep_evidence(self, num_blocks: int, block_size: int) -> KeptEvidence:

@@ -110,8 +110,9 @@ class StepActions:
             fired_BR = self._any_of_request(results.fired_TR, batch)
             self._masks.update(fired_BR, results.active_BR, fresh, batch, state, computed_B)
         self._block(results.fired_TR & self._blocks_R & enforced_TR, batch, fresh, state)
+        exempt_TR = state.exempt_SR[batch.slot_T]
         events_V, values_V, num_events = self._events(
-            results.fired_TR, enforced_TR, value_TC, sum_TX, batch, fresh
+            results.fired_TR, enforced_TR, exempt_TR, value_TC, sum_TX, batch, fresh
         )
         in_prompt_T = batch.position_T < fresh.prompt_T
         prompt_tokens_B = _count_by_request(fresh.judged_T & in_prompt_T, batch)
@@ -158,6 +159,7 @@ class StepActions:
         self,
         fired_TR: torch.Tensor,
         enforced_TR: torch.Tensor,
+        exempt_TR: torch.Tensor,
         value_TC: torch.Tensor,
         sum_TX: torch.Tensor,
         batch: StepBatch,
@@ -192,6 +194,7 @@ class StepActions:
         columns[EventColumn.UNSEEN] = (
             batch.position_T[row] + 1 - sum_TX[row, self._newest_tokens_R[rule]]
         )
+        columns[EventColumn.EXEMPT] = exempt_TR[row, rule].to(torch.int64)
         row, rule = row[:MAX_EVENTS_PER_STEP], rule[:MAX_EVENTS_PER_STEP]
         conditions = self._conditions_RC[rule]
         values = value_TC[row[:, None], conditions.clamp(min=0)].where(conditions >= 0, float("nan"))

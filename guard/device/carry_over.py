@@ -44,13 +44,21 @@ class CarryOver:
         self._acts_R = torch.tensor(acts, dtype=torch.bool, device=device)
 
     def apply(
-        self, old: SlotState, new: SlotState, slots_N: torch.Tensor, enforced_NR: torch.Tensor
+        self,
+        old: SlotState,
+        new: SlotState,
+        slots_N: torch.Tensor,
+        applies_NR: torch.Tensor,
+        enforced_NR: torch.Tensor,
+        exempt_NR: torch.Tensor,
     ) -> None:
-        """Write the live slots of `new`, all of it. enforced_NR: by the later program."""
+        """Write the live slots of `new`, all of it. The last three: by the later program."""
         next_N = old.next_position_S[slots_N]
         for name in ("next_position_S", "prompt_tokens_S", "unseen_S"):
             getattr(new, name)[slots_N] = getattr(old, name)[slots_N]
+        new.applies_SR[slots_N] = applies_NR
         new.enforced_SR[slots_N] = enforced_NR
+        new.exempt_SR[slots_N] = exempt_NR
         for total, recent, columns in (
             ("sum_SX", "recent_sum_SQX", self._signal_X),
             ("hits_SR", "recent_hits_SHR", self._rule_R),

@@ -13,7 +13,8 @@ from guard.program.program import TOKEN_SIGNAL, RuleTable
 
 
 class RuleResults(NamedTuple):
-    """evaluated_TR: the row is in the rule's phase, and some signal of the rule saw it
+    """evaluated_TR: the rule applies to the row's request, the row is in its phase, and some signal of
+        the rule saw it
     fired_TR: the result turned true at this row
     active_BR: the result behind the request's last accepted row
     """
@@ -44,7 +45,7 @@ class RuleEvaluator:
         """signal_TX: of which only the token signals are read"""
         position_T1, prompt_T1 = batch.position_T[:, None], fresh.prompt_T[:, None]
         in_phase_TR = torch.where(position_T1 < prompt_T1, self._in_prompt, self._in_output)
-        evaluated_TR = in_phase_TR & fresh.judged_T[:, None]
+        evaluated_TR = in_phase_TR & fresh.judged_T[:, None] & state.applies_SR[batch.slot_T]
         if self._has_newer:
             evaluated_TR = evaluated_TR & (signal_TX[:, self._oldest_tokens] != 0)
         hit_TR = holds_TR & evaluated_TR

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from guard.device.layout import MASK_INTERVALS, NULL_SLOT, Capacity
-from guard.program.program import Bools, Program, WindowKind
+from guard.program.applicability import RulesFor
+from guard.program.program import Program, WindowKind
 from guard.program.step_report import NEVER
 
 
@@ -16,13 +17,13 @@ from guard.program.step_report import NEVER
 class Admission:
     """A request that takes a slot.
 
-    enforced_R: the rules whose action it meets
+    rules: which apply to it, act on it, or are held back
     next_position: where it is followed from; what was computed before is unseen
     """
 
     slot: int
     prompt_tokens: int
-    enforced_R: Bools
+    rules: RulesFor
     next_position: int = 0
 
 
@@ -37,7 +38,9 @@ class SlotState:
     recent_sum_SQX    the same up to position p, at p % Q, for the last Q positions
     hits_SR, recent_hits_SHR   the same two for "the rule's expression was true"
     active_SR         the rule's last result, persistence included
+    applies_SR        whether the rule is evaluated for this request
     enforced_SR       whether the rule may act on this request
+    exempt_SR         whether an exception withholds its action
     mask_from_SIA, mask_to_SIA   the positions at which a mask action is in force, the latest of
                       `MASK_INTERVALS` stretches first
     block_key_S       (position, rule) of the first block as position·R + rule
@@ -73,7 +76,9 @@ class SlotState:
             0, self.persist_positions if self.needs_recent_hits else 1, num_rules
         )
         self.active_SR = full(False, num_rules, dtype=torch.bool)
+        self.applies_SR = full(False, num_rules, dtype=torch.bool)
         self.enforced_SR = full(False, num_rules, dtype=torch.bool)
+        self.exempt_SR = full(False, num_rules, dtype=torch.bool)
         self.mask_from_SIA = full(NEVER, MASK_INTERVALS, num_actions)
         self.mask_to_SIA = full(NEVER, MASK_INTERVALS, num_actions)
         self.block_key_S = full(NEVER)
@@ -102,7 +107,7 @@ class SlotState:
         staged = list(self._staged.values())
         slots = self._to_device(np.array([a.slot for a in staged], dtype=np.int64))
         prompt_tokens_np = np.array([a.prompt_tokens for a in staged], dtype=np.int64)
-        enforced_np = np.stack([a.enforced_R for a in staged])
+        enforced_np = np.stack([a.rules.enforced_R for a in staged])
         next_position_np = np.array([a.next_position for a in staged], dtype=np.int64)
         mask_from_np, mask_to_np = self._static_masks(prompt_tokens_np, enforced_np, next_position_np)
         for zeroed in (
@@ -119,7 +124,9 @@ class SlotState:
         self.next_position_S[slots] = self._to_device(next_position_np)
         self.unseen_S[slots] = self.next_position_S[slots]
         self.prompt_tokens_S[slots] = self._to_device(prompt_tokens_np)
+        self.applies_SR[slots] = self._to_device(np.stack([a.rules.applies_R for a in staged]))
         self.enforced_SR[slots] = self._to_device(enforced_np)
+        self.exempt_SR[slots] = self._to_device(np.stack([a.rules.exempt_R for a in staged]))
         self.mask_from_SIA.index_fill_(0, slots, NEVER)
         self.mask_to_SIA.index_fill_(0, slots, NEVER)
         self.mask_from_SIA[slots, 0] = self._to_device(mask_from_np)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from guard.events.liveness import Liveness
 from guard.events.message import Decision, DecisionCount, Delta, EvidenceFacts, RuleFacts
 from guard.failures import Stage
+from guard.program.applicability import RulesFor
 from guard.program.program import WORD_BITS
 from guard.program.step_report import NEVER, EventColumn, Judged, RequestColumn, StepReport
 
@@ -53,7 +54,8 @@ class Ledger:
     mask_rules: rule of each mask action, in the order of its bits
     num_sets: named sets, whose selections stand behind the fixed columns of a report
     redacted: give clients no policy or rule names
-    tightened: policies in audit that a request asked to have enforced, by its id
+    rules_of: which rules apply to a request and act on it, by its id; by default as for one of which
+        nothing is known but that
     liveness: kept up to date with each report
     """
 
@@ -66,7 +68,7 @@ class Ledger:
         *,
         redacted: bool = False,
         external_id: Callable[[str], str] = str,
-        tightened: Callable[[str], Collection[str]] = lambda _: (),
+        rules_of: Callable[[str], RulesFor] | None = None,
         clock: Callable[[], float] = time.time,
         liveness: Liveness | None = None,
     ) -> None:
@@ -77,11 +79,14 @@ class Ledger:
         self._redacted = redacted
         self._external_id = external_id
         self._clock = clock
-        self._tightened = tightened
+        self._enforced = np.array([rule.mode == "enforce" for rule in self._rules], dtype=np.bool_)
+        self._rules_of = rules_of
         self.liveness = liveness or Liveness(
             engine, mask_policies=[rules[r].policy for r in mask_rules]
         )
-        self._closed_rules = [rule for rule in self._rules if rule.on_error == "closed"]
+        self._closed_rules = [
+            number for number, rule in enumerate(self._rules) if rule.on_error == "closed"
+        ]
         self._report: StepReport | None = None
         self._row_of: dict[str, int] = {}
         self._open: dict[str, int] = {}  # requests of this step whose accepted drafts may be cut
@@ -327,14 +332,17 @@ class Ledger:
             self._note_unjudged(req_id)
 
     def _note_unjudged(self, req_id: str) -> None:
-        """A request that could not be judged in full follows the fail mode of the enforced rules.
+        """A request that could not be judged in full follows the fail mode of the rules that act on it.
 
         In the middle of a prompt there is no token to withhold, so the block is owed until there is.
         """
         self._raise_outcome(req_id, "unjudged")
-        for rule in self._closed_rules:
-            if rule.mode == "enforce" or rule.policy in self._tightened(req_id):
-                self._owe_block(req_id, rule)
+        if not self._closed_rules:
+            return
+        enforced_R = self._enforced if self._rules_of is None else self._rules_of(req_id).enforced_R
+        for number in self._closed_rules:
+            if enforced_R[number]:
+                self._owe_block(req_id, self._rules[number])
                 return
 
     def _owe_block(self, req_id: str, rule: RuleFacts) -> None:
@@ -430,6 +438,7 @@ class Ledger:
                     )
                 ),
                 unseen_tokens=int(report.requests_B[row, RequestColumn.UNSEEN]),
+                exempt=bool(event[EventColumn.EXEMPT]),
                 outcome=outcome,
             )
         )

@@ -413,11 +413,6 @@ class Program:
     generation: int = 0
 
     @cached_property
-    def enforced_by_default(self) -> Bools:
-        """[R] rules whose action a request meets without asking for more."""
-        return np.array([rule.mode is Mode.ENFORCE for rule in self.rules], dtype=np.bool_)
-
-    @cached_property
     def is_mask_rule(self) -> Bools:
         """[R] rules whose action is a mask."""
         return np.array([rule.action is ActionKind.MASK for rule in self.rules], dtype=np.bool_)
@@ -430,8 +425,3 @@ class Program:
     def can_act(self) -> bool:
         """Some rule masks or blocks, if not for every request then for one that asks for it."""
         return any(rule.action is not ActionKind.OBSERVE for rule in self.rules)
-
-    def enforced_for(self, also: frozenset[str]) -> Bools:
-        """[R] as `enforced_by_default`, with the policies that a request named on top."""
-        named = np.array([rule.policy in also for rule in self.rules], dtype=np.bool_)
-        return self.enforced_by_default | named

@@ -7,6 +7,7 @@ exact fractions; only a finished value is rounded, once, to the float that meets
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -29,9 +30,11 @@ from guard.policy.model import (
     Phase,
     Policy,
     PolicySet,
+    RequestMatch,
     Rule,
     TogetherIn,
 )
+from guard.program.applicability import RequestFacts
 from guard.program.topology import Topology
 from guard.program.verdict import (
     CLOSE,
@@ -49,12 +52,12 @@ def evaluate(
     topology: Topology,
     routing: Routing,
     *,
-    enforced: Collection[str] = (),
+    facts: RequestFacts | None = None,
     num_computed_ahead: Callable[[int], int] | None = None,
 ) -> Verdict:
     """All that follows from one request's routing, taken as given: its masks do not change it.
 
-    enforced: audit policies that this request enforces; other names have no effect
+    facts: what is known of the request; None: nothing
     num_computed_ahead: for a position, how many positions behind it were routed in the same step
         (accepted draft tokens), where a mask that the position starts or releases comes too late;
         none where it is not given. position + num_computed_ahead(position) never decreases.
@@ -62,10 +65,20 @@ def evaluate(
     """
     num_positions, prompt = len(routing.topk_ids), routing.num_prompt_tokens
     ahead = num_computed_ahead or (lambda position: 0)
-    states = [
-        _RuleState(policy, rule, enforced=_is_enforced(policy, enforced))
-        for policy, rule in policies.ordered_rules()
-    ]
+    facts = facts or RequestFacts()
+    states = []
+    for policy, rule in policies.ordered_rules():
+        if not _fits(rule.match, facts):
+            continue
+        exempt = policy.name not in facts.enforced and any(
+            not (exception.rules and rule.name not in exception.rules)
+            and not (exception.until is not None and exception.until < facts.today)
+            and _fits(exception.match, facts)
+            for exception in policy.exceptions
+        )
+        states.append(
+            _RuleState(policy, rule, _is_enforced(policy, facts.enforced) and not exempt, exempt)
+        )
     for state in states:
         state.start_static_mask(prompt)
 
@@ -108,6 +121,17 @@ def _is_enforced(policy: Policy, enforced: Collection[str]) -> bool:
     return policy.mode is Mode.ENFORCE or (policy.mode is Mode.AUDIT and policy.name in enforced)
 
 
+def _fits(match: RequestMatch, facts: RequestFacts) -> bool:
+    """Every word of a match that is given is true of the request."""
+    of_adapter = match.lora_adapters is None or facts.lora_adapter in match.lora_adapters
+    of_labels = all(
+        name in facts.labels and facts.labels[name] in values for name, values in match.labels.items()
+    )
+    digest = hashlib.sha256(facts.request_id.encode("utf-8", "surrogatepass")).hexdigest()
+    place = Fraction(int(digest[:16], 16), 2**64)  # of the request among all, from 0 up to 1
+    return of_adapter and of_labels and (match.sample >= 1 or place < Fraction(match.sample))
+
+
 def _evaluates(phase: Phase, position: int, num_prompt_tokens: int) -> bool:
     match phase:
         case Phase.PROMPT:
@@ -123,11 +147,12 @@ _Interval = tuple[int, int | None]  # start <= p < stop; None: not released
 
 @dataclass
 class _RuleState:
-    """One rule at work on one request."""
+    """One rule at work on one request. exempt: an exception withholds its action."""
 
     policy: Policy
     rule: Rule
     enforced: bool
+    exempt: bool = False
     evaluations: list[bool] = field(default_factory=list)  # the root, unknown being a miss
     result: bool = False
     intervals: list[_Interval] = field(default_factory=list)
@@ -150,7 +175,7 @@ class _RuleState:
             value = _value(condition, self.rule.phase, position, topology, routing)
             shown = math.nan if value is None else _shown(value, condition)
             evidence.append(Evidence(condition.label, shown, condition.threshold))
-        return Firing(position, self.policy.name, self.rule.name, tuple(evidence))
+        return Firing(position, self.policy.name, self.rule.name, tuple(evidence), self.exempt)
 
     def start_static_mask(self, num_prompt_tokens: int) -> None:
         if self.rule.is_static:

@@ -48,7 +48,8 @@ class EventColumn:
     IN_PROMPT = 3
     ENFORCED = 4
     UNSEEN = 5  # of the request up to this position, what the rule did not see
-    NUM = 6
+    EXEMPT = 6  # an exception withheld the action
+    NUM = 7
 
 
 class Finding:

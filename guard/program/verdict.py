@@ -50,6 +50,7 @@ class Firing(NamedTuple):
     policy: str
     rule: str
     evidence: tuple[Evidence, ...]
+    exempt: bool = False  # an exception withheld the action
 
 
 class MaskInterval(NamedTuple):

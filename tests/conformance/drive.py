@@ -14,6 +14,7 @@ import torch
 from guard.device.layout import Capacity
 from guard.device.readback import Readback
 from guard.policy.model import Policy, PolicySet, Rule
+from guard.program.applicability import RequestFacts
 from guard.program.compile import compile_policies
 from guard.program.program import WORD_BITS
 from guard.program.step_report import NEVER, EventColumn, RequestColumn, StepReport
@@ -33,7 +34,7 @@ class Driven:
     req_id: str
     routing: Routing
     chunks: list[int]
-    enforced: tuple[str, ...] = ()
+    facts: RequestFacts | None = None
     position: int = 0
     events: list[Firing] = field(default_factory=list)
     masked_positions: dict[tuple[str, str], set[int]] = field(default_factory=lambda: defaultdict(set))
@@ -49,7 +50,7 @@ class Driven:
 class Outcome(NamedTuple):
     """A verdict in the form in which device and reference can be compared."""
 
-    firings: list[tuple[int, str, str, tuple[tuple[str, float | None], ...]]]
+    firings: list[tuple[int, str, str, tuple[tuple[str, float | None], ...], bool]]
     masked_positions: dict[tuple[str, str], set[int]]
     blocked: BlockedAt | None
 
@@ -69,7 +70,7 @@ def run(
     ordered = list(policies.ordered_rules())
     for request in requests:
         request.position = request.routing.first_seen
-        guard.add_request(request.req_id, request.routing.num_prompt_tokens, tightened=request.enforced)
+        guard.add_request(request.req_id, request.routing.num_prompt_tokens, request.facts)
     while batch := [r for r in requests if r.position < r.num_positions]:
         step(guard, batch, ordered, padding_rows)
     return guard
@@ -153,9 +154,8 @@ def _note_report(
             Evidence(condition.label, float(value), condition.threshold)
             for condition, value in zip(rule.conditions(), values, strict=False)
         )
-        request.events.append(
-            Firing(int(event[EventColumn.POSITION]), policy.name, rule.name, evidence)
-        )
+        position, exempt = int(event[EventColumn.POSITION]), bool(event[EventColumn.EXEMPT])
+        request.events.append(Firing(position, policy.name, rule.name, evidence, exempt))
     for request, row in zip(batch, report.requests_B, strict=True):
         prompt, output = request.tokens
         request.tokens = (
@@ -201,12 +201,12 @@ def reference_outcome(verdict: Verdict, routing: Routing) -> Outcome:
 
 def _comparable(
     firing: Firing,
-) -> tuple[int, str, str, tuple[tuple[str, float | None], ...]]:
+) -> tuple[int, str, str, tuple[tuple[str, float | None], ...], bool]:
     evidence = tuple(
         (e.condition, None if math.isnan(e.value) else round(e.value + _OFF_THE_EDGE, 7))
         for e in firing.evidence
     )
-    return firing.position, firing.policy, firing.rule, evidence
+    return firing.position, firing.policy, firing.rule, evidence, firing.exempt
 
 
 def prompt_chunks(routing: Routing, sizes: Iterator[int]) -> list[int]:

@@ -15,6 +15,7 @@ from guard.device.layout import Capacity
 from guard.device.readback import Readback
 from guard.events.ledger import Ledger
 from guard.events.message import Delta, RuleFacts
+from guard.program.applicability import RequestFacts
 from guard.program.compile import compile_policies
 from guard.program.program import WORD_BITS, Program
 from guard.program.step_report import StepReport
@@ -46,7 +47,7 @@ class Speculated:
     routing: Routing
     steps: list[Step]
     stop_at: int
-    enforced: tuple[str, ...] = ()
+    facts: RequestFacts | None = None
     position: int = 0
     blocked_at: int | None = None
     is_over: bool = False
@@ -66,17 +67,15 @@ def serve(case: Case, requests: list[Speculated], max_draft_tokens: int) -> Delt
         return None
     capacity = Capacity(MAX_ROWS, 8, program.masks.num_words, max_draft_tokens)
     guard = Guard(program, capacity, torch.device("cpu"))
-    enforced = {request.req_id: request.enforced for request in requests}
     ledger = Ledger(
         0,
         rule_facts(program),
         tuple(program.masks.rule.tolist()),
         len(program.sets),
-        tightened=lambda req_id: enforced[req_id],
         clock=lambda: 0.0,
     )
     for request in requests:
-        guard.add_request(request.req_id, request.routing.num_prompt_tokens, request.enforced)
+        guard.add_request(request.req_id, request.routing.num_prompt_tokens, request.facts)
     # No mask changes what is routed here, which a check of a later step would find.
     with mock.patch("guard.device.check.CHECK_EVERY_STEPS", 10**9):
         while batch := [request for request in requests if not request.is_over]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from guard.policy.model import (
+    ALL_REQUESTS,
     Action,
     All,
     AnyOf,
@@ -37,10 +38,12 @@ from guard.policy.model import (
     Rule,
     Severity,
 )
+from guard.program.applicability import RequestFacts
 from guard.program.topology import MoELayer, Topology
 from guard.program.verdict import Routing
 from tests.conformance.condition_strategies import LOCATION, condition
 from tests.conformance.drawing import GATE_NUMERATORS, ONE_IN_FOUR, WEIGHTS, digits, pick, subset
+from tests.conformance.request_strategies import exceptions, facts, match
 
 MAX_LAYERS, MAX_EXPERTS, MAX_PROMPT, MAX_OUTPUT = 3, 8, 12, 12
 MASK_UNTILS: tuple[MaskUntil, ...] = ("clear", "clear", "request-end", 1, 2, 3, 5)
@@ -50,7 +53,7 @@ class Case(NamedTuple):
     topology: Topology
     policies: PolicySet
     routing: Routing
-    enforced: tuple[str, ...]
+    facts: RequestFacts
 
 
 @st.composite
@@ -194,6 +197,7 @@ def _rule(
         location=LOCATION,
         phase=pick(draw, [Phase.ANY, *Phase]),
         persist=Persist(hits=draw(st.integers(1, of)), of=of),
+        match=match(draw) if pick(draw, ONE_IN_FOUR) else ALL_REQUESTS,
     )
 
 
@@ -208,6 +212,7 @@ def policy_sets(draw: st.DrawFn, topology: Topology) -> PolicySet:
             (method, _mask_set(draw, topology, f"masked-{n}", method))
             for n, method in enumerate(methods)
         ]
+        names = [f"rule-{n}" for n in range(draw(st.integers(1, 3)))]
         policies.append(
             Policy(
                 name=f"policy-{number}",
@@ -217,10 +222,8 @@ def policy_sets(draw: st.DrawFn, topology: Topology) -> PolicySet:
                 experts={
                     expert_set.name: expert_set for expert_set in [*experts, *(s for _, s in mask_sets)]
                 },
-                rules=tuple(
-                    _rule(draw, f"rule-{n}", topology, experts, mask_sets)
-                    for n in range(draw(st.integers(1, 3)))
-                ),
+                rules=tuple(_rule(draw, name, topology, experts, mask_sets) for name in names),
+                exceptions=exceptions(draw, names),
             )
         )
     policies.sort(key=lambda policy: (-policy.severity.rank, policy.name))
@@ -229,9 +232,8 @@ def policy_sets(draw: st.DrawFn, topology: Topology) -> PolicySet:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """A model, policies over it, one request's routing, and audit policies that it enforces."""
+    """A model, policies over it, one request's routing, and what is known of the request."""
     topology = draw(topologies())
     policies = draw(policy_sets(topology))
     audits = [policy.name for policy in policies.policies if policy.mode is Mode.AUDIT]
-    enforced = tuple(name for name in audits if draw(st.booleans()))
-    return Case(topology, policies, draw(routings(topology)), enforced)
+    return Case(topology, policies, draw(routings(topology)), facts(draw, audits))

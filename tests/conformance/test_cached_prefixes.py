@@ -91,7 +91,7 @@ def run(case: Case, plan: Plan) -> tuple[list[Driven], list[Routing]]:
         kept.wide_KX.fill_(1)
     text = case.routing._replace(first_seen=0)
     requests = [
-        Driven(name, text, list(chunks), case.enforced, position=taken)
+        Driven(name, text, list(chunks), case.facts, position=taken)
         for name, chunks, taken in zip("abc", plan.chunks, plan.taken, strict=True)
     ]
     blocks: list[list[int]] = []
@@ -102,7 +102,7 @@ def run(case: Case, plan: Plan) -> tuple[list[Driven], list[Routing]]:
             own = -(-len(text.topk_ids) // plan.block_size) - hit
             new, free = free[:own], free[own:]
             blocks.append([*(blocks[who - 1][:hit] if who else []), *new])
-            guard.add_request(requests[who].req_id, text.num_prompt_tokens, tightened=case.enforced)
+            guard.add_request(requests[who].req_id, text.num_prompt_tokens, case.facts)
             guard.take_from_cache(requests[who].req_id, blocks[who], plan.taken[who])
             unseen[who] |= {p for p in unseen[who - 1] if p < plan.taken[who]} if who else set()
             if kept is not None:
@@ -135,7 +135,7 @@ def check(case: Case, plan: Plan) -> None:
     for request, text, taken in zip(requests, texts, plan.taken, strict=True):
         if plan.blind_steps and request is requests[0]:
             continue  # it went on unjudged; what the others took from it is the question
-        verdict = evaluate(case.policies, case.topology, text, enforced=case.enforced)
+        verdict = evaluate(case.policies, case.topology, text, facts=case.facts)
         assert _from(taken, device_outcome(request, ordered)) == _from(
             taken, reference_outcome(verdict, text)
         )

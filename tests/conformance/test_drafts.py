@@ -8,6 +8,7 @@ from unittest import mock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from guard.program.applicability import RequestFacts
 from guard.program.reference import evaluate
 from guard.program.verdict import Routing, Verdict
 from tests.conformance.drive import Outcome, prompt_chunks, reference_outcome
@@ -18,7 +19,7 @@ MAX_DRAFTS = 4
 
 
 @st.composite
-def speculated(draw: st.DrawFn, name: str, routing: Routing, enforced: tuple[str, ...]) -> Speculated:
+def speculated(draw: st.DrawFn, name: str, routing: Routing, facts: RequestFacts) -> Speculated:
     """A prompt in chunks, then steps of up to `MAX_DRAFTS` drafts, some of which are rejected; the
     engine ends the request at the last position or at some earlier one, often inside a step."""
     routing = routing._replace(first_seen=0)
@@ -32,7 +33,7 @@ def speculated(draw: st.DrawFn, name: str, routing: Routing, enforced: tuple[str
         steps.append(Step(accepted, 1 + drafts - accepted))
         position += accepted
     stop_at = total - 1 if draw(st.booleans()) else draw(st.integers(prompt - 1, total - 1))
-    return Speculated(name, routing, steps, stop_at, enforced)
+    return Speculated(name, routing, steps, stop_at, facts)
 
 
 def _one_by_one(request: Speculated) -> Speculated:
@@ -46,7 +47,7 @@ def _one_by_one(request: Speculated) -> Speculated:
             prompt.append(Step(step.accepted))
             left -= step.accepted
     steps = [*prompt, *(Step(1) for _ in range(output))]
-    return Speculated(request.req_id, routing, steps, request.stop_at, request.enforced)
+    return Speculated(request.req_id, routing, steps, request.stop_at, request.facts)
 
 
 def _verdict(case: Case, request: Speculated) -> Verdict:
@@ -59,7 +60,7 @@ def _verdict(case: Case, request: Speculated) -> Verdict:
         case.policies,
         case.topology,
         counted,
-        enforced=request.enforced,
+        facts=request.facts,
         num_computed_ahead=lambda position: request.last_of_step[position] - position,
     )
 
@@ -74,7 +75,7 @@ def _outcome(request: Speculated, verdict: Verdict) -> Outcome:
 def test_counters_are_the_same_where_most_firings_have_no_evidence(
     case: Case, data: st.DataObject
 ) -> None:
-    request = data.draw(speculated("a", case.routing, case.enforced))
+    request = data.draw(speculated("a", case.routing, case.facts))
     expected = serve(case, [_one_by_one(request)], 0)
     with mock.patch("guard.device.actions.MAX_EVENTS_PER_STEP", 2):
         delta = serve(case, [request], MAX_DRAFTS)
@@ -95,8 +96,8 @@ def test_what_is_told_of_accepted_drafts_is_what_is_told_of_tokens_one_by_one(
 ) -> None:
     other = data.draw(routings(case.topology))
     requests = [
-        data.draw(speculated("a", case.routing, case.enforced)),
-        data.draw(speculated("b", other, ())),
+        data.draw(speculated("a", case.routing, case.facts)),
+        data.draw(speculated("b", other, RequestFacts("b"))),
     ]
     alone = [_one_by_one(request) for request in requests]
     delta = serve(case, requests, MAX_DRAFTS)
@@ -108,8 +109,8 @@ def test_what_is_told_of_accepted_drafts_is_what_is_told_of_tokens_one_by_one(
         verdict = _verdict(case, request)
         firings, masked_positions, blocked = _outcome(request, verdict)
         decided = [d for d in delta.decisions if d.request_id == request.req_id]
-        assert sorted((d.position, d.policy, d.rule) for d in decided) == sorted(
-            firing[:3] for firing in firings
+        assert sorted((d.position, d.policy, d.rule, d.exempt) for d in decided) == sorted(
+            (*firing[:3], firing[4]) for firing in firings
         )
         last = request.stop_at if blocked is None else blocked.position
         assert request.blocked_at == (None if blocked is None else blocked.position)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from guard.program.applicability import RequestFacts
 from guard.program.reference import evaluate
 from tests.conformance.drive import (
     Driven,
@@ -25,14 +26,14 @@ def test_decisions_equal_the_references_in_any_batch_and_chunking(
 ) -> None:
     other = data.draw(routings(case.topology))
     requests = [
-        Driven("a", case.routing, prompt_chunks(case.routing, iter(chunk_sizes)), case.enforced),
-        Driven("b", other, prompt_chunks(other, iter(reversed(chunk_sizes)))),
-        Driven("c", case.routing, [1] * case.routing.num_prompt_tokens, case.enforced),
+        Driven("a", case.routing, prompt_chunks(case.routing, iter(chunk_sizes)), case.facts),
+        Driven("b", other, prompt_chunks(other, iter(reversed(chunk_sizes))), RequestFacts("b")),
+        Driven("c", case.routing, [1] * case.routing.num_prompt_tokens, case.facts),
     ]
     run(case.policies, case.topology, requests, padding_rows=3)
     ordered = list(case.policies.ordered_rules())
     for request in requests:
-        verdict = evaluate(case.policies, case.topology, request.routing, enforced=request.enforced)
+        verdict = evaluate(case.policies, case.topology, request.routing, facts=request.facts)
         assert device_outcome(request, ordered) == reference_outcome(verdict, request.routing)
 
 

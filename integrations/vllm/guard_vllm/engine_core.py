@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import UtilityResult
@@ -16,14 +17,16 @@ from guard.events.ledger import Ending, Ledger
 from guard.events.liveness import Liveness
 from guard.events.message import Delta, Health, Hello, RuleFacts, SetFacts, encode
 from guard.failures import Failures, Stage
-from guard.policy.model import Mode, OnError
+from guard.policy.model import OnError
+from guard.program.applicability import RequestFacts, RulesFor, rules_for
 from guard.program.step_report import StepReport
 from guard_vllm import kv_isolation
 from guard_vllm.client import MESSAGE_CALL_ID, deliver
 from guard_vllm.kv_blocks import KVBlocks, step_starts
 from guard_vllm.parallel import reports_for_all
+from guard_vllm.request_facts import rules_of_request, send_day
 from guard_vllm.settings import Settings
-from guard_vllm.steps import REPORT_ATTRIBUTE, enforced_policies, wrap
+from guard_vllm.steps import REPORT_ATTRIBUTE, wrap
 from guard_vllm.worker import STATUS_METHOD, WorkerStatus
 
 logger = logging.getLogger(__name__)
@@ -60,11 +63,8 @@ class EngineCoreGuard:
         self._kv_blocks: KVBlocks | None = None
         self._can_confirm = False
         self._isolation = kv_isolation.Isolation(status) if status.masking else None
-        self._closed_policies = {
-            rule.policy: rule.mode is Mode.ENFORCE
-            for rule in status.rules
-            if rule.on_error is OnError.CLOSED
-        }
+        self._rules = status.rules
+        self._closed_R = np.array([r.on_error is OnError.CLOSED for r in status.rules], dtype=np.bool_)
         hello = _hello(self._engine, statuses, rules)
         self._liveness = Liveness(
             self._engine,
@@ -79,7 +79,7 @@ class EngineCoreGuard:
             len(status.sets),
             redacted=settings.redact_reasons,
             external_id=external_request_id,
-            tightened=self._tightened,
+            rules_of=self._rules_of,
             liveness=self._liveness,
         )
         wrap(core, "add_request", self._add_request)
@@ -97,7 +97,8 @@ class EngineCoreGuard:
             wrap(scheduler, "_update_request_with_output", self._update_request_with_output)
             wrap(scheduler, "_free_request", self._free_request)
             self._hook_kv_blocks(scheduler)
-        if self._closed_policies and not self._can_confirm and self._is_closed_for(request):
+        send_day(request)
+        if not self._can_confirm and self._is_closed_for(request):
             # Whether a cached prefix was seen is not known, and this request must not go unjudged.
             request.skip_reading_prefix_cache = True
         return stock(request, *args, **kwargs)
@@ -107,18 +108,23 @@ class EngineCoreGuard:
             return
         # What a connector brings was seen by nobody here.
         self._can_confirm = scheduler.connector is None
-        confirms = self._can_confirm and bool(self._closed_policies)
+        confirms = self._can_confirm and bool(self._closed_R.any())
         self._kv_blocks = KVBlocks(
             scheduler, self._kept_group, self._failures, self._is_closed_for if confirms else None
         )
 
-    def _tightened(self, req_id: str) -> tuple[str, ...]:
+    def _rules_of(self, req_id: str) -> RulesFor:
         request = self._core.scheduler.requests.get(req_id)
-        return () if request is None else enforced_policies(request.sampling_params)
+        if request is None:  # it has ended since
+            return rules_for(self._rules, RequestFacts(req_id))
+        return rules_of_request(request, self._revision, self._rules)
 
     def _is_closed_for(self, request: Any) -> bool:
-        named = enforced_policies(request.sampling_params)
-        return any(enforced or name in named for name, enforced in self._closed_policies.items())
+        """Whether a rule that fails closed acts on this request."""
+        if not self._closed_R.any():
+            return False
+        enforced_R = rules_of_request(request, self._revision, self._rules).enforced_R
+        return bool((enforced_R & self._closed_R).any())
 
     def _update_from_output(self, stock: Any, scheduler_output: Any, output: Any) -> Any:
         self._blocked = {}

@@ -11,8 +11,9 @@ from typing import Any
 
 from vllm.v1.core import kv_cache_utils
 
+from guard.program.program import Bools
 from guard_vllm.compat import seam
-from guard_vllm.steps import enforced_policies
+from guard_vllm.request_facts import rules_of_request
 from guard_vllm.worker import WorkerStatus
 
 _START_ATTRIBUTE = "moe_guard_masked_from"
@@ -25,7 +26,7 @@ class Isolation:
     def __init__(self, status: WorkerStatus) -> None:
         self._status = status
         beginning = sorted(set(status.mask_rules) - set(status.static_mask_rules))
-        self._beginning = [status.rules[rule] for rule in beginning]
+        self._beginning = beginning
 
     @property
     def shares_masked(self) -> bool:
@@ -61,8 +62,8 @@ class Isolation:
     def suspect(self, request: Any, position: int) -> None:
         """A step from `position` on was computed, of which nobody said whether it began a mask: that
         would hold from the next position on, and in the output."""
-        named = enforced_policies(request.sampling_params)
-        if any(rule.mode == "enforce" or rule.policy in named for rule in self._beginning):
+        enforced_R = _enforced(request, self._status)
+        if any(enforced_R[rule] for rule in self._beginning):
             self.isolate_from(request, max(position + 1, request.num_prompt_tokens))
 
     def distrust(self, scheduler: Any, request: Any, position: int) -> None:
@@ -97,6 +98,11 @@ class Isolation:
         request.update_block_hashes()
 
 
+def _enforced(request: Any, status: WorkerStatus) -> Bools:
+    """[R] the rules that act on a request."""
+    return rules_of_request(request, status.revision, status.rules).enforced_R
+
+
 def _unname(manager: Any, block_hashes: list[Any]) -> None:
     """Nobody finds blocks of these hashes in the prefix cache any more."""
     pool = manager.block_pool
@@ -110,11 +116,11 @@ def _static_key(request: Any, status: WorkerStatus, end_token_idx: int) -> tuple
     """Requests under the same static masks of the same revision may share their blocks."""
     if not status.static_mask_rules:
         return None
-    named = enforced_policies(request.sampling_params)
+    enforced_R = _enforced(request, status)
     in_force = [
         rule
         for rule in status.static_mask_rules
-        if (status.rules[rule].mode == "enforce" or status.rules[rule].policy in named)
+        if enforced_R[rule]
         and (status.rules[rule].phase != "output" or end_token_idx > request.num_prompt_tokens)
     ]
     if not in_force:

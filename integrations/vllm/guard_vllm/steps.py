@@ -13,9 +13,9 @@ from guard.program.step_report import StepReport
 from guard.runtime import Guard
 from guard_vllm.compat import seam
 from guard_vllm.prefix_evidence import PrefixEvidence
+from guard_vllm.request_facts import facts_of
 
 REPORT_ATTRIBUTE = "moe_guard_report"
-ENFORCE_ARGUMENT = "moe_guard_enforce"
 
 
 class StepHooks:
@@ -60,7 +60,7 @@ class StepHooks:
             self.guard.add_request(
                 request.req_id,
                 len(request.prompt_token_ids or ()),
-                tightened=enforced_policies(request.sampling_params),
+                facts_of(request.req_id, request.sampling_params, request.lora_request),
             )
         if self.prefixes is not None:
             with self.guard.failures.caught(Stage.ADMIT) as attempt:
@@ -74,12 +74,6 @@ class StepHooks:
         if self.armed and self.prefixes is not None:
             with self.guard.failures.caught(Stage.BEGIN_STEP):
                 self.guard.place_rows(slot_mappings(self.prefixes.group))
-
-
-def enforced_policies(sampling_params: Any) -> tuple[str, ...]:
-    """Policies that a request asked to have enforced; the front end has checked the names."""
-    extra_args = getattr(sampling_params, "extra_args", None) or {}
-    return tuple(extra_args.get(ENFORCE_ARGUMENT) or ())
 
 
 def with_report(output: Any, pending: Readback | StepReport | None, guard: Guard) -> Any:

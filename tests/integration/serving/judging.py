@@ -11,6 +11,7 @@ import numpy as np
 
 from guard.policy.load import load_policies
 from guard.policy.model import Block, Mask, PolicySet
+from guard.program.applicability import RequestFacts
 from guard.program.reference import evaluate
 from guard.program.topology import MoELayer, Topology
 from guard.program.verdict import Routing
@@ -66,7 +67,8 @@ def must_decide(
     policies: PolicySet, case: Case, output: Output, enforced: list[str]
 ) -> Counter[tuple[Any, ...]]:
     """(policy, rule, position, mode) of each decision, by the slow reference."""
-    verdict = evaluate(policies, TOPOLOGY, routing(case, output), enforced=enforced)
+    facts = RequestFacts(enforced=frozenset(enforced))
+    verdict = evaluate(policies, TOPOLOGY, routing(case, output), facts=facts)
     return Counter(
         (
             firing.policy,

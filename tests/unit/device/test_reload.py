@@ -8,6 +8,7 @@ import torch
 from guard.device.layout import Capacity
 from guard.errors import ReloadRefusedError
 from guard.policy import parse_policies
+from guard.program.applicability import RequestFacts
 from guard.program.compile import compile_policies
 from guard.program.program import Program
 from guard.program.step_report import EventColumn, RequestColumn, StepReport
@@ -183,7 +184,7 @@ def test_a_static_mask_goes_on_over_a_reload_that_leaves_its_rule_as_it_is() -> 
 
 def test_what_a_request_asked_to_have_enforced_is_known_to_later_programs() -> None:
     engine = ReloadingEngine(policy_text(rule_text(NEVER_TRUE)))
-    engine.guard.add_request("a", 1, tightened=["p"])
+    engine.guard.add_request("a", 1, RequestFacts("a", enforced=frozenset({"p"})))
     engine.guard.add_request("b", 1)
     engine.step({"a": (0, [OTHER]), "b": (0, [OTHER])})
     engine.reload(policy_text(rule_text(COUNT, BLOCK), mode="audit"))

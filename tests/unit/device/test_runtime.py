@@ -9,6 +9,7 @@ import torch
 from guard.device.actions import StepActions
 from guard.device.layout import MAX_EVENTS_PER_STEP
 from guard.failures import Stage
+from guard.program.applicability import RequestFacts
 from guard.program.step_report import NEVER, EventColumn, RequestColumn, StepReport
 from tests.unit.device.driving import (
     BLOCK,
@@ -132,7 +133,7 @@ def test_a_freed_slot_serves_the_next_request() -> None:
 
 def test_a_fault_in_admission_takes_no_slot() -> None:
     engine = Engine(COUNTS, max_slots=1)
-    engine.guard.add_request("a", 1, tightened=7)  # type: ignore[arg-type]
+    engine.guard.add_request("a", 1, facts=7)  # type: ignore[arg-type]
     engine.guard.add_request("b", 1)
 
     report = engine.step({"a": (0, [FLAGGED]), "b": (0, [FLAGGED])})
@@ -385,7 +386,7 @@ def test_a_mask_that_was_released_is_not_reported_in_force() -> None:
 def test_observing_only_audits_every_mask_and_still_blocks() -> None:
     text = policy_text(rule_text(COUNT, MASK) + rule_text(COUNT, BLOCK, name="b"))
     engine = Engine(text, masking=False)
-    engine.guard.add_request("a", 1, tightened=["p"])
+    engine.guard.add_request("a", 1, RequestFacts(enforced=frozenset({"p"})))
 
     report = engine.step({"a": (0, [FLAGGED])})
 
@@ -407,7 +408,7 @@ def test_without_rules_requests_are_remembered_and_nothing_is_reported() -> None
 
 def test_a_request_may_tighten_an_audit_policy_for_itself_alone() -> None:
     engine = Engine(policy_text(rule_text(COUNT, BLOCK), mode="audit"))
-    engine.guard.add_request("a", 1, tightened=["p"])
+    engine.guard.add_request("a", 1, RequestFacts(enforced=frozenset({"p"})))
     engine.guard.add_request("b", 1)
 
     report = engine.step({"a": (0, [FLAGGED]), "b": (0, [FLAGGED])})

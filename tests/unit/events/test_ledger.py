@@ -13,6 +13,7 @@ from guard.events import ledger as ledger_module
 from guard.events.ledger import FLUSH_SECONDS, OUTCOMES, Ending, Ledger
 from guard.events.message import Delta, RuleFacts
 from guard.failures import Stage
+from guard.program.applicability import RulesFor
 from guard.program.step_report import DraftReport, Judged, StepReport
 from tests.unit.events.reports import Row, failed, report, rule
 
@@ -35,11 +36,9 @@ def make(
     redacted: bool = False,
     clock: Callable[[], float] | None = None,
     mask_rules: tuple[int, ...] = (1,),
-    tightened: Callable[[str], tuple[str, ...]] = lambda _: (),
+    rules_of: Callable[[str], RulesFor] | None = None,
 ) -> Ledger:
-    return Ledger(
-        0, rules, mask_rules, 1, redacted=redacted, tightened=tightened, clock=clock or Clock()
-    )
+    return Ledger(0, rules, mask_rules, 1, redacted=redacted, rules_of=rules_of, clock=clock or Clock())
 
 
 def everyone(_: str) -> bool:
@@ -234,9 +233,12 @@ def test_an_unjudged_request_is_blocked_where_an_enforced_rule_is_closed(step: S
     assert take(ledger).outcomes == {"blocked": 1}
 
 
-def test_a_closed_rule_in_audit_blocks_a_request_that_tightened_it() -> None:
-    ledger = make(closed("audit"), tightened=lambda req_id: ("p",) if req_id == "a" else ())
+def test_a_closed_rule_blocks_only_requests_on_which_it_acts() -> None:
+    def rules_of(req_id: str) -> RulesFor:
+        flags_R = np.array([req_id == "a"] * len(closed()), dtype=np.bool_)
+        return RulesFor(flags_R, flags_R, ~flags_R)
 
+    ledger = make(closed("audit"), rules_of=rules_of)
     assert ledger.begin_step(failed("a", "b"), everyone) == {"a": Ending("moe_guard:p/shut")}
 
 

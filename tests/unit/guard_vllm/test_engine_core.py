@@ -114,6 +114,7 @@ def request(req_id: str, *enforce: str) -> Any:
         resumable=False,
         skip_reading_prefix_cache=False,
         sampling_params=SimpleNamespace(extra_args={"moe_guard_enforce": list(enforce)}),
+        lora_request=None,
         is_finished=lambda: False,
     )
 

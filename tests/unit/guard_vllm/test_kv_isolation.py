@@ -41,6 +41,7 @@ def request(req_id: str = "a", prompt: int = 20, enforce: list[str] | None = Non
         request_id=req_id,
         num_prompt_tokens=prompt,
         sampling_params=SimpleNamespace(extra_args=extra),
+        lora_request=None,
     )
 
 

@@ -50,7 +50,7 @@ class Guard:
 
     def finish_requests(self, req_ids: Any) -> None: ...
 
-    def add_request(self, req_id: str, prompt_tokens: int, tightened: Any = ()) -> None:
+    def add_request(self, req_id: str, prompt_tokens: int, facts: Any = None) -> None:
         self.prompts.append(prompt_tokens)
 
     def begin_step(self, req_ids: Any, query_start_B1: Any, position_T: torch.Tensor) -> None:

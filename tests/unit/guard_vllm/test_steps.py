@@ -12,6 +12,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from guard.device.readback import Readback
 from guard.errors import UnsupportedHostError
 from guard.failures import Failures
+from guard.program.applicability import RequestFacts
 from guard.program.step_report import StepReport
 
 REPORT = StepReport.of_failed_step("rev", ["a"], {})
@@ -27,8 +28,9 @@ class Recorder:
     def idle(self) -> None:
         self.calls.append("idle")
 
-    def add_request(self, req_id: str, prompt: int, tightened: Any = ()) -> None:
-        self.calls.append(("add", req_id, prompt, tuple(tightened)))
+    def add_request(self, req_id: str, prompt: int, facts: RequestFacts) -> None:
+        assert facts.request_id == req_id
+        self.calls.append(("add", req_id, prompt, tuple(facts.enforced)))
 
     def finish_requests(self, req_ids: Any) -> None:
         self.calls.append(("finish", *sorted(req_ids)))
@@ -58,7 +60,9 @@ def hooked(*, armed: bool = True) -> tuple[Runner, StepHooks, list[Any]]:
 
 def new_request(req_id: str, prompt: list[int] | None, extra: Any) -> Any:
     params = None if extra == "none" else SimpleNamespace(extra_args=extra)
-    return SimpleNamespace(req_id=req_id, prompt_token_ids=prompt, sampling_params=params)
+    return SimpleNamespace(
+        req_id=req_id, prompt_token_ids=prompt, sampling_params=params, lora_request=None
+    )
 
 
 def scheduled(*new: Any, finished: tuple[str, ...] = ()) -> Any:

@@ -39,6 +39,7 @@ from guard.policy.model import (
     TogetherIn,
     Window,
 )
+from guard.program.applicability import RequestFacts
 from guard.program.reference import evaluate
 from guard.program.topology import MoELayer, Topology
 from guard.program.verdict import BlockedAt, Evidence, MaskInterval, Routing, Verdict
@@ -180,7 +181,7 @@ def test_firings_come_by_position_then_in_deciding_order() -> None:
 
 def test_a_policy_that_is_off_is_skipped_even_if_a_request_enforces_it() -> None:
     silent = policies(policy(rule(then=mask()), rule(then=Block()), mode=Mode.OFF))
-    verdict = evaluate(silent, ONE_LAYER, routing("F|F"), enforced=["p"])
+    verdict = evaluate(silent, ONE_LAYER, routing("F|F"), facts=RequestFacts(enforced=frozenset({"p"})))
     assert verdict == Verdict((), (), None)
 
 
@@ -504,7 +505,7 @@ def test_evidence_names_every_condition_in_the_order_written() -> None:
             ALWAYS,
         )
     )
-    ((_, _, _, evidence),) = run("F|", rule(when)).firings
+    ((_, _, _, evidence, _),) = run("F|", rule(when)).firings
     assert math.isnan(evidence[0].value)
     assert (evidence[0].condition, evidence[0].threshold) == ("count", 1.0)
     assert evidence[1:] == (
@@ -613,7 +614,7 @@ def test_a_request_can_enforce_the_audit_policies_that_it_names() -> None:
         policy(rule(then=mask()), name="a", mode=Mode.AUDIT),
         policy(rule(then=mask()), name="b", mode=Mode.AUDIT),
     )
-    verdict = evaluate(audits, ONE_LAYER, routing("F|F"), enforced={"b"})
+    verdict = evaluate(audits, ONE_LAYER, routing("F|F"), facts=RequestFacts(enforced=frozenset({"b"})))
     assert verdict.masks == (MaskInterval("b", "r", 1, None),)
 
 

@@ -14,8 +14,7 @@ from guard.errors import GuardError
 from guard_vllm.compat import seam
 from guard_vllm.frontend.blocked import MARK, Sources, is_blocked
 from guard_vllm.frontend.patching import Argument, Function, wrap
-
-ENFORCE = "moe_guard_enforce"
+from guard_vllm.request_facts import ENFORCE
 
 
 class RequestArgumentError(GuardError):
