@@ -79,6 +79,8 @@ class Server:
     decision_log: Path
     log: Path
     client: openai.OpenAI
+    policies: Path
+    pid: int  # of `moe-guard serve`
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of the samples with these labels, as Prometheus would scrape them."""
@@ -120,16 +122,18 @@ def serving(
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-    server = Server(address, folder / "decisions.jsonl", folder / "server.log", client)
+    decision_log, log_path = folder / "decisions.jsonl", folder / "server.log"
     command = [sys.executable, "-c", "from guard.cli import main; main()", "serve", str(model)]
-    command += ["--policies", str(policy_folder), "--decision-log", str(server.decision_log)]
+    command += ["--policies", str(policy_folder), "--decision-log", str(decision_log)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16", *arguments]
     checkout = (*python_path, _CHECKOUT, _CHECKOUT / "integrations" / "vllm")
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})}
     env["PYTHONPATH"] = os.pathsep.join(map(str, checkout))
-    with server.log.open("wb") as log:
+    with log_path.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+    policy_file = policy_folder / "all.yaml"
+    server = Server(address, decision_log, log_path, client, policy_file, process.pid)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while "MoE Guard is live; metrics" not in server.log.read_text(errors="replace"):

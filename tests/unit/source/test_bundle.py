@@ -6,6 +6,8 @@ import gzip
 import tarfile
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from guard.policy import PolicyError, PolicyTexts, load_texts
 from guard.source import bundle as bundles
@@ -156,3 +158,30 @@ def test_what_is_no_whole_archive_is_refused(data: bytes) -> None:
 
 def test_an_empty_bundle_is_an_empty_set() -> None:
     assert names(read_bundle(archive(), "b.tar.gz")) == []
+
+
+PLAIN = gzip.decompress(
+    archive(
+        member("policies/a.yaml", policy("a", profile="../m.json")),
+        member("m.json", PROFILE),
+        (tarfile.TarInfo("x" * 150 + ".yaml"), b""),
+    )
+)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, len(PLAIN) - 1), st.integers(0, 255)), min_size=1, max_size=20),
+    st.integers(0, len(PLAIN)),
+)
+def test_a_damaged_archive_is_read_or_refused_and_nothing_else(
+    changes: list[tuple[int, int]], end: int
+) -> None:
+    data = bytearray(PLAIN)
+    for place, value in changes:
+        data[place] = value
+    for damaged in (data, data[:end]):
+        try:
+            load_texts(read_bundle(gzip.compress(bytes(damaged), 1), "b.tar.gz"))
+        except PolicyError as error:
+            if not str(error).startswith("b.tar.gz"):
+                raise
