@@ -27,6 +27,7 @@ class CarryOver:
             return torch.from_numpy(array).to(device)
 
         self._signal_X = put(succession.signal)
+        self._histogram_H = put(succession.histogram)
         self._rule_R = put(succession.rule)
         self._condition_C = put(succession.condition)
         self._action_A = put(succession.action)
@@ -69,6 +70,9 @@ class CarryOver:
             )
             getattr(new, total)[slots_N] = _taken(total_NX, columns, 0)
             getattr(new, recent)[slots_N] = _taken(recent_NQX, columns, 0)
+        histogram_NLEH = old.histogram_SHLE[slots_N].permute(0, 2, 3, 1)
+        new.histogram_SHLE[slots_N] = _taken(histogram_NLEH, self._histogram_H, 0).permute(0, 3, 1, 2)
+        _carry_recent_experts(old, new, slots_N, next_N)
         new.prompt_sum_SX[slots_N] = _taken(old.prompt_sum_SX[slots_N], self._signal_X, 0)
         new.extreme_SC[slots_N] = _taken(old.extreme_SC[slots_N], self._condition_C, float("nan"))
         was_enforced_NR = _taken(old.enforced_SR[slots_N], self._rule_R, False)
@@ -121,6 +125,24 @@ class CarryOver:
         new.mask_to_SIA[slots_N] = torch.where(
             begins_N1A, torch.cat([stop_NA[:, None], to_NIA[:, :-1]], dim=1), to_NIA
         )
+
+
+def _carry_recent_experts(
+    old: SlotState, new: SlotState, slots_N: torch.Tensor, next_N: torch.Tensor
+) -> None:
+    """What is there of the tokens that the new ring has room for. Windows that are new do not count
+    them, by their epoch; one that goes on found them all in the old ring."""
+    kept, size = old.recent_position_SQ.shape[1], new.recent_position_SQ.shape[1]
+    if not kept or not size:
+        return
+    last_N1 = next_N[:, None] - 1
+    place_Q = torch.arange(size, device=next_N.device)
+    position_NQ = last_N1 - (last_N1 - place_Q).remainder(size)
+    slots_N1, place_NQ = slots_N[:, None], position_NQ.remainder(kept)
+    is_there_NQ = old.recent_position_SQ[slots_N1, place_NQ] == position_NQ
+    new.recent_position_SQ[slots_N] = position_NQ.where(is_there_NQ, -1)
+    new.recent_epoch_SQ[slots_N] = old.recent_epoch_SQ[slots_N1, place_NQ]
+    new.recent_chosen_SQC[slots_N] = old.recent_chosen_SQC[slots_N1, place_NQ]
 
 
 def _taken(values_NX: torch.Tensor, column_X: torch.Tensor, fill: float) -> torch.Tensor:

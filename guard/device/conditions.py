@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from guard.program.distribution_table import DistributionTable
 from guard.program.program import ConditionTable, ExpressionTable, Floats, Transform
 
 FALSE, UNKNOWN, TRUE = 0, 1, 2
@@ -21,7 +22,13 @@ class ConditionValues(NamedTuple):
 class ConditionEvaluator:
     """value = transform(numerator / denominator + bias), compared with the threshold, in float64."""
 
-    def __init__(self, table: ConditionTable, scale_M: Floats, device: torch.device) -> None:
+    def __init__(
+        self,
+        table: ConditionTable,
+        distributions: DistributionTable,
+        scale_M: Floats,
+        device: torch.device,
+    ) -> None:
         """scale_M: [M] what a reading's whole number is divided by."""
 
         def put(array: object) -> torch.Tensor:
@@ -40,6 +47,7 @@ class ConditionEvaluator:
         limit_C = table.limit * table.sign
         self._highest_met = put(limit_C + table.tolerance)
         self._lowest_met = put(limit_C - table.tolerance)
+        self._distribution_D = put(distributions.condition)
         self._is_log = put(table.transform == Transform.NEGATIVE_LOG)
         self._is_logistic = put(table.transform == Transform.LOGISTIC)
         self._transforms = bool(table.transform.any())
@@ -47,7 +55,10 @@ class ConditionEvaluator:
         self._strict = put(table.strict)
         self._always = put(table.always)
 
-    def evaluate(self, reading_TM: torch.Tensor) -> ConditionValues:
+    def evaluate(
+        self, reading_TM: torch.Tensor, distribution_TD: torch.Tensor | None = None
+    ) -> ConditionValues:
+        """distribution_TD: what the conditions on distributions are compared by; NaN where unknown"""
         tokens_TC = reading_TM[:, self._tokens]
         denominator_TC = tokens_TC * self._per_token + self._constant
         if self._has_mass:
@@ -58,6 +69,9 @@ class ConditionEvaluator:
         quotient_TC = numerator_TC / denominator_TC.where(known_TC, 1.0)
         if self._transforms:
             quotient_TC = torch.where(self._is_log, -quotient_TC.log(), quotient_TC)
+        if distribution_TD is not None:
+            known_TC[:, self._distribution_D] &= ~distribution_TD.isnan()
+            quotient_TC[:, self._distribution_D] = distribution_TD
         signed_TC = quotient_TC * self._sign
         holds_TC = torch.where(
             self._strict, signed_TC > self._highest_met, signed_TC >= self._lowest_met

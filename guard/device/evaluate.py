@@ -6,6 +6,7 @@ import torch
 
 from guard.device.actions import StepActions
 from guard.device.conditions import ConditionEvaluator, ConditionValues, ExpressionEvaluator
+from guard.device.distributions import DistributionEvaluator, unpack_experts
 from guard.device.drafts import DraftDecisions, split_drafts
 from guard.device.evidence import SignalReducer
 from guard.device.readback import StepDecisions
@@ -28,10 +29,19 @@ class StepEvaluator:
     def __init__(self, program: Program, device: torch.device, max_draft_tokens: int = 0) -> None:
         """max_draft_tokens: that a request can have in a step; 0 where nothing is speculated."""
         readings = program.readings
-        self._signals = SignalReducer(program.signals, program.topology, device)
+        self._signals = SignalReducer(program.signals, program.distributions, program.topology, device)
         self._windows = WindowReader(readings, device)
         self._conditions = ConditionEvaluator(
-            program.conditions, program.signals.scale[readings.signal], device
+            program.conditions, program.distributions, program.signals.scale[readings.signal], device
+        )
+        self._num_linear = program.signals.num_linear
+        self._distribution_table = program.distributions
+        self._distributions = (
+            DistributionEvaluator(
+                program.distributions, program.signals.token_epochs, device, max_draft_tokens
+            )
+            if program.distributions.num_conditions
+            else None
         )
         self._expressions = ExpressionEvaluator(program.expressions, device)
         self._rules = RuleEvaluator(program.rule_table, device)
@@ -44,8 +54,7 @@ class StepEvaluator:
         )
 
     def signals(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
-        """int64 [T, X]: the evidence of the tap's first `num_rows` rows, which is their signals but for
-        the indicators."""
+        """int64 [T, columns]: the evidence of the tap's first `num_rows` rows."""
         return self._signals.reduce(tap, num_rows)
 
     def evaluate(
@@ -66,9 +75,15 @@ class StepEvaluator:
             these rows; a mask that begins now begins there
         """
         fresh = FreshRows.of(batch, state, evidence_TX[:, TOKEN_SIGNAL] != 0, rejected_B)
-        signal_TX = self._signals.with_indicators(evidence_TX) * fresh.fresh_T[:, None]
+        signal_TX = self._signals.signals(evidence_TX) * fresh.fresh_T[:, None]
         sums = RunningSums(signal_TX, batch, fresh, state.sum_SX, state.recent_sum_SQX)
-        values = self._conditions.evaluate(self._windows.read(sums, batch, fresh, state))
+        reading_TM = self._windows.read(sums, batch, fresh, state)
+        chosen_TC, distribution_TD = None, None
+        if self._distributions is not None:
+            words_TX = evidence_TX[:, self._num_linear :]
+            chosen_TC = unpack_experts(words_TX, self._distribution_table)
+            distribution_TD = self._distributions.read(chosen_TC, signal_TX, batch, fresh, state)
+        values = self._conditions.evaluate(reading_TM, distribution_TD)
         holds_TR = self._expressions.holds(values.truth_TC)
         results = self._rules.evaluate(holds_TR, signal_TX, batch, fresh, state)
         signed_TC = self._signed(values, results)
@@ -78,6 +93,8 @@ class StepEvaluator:
         self._keep_extremes(signed_TC, fresh, state)
         before_BX = state.sum_SX[batch.slots_B]
         sums.keep()
+        if self._distributions is not None and chosen_TC is not None:
+            self._distributions.keep(chosen_TC, signal_TX, batch, fresh, state)
         seen_BX = state.sum_SX[batch.slots_B] - before_BX
         decisions = self._actions.apply(
             results, values.value_TC, sums.at_row_TX, seen_BX, batch, fresh, state, computed_B

@@ -31,7 +31,9 @@ class KeptEvidence:
     """Evidence by KV slot, block · block_size + offset. The last row is a dustbin: padding goes there.
 
     written_K: int32, 1 + the generation of the program that wrote the slot; 0: nothing counts as seen
-    narrow_KX: unit and spread signals; wide_KX: int64, mass signals. Columns as in `KeptColumns`
+    narrow_KX: unit and spread signals
+    wide_KX: int64, mass signals, and the tokens' experts where the program asks for them
+    Their columns are as in `KeptColumns`.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class KeptEvidence:
         def put(array: object, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.as_tensor(array, dtype=dtype, device=self._device)
 
-        keys = signals.keys[: signals.num_evidence]
+        keys = signals.evidence_keys
         first_unit = signals.num_token_signals
         first_mass = first_unit + signals.num_narrow
         narrow = _places(keys[first_unit:first_mass], place_of, widths.num_narrow)
@@ -116,7 +118,7 @@ class KeptEvidence:
             narrow_place=put(narrow),
             wide_place=put(wide),
             epochs=put(signals.token_epochs, torch.int32),
-            token_signal=put(signals.token_signal[: signals.num_evidence]),
+            token_signal=put(signals.evidence_token_signal),
             room=room,
         )
 
@@ -191,7 +193,7 @@ class KeptEvidence:
 class KeptColumns:
     """Where a program's signals are in `KeptEvidence`.
 
-    place_of: by its key, the column of each signal of the evidence but tokens
+    place_of: by its key, the column of each column of the evidence but tokens
     tag: what `written_K` gets
     narrow_source, wide_source: for each column the signal that is written there
     narrow_place, wide_place: for each signal the column that it is read from
@@ -241,6 +243,4 @@ def _widths(signals: SignalTable, topology: Topology) -> _Widths:
     narrow = next(
         dtype for dtype in (torch.int16, torch.int32, torch.int64) if bound <= torch.iinfo(dtype).max
     )
-    return _Widths(
-        narrow, _rounded(signals.num_narrow), _rounded(len(signals.mass) + len(signals.layer_mass))
-    )
+    return _Widths(narrow, _rounded(signals.num_narrow), _rounded(signals.num_wide))

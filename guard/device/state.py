@@ -43,6 +43,10 @@ class SlotState:
     exempt_SR         whether an exception withholds its action
     mask_from_SIA, mask_to_SIA   the positions at which a mask action is in force, the latest of
                       `MASK_INTERVALS` stretches first
+    histogram_SHLE    int32, selections of each expert in a named window
+    recent_chosen_SQC, recent_position_SQ, recent_epoch_SQ   for distributions over so many tokens: the
+                      experts of position p at p % Q, each as its id + 1, p itself, and the latest epoch
+                      that has seen it
     block_key_S       (position, rule) of the first block as position·R + rule
     extreme_SC        each condition's value nearest to, or furthest beyond, its threshold; NaN: none
     """
@@ -83,6 +87,17 @@ class SlotState:
         self.mask_to_SIA = full(NEVER, MASK_INTERVALS, num_actions)
         self.block_key_S = full(NEVER)
         self.extreme_SC = full(float("nan"), program.conditions.num_conditions, dtype=torch.float64)
+        distributions = program.distributions
+        layers, experts = len(program.topology.layers), program.topology.max_experts
+        self.histogram_SHLE = full(0, distributions.num_histograms, layers, experts, dtype=torch.int32)
+        kept = distributions.recent_positions
+        self.recent_position_SQ = full(-1, kept)
+        self.recent_epoch_SQ = full(0, kept, dtype=torch.int32)
+        self.recent_chosen_SQC = torch.zeros(
+            (num_slots, kept, distributions.chosen_per_token if kept else 0),
+            dtype=getattr(torch, distributions.expert_type.name),
+            device=device,
+        )
         self._staged: dict[int, Admission] = {}  # by slot, which may change hands between steps
 
     def grow(self) -> range:
@@ -117,8 +132,10 @@ class SlotState:
             self.hits_SR,
             self.recent_hits_SHR,
             self.active_SR,
+            self.histogram_SHLE,
         ):
             zeroed.index_fill_(0, slots, 0)
+        self.recent_position_SQ.index_fill_(0, slots, -1)
         self.block_key_S.index_fill_(0, slots, NEVER)
         self.extreme_SC.index_fill_(0, slots, float("nan"))
         self.next_position_S[slots] = self._to_device(next_position_np)

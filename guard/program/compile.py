@@ -50,21 +50,22 @@ def compile_policies(policies: PolicySet, topology: Topology, after: Program | N
         raise PolicyError(faults)
     ordered = list(policies.ordered_rules())
     generation = 0 if after is None else after.generation + 1
-    counted = after.signals if after is not None and after.rules else None
+    counted = after if after is not None and after.rules else None
     builder = SignalBuilder(topology, counted, generation)
     named_sets = [
         (policy.name, name, builder.members(expert_set.weights))
         for policy in sorted({p.name: p for p, _ in ordered}.values(), key=lambda p: p.name)
         for name, expert_set in policy.experts.items()
     ]
-    conditions = ConditionBuilder(builder)
+    conditions = ConditionBuilder(builder, topology)
     expressions = ExpressionBuilder(conditions.number_of)
     condition_rows = []
     for _, rule in ordered:
         conditions.add_rule(rule)
         expressions.add_rule(rule.when)
         condition_rows.append([conditions.number_of(condition) for condition in rule.conditions()])
-    signals, readings = builder.tables()
+    distributions = conditions.distributions()
+    signals, readings = builder.tables(distributions)
     condition_table, keys = conditions.table(), RuleKeys()
     return Program(
         revision=policies.revision,
@@ -72,6 +73,7 @@ def compile_policies(policies: PolicySet, topology: Topology, after: Program | N
         signals=signals,
         readings=readings,
         conditions=condition_table,
+        distributions=distributions,
         expressions=expressions.table(len(conditions)),
         rule_table=_rule_table(
             [rule for _, rule in ordered], condition_rows, readings.signal[condition_table.tokens]

@@ -13,8 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from guard.policy.model import Condition, ConditionKind, Phase, Rule
+from guard.program.distribution_table import DistributionTable
+from guard.program.distributions import DistributionBuilder
 from guard.program.program import ConditionTable, Transform
 from guard.program.signals import TOKENS, Signal, SignalBuilder
+from guard.program.topology import Topology
 from guard.program.verdict import CLOSE
 
 
@@ -33,8 +36,9 @@ class Terms(NamedTuple):
 class ConditionBuilder:
     """Numbers a rule's conditions and lays them out; a condition's phase is its rule's."""
 
-    def __init__(self, builder: SignalBuilder) -> None:
+    def __init__(self, builder: SignalBuilder, topology: Topology) -> None:
         self._builder = builder
+        self._distributions = DistributionBuilder(builder, topology)
         self._number_of: dict[int, int] = {}
         self._rows: list[tuple[Terms, Condition]] = []
 
@@ -46,7 +50,9 @@ class ConditionBuilder:
 
     def add_rule(self, rule: Rule) -> None:
         for condition in rule.conditions():
-            self._number_of[id(condition)] = len(self._rows)
+            number = self._number_of[id(condition)] = len(self._rows)
+            if condition.kind.reads_distribution:
+                self._distributions.add(number, condition, rule.phase)
             self._rows.append((self._terms(condition, rule.phase), condition))
 
     def _terms(self, condition: Condition, phase: Phase) -> Terms:
@@ -62,6 +68,7 @@ class ConditionBuilder:
             score against ln(p/(1-p)): what meets its threshold on paper, at p = 1/2, meets it here
         coactivation: tokens of W in which at least so many members of F, or members of F in at least
             so many layers, were chosen together: one expert alone is ambiguous
+        divergence, entropy, concentration: see `Statistic`; only |W| is read here
         suppressed: ln((b+e)/(r+e)), b the mean baseline rate of F's experts, r their rate in W and
             e = 0.5/(|W||F|); by |W||F|, and with B = Σ of the baseline rates,
             -ln((count + 0.5) / (B|W| + 0.5)). After RouteHijack (2605.02946), which keeps safety
@@ -76,6 +83,9 @@ class ConditionBuilder:
             """The signal, and the tokens that it has seen."""
             return reading(signal), reading(builder.tokens_of(signal))
 
+        if condition.kind.reads_distribution:
+            tokens = reading(builder.tokens_of(self._distributions.source(over, phase)))
+            return Terms(tokens, tokens, constant=1.0)
         if condition.kind is ConditionKind.ALWAYS:
             tokens = reading(TOKENS)
             return Terms(tokens, tokens, constant=1.0)
@@ -111,7 +121,11 @@ class ConditionBuilder:
                     transform=Transform.NEGATIVE_LOG,
                 )
             case _:
-                raise AssertionError(f"{condition.kind} is not compiled yet")
+                raise AssertionError(f"{condition.kind} has no terms")
+
+    def distributions(self) -> DistributionTable:
+        """Raises PolicyError where requests would have to keep too much for them."""
+        return self._distributions.table()
 
     def table(self) -> ConditionTable:
         terms, conditions = [t for t, _ in self._rows], [c for _, c in self._rows]

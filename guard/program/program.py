@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ from guard.policy.model import (
     RequestMatch,
     Severity,
 )
+from guard.program.distribution_table import DistributionTable
 from guard.program.topology import Topology
 
 Ints = NDArray[np.int64]
@@ -110,7 +112,8 @@ class IndicatorTable:
 class SignalTable:
     """Numbers of a token's routing, in the order: tokens, unit, spread, mass, layer mass, indicators.
 
-    All but the indicators are sums over layers, and are the token's *evidence*.
+    All but the indicators are sums over layers. They are the token's *evidence*, together with its
+    experts themselves, where a condition reads how these are distributed.
 
     Signals that came with one program share an *epoch*, its generation: they have seen the same tokens.
     Each epoch in use has a token signal, the oldest one first.
@@ -122,6 +125,8 @@ class SignalTable:
     scale: [X]; a signal's true value is its integer divided by this
     keys: [X]; a signal of equal content and epoch in another program is the same, and goes on
     epochs: [X]
+    routing_words: columns of the evidence, behind its signals, that hold the token's experts
+    routing_epoch: the oldest that a distribution is read of
     """
 
     unit: SparseWeights
@@ -132,14 +137,22 @@ class SignalTable:
     spread: SparseWeights = field(default_factory=SparseWeights.none)
     layer_mass: SparseWeights = field(default_factory=SparseWeights.none)
     indicators: IndicatorTable = field(default_factory=IndicatorTable.none)
+    routing_words: int = 0
+    routing_epoch: int = 0
 
     @property
     def num_signals(self) -> int:
         return len(self.scale)
 
     @property
-    def num_evidence(self) -> int:
+    def num_linear(self) -> int:
+        """Signals that are sums over layers."""
         return self.num_signals - len(self.indicators.signal)
+
+    @property
+    def num_evidence(self) -> int:
+        """Columns of what is known of a token, from which everything else follows."""
+        return self.num_linear + self.routing_words
 
     @property
     def num_narrow(self) -> int:
@@ -148,7 +161,25 @@ class SignalTable:
 
     @property
     def num_token_signals(self) -> int:
-        return self.num_evidence - self.num_narrow - len(self.mass) - len(self.layer_mass)
+        return self.num_linear - self.num_narrow - len(self.mass) - len(self.layer_mass)
+
+    @property
+    def num_wide(self) -> int:
+        """Columns of the evidence that take 64 bits: mass signals, and those of the experts."""
+        return self.num_evidence - self.num_token_signals - self.num_narrow
+
+    @property
+    def evidence_keys(self) -> tuple[str, ...]:
+        """Of each column of the evidence. That of experts is the same in every program."""
+        words = (f"experts, word {number}" for number in range(self.routing_words))
+        return (*self.keys[: self.num_linear], *words)
+
+    @property
+    def evidence_token_signal(self) -> Ints:
+        """Of each column of the evidence, the token signal of its epoch."""
+        of_signals = self.token_signal[: self.num_linear].tolist()
+        of_words = [self.token_epochs.index(self.routing_epoch)] if self.routing_words else []
+        return np.array(of_signals + of_words * self.routing_words, dtype=np.int64)
 
     @property
     def token_epochs(self) -> tuple[int, ...]:
@@ -392,6 +423,14 @@ class NamedSet:
     signal: int  # a unit signal with weight 1 on the set's experts
 
 
+class DistributionBytes(NamedTuple):
+    """What conditions on distributions make the data plane keep: a slot for each request, and evidence
+    for each cached token."""
+
+    slot: int
+    cached_token: int
+
+
 @dataclass(frozen=True)
 class Program:
     """What the data plane runs. Made by `compile_policies`, bound to one topology, never changed.
@@ -404,6 +443,7 @@ class Program:
     signals: SignalTable
     readings: ReadingTable
     conditions: ConditionTable
+    distributions: DistributionTable
     expressions: ExpressionTable
     rule_table: RuleTable
     masks: MaskTable
@@ -411,6 +451,10 @@ class Program:
     sets: tuple[NamedSet, ...]
     policies: tuple[str, ...]
     generation: int = 0
+
+    @property
+    def distribution_bytes(self) -> DistributionBytes:
+        return DistributionBytes(self.distributions.slot_bytes, 8 * self.signals.routing_words)
 
     @cached_property
     def is_mask_rule(self) -> Bools:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -30,6 +31,7 @@ from guard.policy.model import (
     Phase,
     Policy,
     PolicySet,
+    Reduce,
     RequestMatch,
     Rule,
     TogetherIn,
@@ -283,8 +285,7 @@ def _value(
     tokens = _seen_tokens(condition, phase, position, routing)
     if not tokens or len(tokens) < condition.min_tokens:
         return None
-    assert condition.experts is not None, f"`{condition.kind}` reads an expert set"
-    weights = _weights_in(topology, condition.experts)
+    weights = {} if condition.experts is None else _weights_in(topology, condition.experts)
     layers = {expert.layer for expert in weights}
 
     count = 0
@@ -309,6 +310,10 @@ def _value(
             return score / len(tokens)
         case ConditionKind.COACTIVATION:
             return Fraction(sum(_is_together(condition, t, weights, topology, routing) for t in tokens))
+        case ConditionKind.DIVERGENCE | ConditionKind.ENTROPY | ConditionKind.CONCENTRATION:
+            if position < routing.num_prompt_tokens - 1:
+                return None
+            return _of_distribution(condition, tokens, topology, routing)
         case ConditionKind.SUPPRESSED:
             return _suppressed(condition, count, len(tokens), list(weights)) if weights else None
         case _:
@@ -339,6 +344,47 @@ def _suppressed(condition: Condition, count: int, num_tokens: int, experts: list
     smoothing = Fraction(1, 2) / selections
     baseline = sum(Fraction(condition.baselines.rate(expert)) for expert in experts) / len(experts)
     return math.log((baseline + smoothing) / (Fraction(count, selections) + smoothing))
+
+
+def _of_distribution(
+    condition: Condition, tokens: list[int], topology: Topology, routing: Routing
+) -> float | None:
+    """Of each layer's selections in the window; the mean or the greatest of layers that had any."""
+    counts: dict[int, Counter[int]] = {layer.number: Counter() for layer in topology.layers}
+    for token in tokens:
+        for expert, _ in _chosen(token, topology, routing):
+            counts[expert.layer][expert.id] += 1
+    values = []
+    for layer in topology.layers:
+        selections = counts[layer.number].total()
+        if not selections:
+            continue
+        shares = [counts[layer.number][e] / selections for e in range(layer.num_experts)]
+        match condition.kind:
+            case ConditionKind.ENTROPY:
+                values.append(1 / sum(p * p for p in shares))
+            case ConditionKind.CONCENTRATION:
+                values.append(max(shares) * layer.num_experts / layer.top_k)
+            case _:
+                assert condition.baselines is not None
+                rates = condition.baselines.rates.get(layer.number, ())
+                if sum(rates):
+                    values.append(_jensen_shannon(shares, [rate / sum(rates) for rate in rates]))
+    if not values:
+        return None
+    if condition.kind is ConditionKind.DIVERGENCE and condition.reduce is Reduce.MAX:
+        return max(values)
+    return sum(values) / len(values)
+
+
+def _jensen_shannon(p: list[float], q: list[float]) -> float:
+    """Half of each one's divergence from their mean, in natural logarithms."""
+    total = 0.0
+    for one, other in ((p, q), (q, p)):
+        for a, b in zip(one, other, strict=True):
+            if a:
+                total += a * math.log(2 * a / (a + b)) / 2
+    return total
 
 
 def _seen_tokens(condition: Condition, phase: Phase, position: int, routing: Routing) -> list[int]:

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.policy.model import Expert, NamedWindow, Phase, Together, TogetherIn, Window
+from guard.program.distribution_table import DistributionTable
 from guard.program.program import (
     TOKEN_SIGNAL,
     Floats,
     IndicatorTable,
+    Program,
     ReadingTable,
     SignalTable,
     SparseWeights,
@@ -26,7 +28,7 @@ FIXED_POINT = 10**9
 """Nine decimals: every decimal weight an operator is likely to write is whole at this scale, and a gate
 weight in float32 (24 significant bits) loses nothing that a threshold could tell."""
 
-SignalKind = Literal["token", "unit", "spread", "mass", "layer mass", "indicator"]
+SignalKind = Literal["token", "unit", "spread", "mass", "layer mass", "indicator", "experts"]
 
 
 class Signal(NamedTuple):
@@ -51,7 +53,7 @@ class _Weights(NamedTuple):
         return hashlib.sha256(self.place.tobytes() + self.value.tobytes()).hexdigest()[:32]
 
 
-class _Identity(NamedTuple):
+class Identity(NamedTuple):
     """What a signal counts, and from which program's coming on."""
 
     content: str
@@ -65,28 +67,29 @@ class _Identity(NamedTuple):
 class SignalBuilder:
     """Equal weights are one signal, and the same signal over the same window is one reading.
 
-    after: the signals of the program before, if a running one is replaced: what it counts goes on,
-        anything else counts from now on, which is the epoch `epoch`
+    after: the program before, if a running one is replaced: what it counts goes on, anything else
+        counts from now on, which is the epoch `epoch`
     """
 
-    def __init__(self, topology: Topology, after: SignalTable | None = None, epoch: int = 0) -> None:
+    def __init__(self, topology: Topology, after: Program | None = None, epoch: int = 0) -> None:
         self._topology = topology
         self._index_of_layer = topology.index_of_layer
         self._epoch = epoch
         self._epochs: set[int] = set()
         # Where nothing is counted any more, what the program before saw still is what was seen.
-        self._oldest = epoch if after is None else after.epochs[TOKEN_SIGNAL]
+        self._oldest = epoch if after is None else after.signals.epochs[TOKEN_SIGNAL]
         self._known: dict[str, set[int]] = {}
-        for key in () if after is None else after.keys:
+        for key in () if after is None else (*after.signals.keys, *after.distributions.keys):
             content, _, since = key.rpartition("@")
             self._known.setdefault(content, set()).add(int(since))
-        self._numbers: dict[_Identity, int] = {}
-        self._identities: dict[SignalKind, list[_Identity]] = {
+        self._numbers: dict[Identity, int] = {}
+        self._identities: dict[SignalKind, list[Identity]] = {
             "unit": [],
             "spread": [],
             "mass": [],
             "layer mass": [],
             "indicator": [],
+            "experts": [],
         }
         self._weights: dict[SignalKind, list[_Weights]] = {
             "unit": [],
@@ -142,6 +145,15 @@ class SignalBuilder:
         epoch = min(self._epochs_of(of_part) & self._epochs_of(of_whole), default=self._epoch)
         return self._signal("mass", part, epoch), self._signal("layer mass", whole, epoch)
 
+    def experts(self, over: Window, phase: Phase) -> Signal:
+        """All experts of a window's tokens: no number, so no row of the table, but of an epoch as all
+        that is counted. Its number is that of the window among those that distributions are read of."""
+        window, tokens, in_output = window_of(over, phase)
+        return self._identified("experts", f"experts:{window.name} {tokens} {in_output}")
+
+    def identity(self, signal: Signal) -> Identity:
+        return self._identities[signal.kind][signal.number]
+
     def tokens_of(self, signal: Signal) -> Signal:
         """The token signal of its epoch."""
         return Signal("token", self._identities[signal.kind][signal.number].epoch)
@@ -158,7 +170,7 @@ class SignalBuilder:
         """The one of this content, which may be new."""
         if epoch is None:
             epoch = min(self._epochs_of(content), default=self._epoch)
-        identity, of_kind = _Identity(content, epoch), self._identities[kind]
+        identity, of_kind = Identity(content, epoch), self._identities[kind]
         number = self._numbers.setdefault(identity, len(of_kind))
         if number == len(of_kind):
             of_kind.append(identity)
@@ -170,19 +182,7 @@ class SignalBuilder:
 
     def reading(self, signal: Signal, over: Window, phase: Phase) -> int:
         """Row of the reading table for a signal over a window."""
-        window: tuple[WindowKind, int, bool]
-        match over:
-            case NamedWindow.REQUEST:
-                window = (WindowKind.REQUEST, 0, False)
-            case NamedWindow.PROMPT:
-                window = (WindowKind.PROMPT, 0, False)
-            case NamedWindow.OUTPUT:
-                window = (WindowKind.OUTPUT, 0, False)
-            case NamedWindow.TOKEN:
-                window = (WindowKind.RECENT, 1, False)
-            case tokens:
-                window = (WindowKind.RECENT, int(tokens), phase is Phase.OUTPUT)
-        return self._readings.setdefault((signal, *window), len(self._readings))
+        return self._readings.setdefault((signal, *window_of(over, phase)), len(self._readings))
 
     def signal_row(self, signal: Signal) -> int:
         """Row of the signal table; only right once every signal has been added."""
@@ -201,14 +201,15 @@ class SignalBuilder:
         """Ascending, of all signals there are."""
         return sorted(self._epochs) or [self._oldest]
 
-    def tables(self) -> tuple[SignalTable, ReadingTable]:
+    def tables(self, distributions: DistributionTable) -> tuple[SignalTable, ReadingTable]:
+        """distributions: what they read is part of the evidence"""
         tables = {kind: _stack(of_kind) for kind, of_kind in self._weights.items()}
         num_masses = len(tables["mass"]) + len(tables["layer mass"])
-        identities = [_Identity("tokens", epoch) for epoch in self._token_epochs]
+        identities = [Identity("tokens", epoch) for epoch in self._token_epochs]
         scale = [1.0] * len(identities)
         scale += [*self._unit_scale, *[1.0] * len(tables["spread"]), *[FIXED_POINT] * num_masses]
-        for of_kind in self._identities.values():
-            identities += of_kind
+        for kind, of_kind in self._identities.items():
+            identities += of_kind if kind != "experts" else ()
         signals = SignalTable(
             unit=tables["unit"],
             spread=tables["spread"],
@@ -221,6 +222,8 @@ class SignalBuilder:
             scale=np.array([*scale, *[1.0] * len(self._indicators)], dtype=np.float64),
             keys=tuple(identity.key for identity in identities),
             epochs=tuple(identity.epoch for identity in identities),
+            routing_words=distributions.routing_words,
+            routing_epoch=min(distributions.epochs, default=0),
         )
         keys = list(self._readings)
         readings = ReadingTable(
@@ -238,6 +241,21 @@ class SignalBuilder:
         order = np.argsort(place)
         order = order[value[order] != 0]
         return _Weights(place[order], value[order])
+
+
+def window_of(over: Window, phase: Phase) -> tuple[WindowKind, int, bool]:
+    """Its kind, the tokens of a recent one, and whether that stays in the output."""
+    match over:
+        case NamedWindow.REQUEST:
+            return WindowKind.REQUEST, 0, False
+        case NamedWindow.PROMPT:
+            return WindowKind.PROMPT, 0, False
+        case NamedWindow.OUTPUT:
+            return WindowKind.OUTPUT, 0, False
+        case NamedWindow.TOKEN:
+            return WindowKind.RECENT, 1, False
+        case tokens:
+            return WindowKind.RECENT, int(tokens), phase is Phase.OUTPUT
 
 
 def _content(kind: SignalKind, weights: _Weights) -> str:

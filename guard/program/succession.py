@@ -17,6 +17,7 @@ class Succession:
     """For each place in the later program's tables, the place in the earlier one's, or `NEW`.
 
     signal: [X]
+    histogram: [H] of named windows whose distribution conditions read
     rule: [R]; equal in all but mode, and what people read
     condition: [C]; those of rules that go on
     action: [A]; those of rules that go on
@@ -24,6 +25,7 @@ class Succession:
     """
 
     signal: Ints
+    histogram: Ints
     rule: Ints
     condition: Ints
     action: Ints
@@ -42,6 +44,7 @@ class Succession:
         rule_after[rule[rule != NEW]] = np.flatnonzero(rule != NEW)
         return Succession(
             signal=_places(earlier.signals.keys, later.signals.keys),
+            histogram=_places(earlier.distributions.named_keys, later.distributions.named_keys),
             rule=rule,
             condition=condition,
             action=_places(

@@ -16,6 +16,7 @@ from guard.policy.model import (
     ConditionKind,
     ExpertSet,
     NamedWindow,
+    Reduce,
     Together,
     TogetherIn,
     Window,
@@ -32,6 +33,7 @@ CONDITION_KINDS = [
     *[ConditionKind.COACTIVATION, ConditionKind.SUPPRESSED] * 2,
     ConditionKind.DORMANT,
     ConditionKind.PROBE,
+    *[ConditionKind.DIVERGENCE, ConditionKind.ENTROPY, ConditionKind.CONCENTRATION] * 2,
 ]
 COUNTING = (ConditionKind.COUNT, ConditionKind.COACTIVATION, ConditionKind.DORMANT)
 WINDOWS: list[Window] = [*NamedWindow, *[NamedWindow.TOKEN] * 4, 1, 2, 2, 3, 3, 4, 6, 9, 30]
@@ -49,20 +51,22 @@ def condition(draw: st.DrawFn, topology: Topology, experts: Sequence[ExpertSet])
     highest_floor = min(over, 5) if isinstance(over, int) else 5
     has_bias = kind in (ConditionKind.SCORE, ConditionKind.PROBE)
     bias = pick(draw, WEIGHTS) if has_bias else 0.0
-    baselines = _baselines(draw, topology) if kind is ConditionKind.SUPPRESSED else None
+    has_baselines = kind in (ConditionKind.SUPPRESSED, ConditionKind.DIVERGENCE)
+    baselines = _baselines(draw, topology) if has_baselines else None
     together = _together(draw, topology) if kind is ConditionKind.COACTIVATION else None
     return Condition(
         kind,
         kind,
         LOCATION,
-        experts=expert_set,
+        experts=None if kind.reads_distribution else expert_set,
         over=over,
         min_tokens=pick(draw, [default_floor, *range(1, highest_floor + 1)]),
         comparison=comparison,
-        threshold=_threshold(draw, kind, expert_set, over, bias, baselines),
+        threshold=_threshold(draw, topology, kind, expert_set, over, bias, baselines),
         bias=bias,
         together=together,
         baselines=baselines,
+        reduce=pick(draw, Reduce) if kind is ConditionKind.DIVERGENCE else Reduce.MAX,
     )
 
 
@@ -81,6 +85,7 @@ def _baselines(draw: st.DrawFn, topology: Topology) -> Baselines:
 
 def _threshold(
     draw: st.DrawFn,
+    topology: Topology,
     kind: ConditionKind,
     experts: ExpertSet,
     over: Window,
@@ -112,5 +117,13 @@ def _threshold(
             selections = draw(st.integers(0, num_tokens))
             expected = sum(map(baselines.rate, experts.weights)) * num_tokens
             return pick(draw, [0.0, math.log((expected + 0.5) / (selections + 0.5))])
-        case _:
-            raise AssertionError(f"{kind} is not drawn")
+        case ConditionKind.ENTROPY:  # of so many experts, of which as many were chosen equally often
+            return float(Fraction(pick(draw, [4, 2, 3, 6, 8]), pick(draw, [2, 1, 3])))
+        case ConditionKind.CONCENTRATION:
+            layer = pick(draw, topology.layers)
+            share = Fraction(1, pick(draw, [1, 2, 3, layer.top_k]))
+            return float(share * layer.num_experts / layer.top_k)
+        case ConditionKind.DIVERGENCE:
+            return pick(draw, [0.0, 0.1, 0.2, 0.3, 0.5, math.log(2)])
+        case ConditionKind.ALWAYS:
+            raise AssertionError("`always` has no threshold")

@@ -11,6 +11,7 @@ from guard.device.layout import Capacity
 from guard.device.readback import Readback
 from guard.policy import parse_policies
 from guard.program.compile import compile_policies
+from guard.program.program import Program
 from guard.program.step_report import NEVER, EventColumn, RequestColumn, StepReport
 from guard.program.topology import MoELayer, Topology
 from guard.runtime import Guard
@@ -44,9 +45,15 @@ class Engine:
     """Runs a guard's steps. Rows go to the expert named for them, and to expert 7, in each layer."""
 
     def __init__(
-        self, text: str, *, max_slots: int = 4, masking: bool = True, max_draft_tokens: int = 0
+        self,
+        text: str,
+        *,
+        max_slots: int = 4,
+        masking: bool = True,
+        max_draft_tokens: int = 0,
+        compiled: Program | None = None,
     ) -> None:
-        self.program = compile_policies(parse_policies(text), TOPOLOGY)
+        self.program = compiled or compile_policies(parse_policies(text), TOPOLOGY)
         capacity = Capacity(2048, max_slots, max(1, self.program.masks.num_words), max_draft_tokens)
         self.guard = Guard(self.program, capacity, torch.device("cpu"), masking=masking)
 

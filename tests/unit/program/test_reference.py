@@ -34,6 +34,7 @@ from guard.policy.model import (
     Phase,
     Policy,
     PolicySet,
+    Reduce,
     Rule,
     Together,
     TogetherIn,
@@ -74,11 +75,12 @@ def condition(
     label: str = "",
     together: Together | None = None,
     baselines: Baselines | None = None,
+    reduce: Reduce = Reduce.MAX,
 ) -> Condition:
     kind_, comparison_ = ConditionKind(kind), Comparison(comparison)
     return Condition(
-        kind_, label or kind, HERE, of, over, min_tokens, comparison_, threshold, bias,
-        together=together, baselines=baselines,
+        kind_, label or kind, HERE, None if kind_.reads_distribution else of, over, min_tokens,
+        comparison_, threshold, bias, together=together, baselines=baselines, reduce=reduce,
     )  # fmt: skip
 
 
@@ -398,6 +400,52 @@ def test_a_set_is_suppressed_by_the_logarithm_of_how_much_less_it_is_used(
     of = experts(0, 1)
     measured = condition("suppressed", REQUEST, of=of, baselines=HALF_AND_TENTH)
     assert value_at(4, measured, routing(text)) == pytest.approx(expected, abs=1e-15)
+
+
+# Layer 2 of `TWO_TOKENS` chose experts 0, 1 and 1, 3: counts 1, 2, 0, 1. Layer 7 chose 2 and 0.
+UNEVEN = Baselines(None, {2: (1.0, 0.5, 0.0, 0.5), 7: (0.5, 0.0, 0.5)})
+LN = math.log
+
+
+@pytest.mark.parametrize(
+    ("kind", "reduce", "over", "expected"),
+    [
+        # Layer 2: 1 / ((1/4)² + (1/2)² + (1/4)²) = 8/3; layer 7: 1 / (1/4 + 1/4) = 2.
+        ("entropy", Reduce.MAX, REQUEST, (8 / 3 + 2) / 2),
+        ("entropy", Reduce.MAX, TOKEN, (2 + 1) / 2),
+        # Layer 2: 1/2 · 4/2; layer 7: 1/2 · 3/1.
+        ("concentration", Reduce.MAX, REQUEST, (1.0 + 1.5) / 2),
+        ("concentration", Reduce.MAX, TOKEN, (1.0 + 3.0) / 2),
+        # Layer 2: p = (1/4, 1/2, 0, 1/4), q = (1/2, 1/4, 0, 1/4), m = (3/8, 3/8, 0, 1/4):
+        # p: 1/4 ln 2/3 + 1/2 ln 4/3, q the same, so their mean is that. Layer 7: p = q.
+        ("divergence", Reduce.MAX, REQUEST, LN(2 / 3) / 4 + LN(4 / 3) / 2),
+        ("divergence", Reduce.MEAN, REQUEST, (LN(2 / 3) / 4 + LN(4 / 3) / 2) / 2),
+        # Of the second token, layer 7: p = (1, 0, 0), q = (1/2, 0, 1/2), m = (3/4, 0, 1/4).
+        ("divergence", Reduce.MAX, TOKEN, (LN(4 / 3) + LN(2 / 3) / 2 + LN(2) / 2) / 2),
+    ],
+)
+def test_a_distribution_is_of_each_layers_selections(
+    kind: str, reduce: Reduce, over: Window, expected: float
+) -> None:
+    measured = condition(kind, over, baselines=UNEVEN, reduce=reduce)
+    value = value_at(1, measured, TWO_TOKENS, topology=TWO_LAYERS)
+    assert value == pytest.approx(expected, abs=1e-15)
+
+
+def test_a_layer_without_a_selection_or_a_baseline_is_left_out() -> None:
+    ids = np.array([[[0, 1], [-1, -1]]], dtype=np.int32)
+    half = Routing(ids, np.ones(ids.shape, np.float32), num_prompt_tokens=1)
+    assert value_at(0, condition("entropy", TOKEN), half, topology=TWO_LAYERS) == 2.0
+    unknown = Baselines(None, {7: (0.5, 0.0, 0.5)})
+    measured = condition("divergence", TOKEN, baselines=unknown)
+    assert math.isnan(value_at(0, measured, half, topology=TWO_LAYERS))
+
+
+def test_a_distribution_is_known_from_the_last_prompt_token_on() -> None:
+    values = [value_at(p, condition("entropy", REQUEST), routing("FF..|FF")) for p in range(6)]
+    assert [math.isnan(value) for value in values] == [True, True, True, False, False, False]
+    # Experts 0 and 2 twice, 3 four times.
+    assert values[3] == pytest.approx(1 / (1 / 16 + 1 / 16 + 1 / 4))
 
 
 @pytest.mark.parametrize(
