@@ -179,8 +179,9 @@ def test_the_bytes_that_are_stated_are_those_that_are_kept() -> None:
     slots = Capacity(64, 3)
     state, before = (SlotState(p, slots, torch.device("cpu")) for p in (program, with_none))
     kept = [state.histogram_SHLE, state.recent_chosen_SQC, state.recent_position_SQ]
+    kept.append(state.recent_epoch_SQ)
     assert program.distribution_bytes.slot == sum(tensor.nbytes for tensor in kept) // 4
-    assert program.distribution_bytes.slot == 2 * 4 * 2 * 8 + 8 * (2 * 2 + 8)
+    assert program.distribution_bytes.slot == 2 * 4 * 2 * 8 + 8 * (2 * 2 + 8 + 4)
     assert not before.histogram_SHLE.numel() + before.recent_chosen_SQC.numel()
     assert with_none.distribution_bytes == (0, 0)
 
@@ -188,17 +189,17 @@ def test_the_bytes_that_are_stated_are_those_that_are_kept() -> None:
         return KeptEvidence.token_bytes(of.signals, of.topology)
 
     assert program.distribution_bytes.cached_token == 8  # two layers, two experts of a byte, in words
-    assert token_bytes(program) == token_bytes(with_none) + 8
+    assert token_bytes(program) == token_bytes(with_none) + 4 * 8  # room for columns comes in fours
 
 
 def test_a_window_of_more_tokens_than_a_request_may_keep_is_refused() -> None:
     large = Topology("X", tuple(MoELayer(n, 384, 8) for n in range(61)))
-    compiled(rule(ENTROPY, 533), topology=large)
+    compiled(rule(ENTROPY, 531), topology=large)
     with pytest.raises(PolicyError) as caught:
-        compiled(rule(ENTROPY, 64), rule(DIVERGENCE, 534), topology=large)
+        compiled(rule(ENTROPY, 64), rule(DIVERGENCE, 532), topology=large)
 
     (fault,) = caught.value.faults
     assert fault.location == HERE
-    assert "`divergence` over 534 tokens" in fault.message
-    assert "524,472 bytes" in fault.message
-    assert "at most 533 tokens" in fault.message
+    assert "`divergence` over 532 tokens" in fault.message
+    assert "524,628 bytes" in fault.message
+    assert "at most 531 tokens" in fault.message
