@@ -75,7 +75,11 @@ def _pushed(kept_BIA: torch.Tensor, latest_BA: torch.Tensor, is_new_B1A: torch.T
 class StepActions:
     """Applies a step's firings to the slots and writes down what the host has to know."""
 
-    def __init__(self, program: Program, device: torch.device) -> None:
+    def __init__(
+        self, program: Program, device: torch.device, max_events: int | None = MAX_EVENTS_PER_STEP
+    ) -> None:
+        """max_events: firings of a step that are reported with their values; None: all"""
+        self._max_events = max_events
         self._num_rules = program.rule_table.num_rules
         self._rule_R = torch.arange(self._num_rules, device=device)
         self._blocks_R = torch.from_numpy(program.rule_table.blocks).to(device)
@@ -168,7 +172,7 @@ class StepActions:
         """Firings packed to the front of a buffer for as many as there can be: a rule that fires has to
         turn false again, so at most at every second row of a request. In front is the first one of each
         request and rule that acts, so that no request can crowd out another's masks and blocks. The
-        first `MAX_EVENTS_PER_STEP` have their values."""
+        first `max_events` have their values."""
         most = self._num_rules * ((len(batch.position_T) + len(batch.slots_B)) // 2)
         count_TR = fired_TR.to(torch.int64).cumsum(0)
         before_BR = (count_TR - fired_TR.to(torch.int64))[batch.query_start_B1[:-1]]
@@ -195,7 +199,7 @@ class StepActions:
             batch.position_T[row] + 1 - sum_TX[row, self._newest_tokens_R[rule]]
         )
         columns[EventColumn.EXEMPT] = exempt_TR[row, rule].to(torch.int64)
-        row, rule = row[:MAX_EVENTS_PER_STEP], rule[:MAX_EVENTS_PER_STEP]
+        row, rule = row[: self._max_events], rule[: self._max_events]
         conditions = self._conditions_RC[rule]
         values = value_TC[row[:, None], conditions.clamp(min=0)].where(conditions >= 0, float("nan"))
         return torch.stack(columns, dim=1), values, num_events

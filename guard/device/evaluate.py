@@ -9,6 +9,7 @@ from guard.device.conditions import ConditionEvaluator, ConditionValues, Express
 from guard.device.distributions import DistributionEvaluator, unpack_experts
 from guard.device.drafts import DraftDecisions, split_drafts
 from guard.device.evidence import SignalReducer
+from guard.device.layout import MAX_EVENTS_PER_STEP
 from guard.device.readback import StepDecisions
 from guard.device.rows import FreshRows, StepBatch
 from guard.device.rules import RuleEvaluator, RuleResults
@@ -26,8 +27,17 @@ class StepEvaluator:
     row's signals come from: this step's tap, or what was kept of a token whose KV came from a cache.
     """
 
-    def __init__(self, program: Program, device: torch.device, max_draft_tokens: int = 0) -> None:
-        """max_draft_tokens: that a request can have in a step; 0 where nothing is speculated."""
+    def __init__(
+        self,
+        program: Program,
+        device: torch.device,
+        max_draft_tokens: int = 0,
+        *,
+        all_values: bool = False,
+    ) -> None:
+        """max_draft_tokens: that a request can have in a step; 0 where nothing is speculated
+        all_values: report every firing with its evidence, where no fixed buffer has to hold them
+        """
         readings = program.readings
         self._signals = SignalReducer(program.signals, program.distributions, program.topology, device)
         self._windows = WindowReader(readings, device)
@@ -45,7 +55,7 @@ class StepEvaluator:
         )
         self._expressions = ExpressionEvaluator(program.expressions, device)
         self._rules = RuleEvaluator(program.rule_table, device)
-        self._actions = StepActions(program, device)
+        self._actions = StepActions(program, device, None if all_values else MAX_EVENTS_PER_STEP)
         self._sign_C = torch.from_numpy(program.conditions.sign).to(device)
         self._rule_of_condition_C = _rule_of_condition(program).to(device)
         self._max_draft_tokens = max_draft_tokens

@@ -23,6 +23,8 @@ LAYERS: dict[str, set[str]] = {
     "guard.program": {"guard.policy"},
     "guard.host": {"guard.policy", "guard.program"},
     "guard.device": {"guard.policy", "guard.program"},
+    "guard.offline": {"guard.policy", "guard.program", "guard.device"},
+    "guard.testing": {"guard.policy", "guard.program", "guard.offline"},
     "guard.events": {"guard.failures", "guard.policy", "guard.program"},
     "guard.source": {"guard.failures", "guard.policy"},
     "guard.discover": {"guard.policy", "guard.program"},
