@@ -137,13 +137,14 @@ class OfflineEvaluator:
                 return
 
     @torch.inference_mode()
-    def values_at(self, routing: Routing, position: int) -> NDArray[np.float64]:
-        """[C] every condition's value at a position, whether or not its rule is evaluated for the
-        request; NaN where it is unknown, or its rule does not evaluate there."""
+    def values_at(self, request: OfflineRequest, position: int) -> NDArray[np.float64]:
+        """[C] every condition's value at a position; NaN where it is unknown, or where its rule is not
+        evaluated: in another phase, or for another request."""
+        routing = request.routing
         values_C = np.full(self.program.conditions.num_conditions, np.nan)
         if self._evaluator is None or not routing.first_seen <= position < len(routing.topk_ids):
             return values_C
-        one = self._admit(0, OfflineRequest(routing), 1)
+        one = self._admit(0, request, 1)
         while one.position < position:
             self._run([(one, min(self._max_rows, position - one.position))])
         self._state.apply_staged_writes()
@@ -166,7 +167,7 @@ class OfflineEvaluator:
     def _admit(self, number: int, request: OfflineRequest, slot: int) -> _Live:
         routing, program = request.routing, self.program
         rules = rules_for(program.rules, request.facts)
-        self._state.add_request(Admission(slot, routing.num_prompt_tokens, rules.enforced_R))
+        self._state.add_request(Admission(slot, routing.num_prompt_tokens, rules))
         acts = bool((rules.enforced_R & self._acts_R).any())
         in_force_A = np.zeros(program.masks.num_actions, dtype=np.bool_)
         one = _Live(number, routing, slot, rules, acts, routing.first_seen, in_force_A)
@@ -233,11 +234,10 @@ class OfflineEvaluator:
         for event in order.tolist():
             row, number, position = events_V[event, : EventColumn.POSITION + 1].tolist()
             one, rule = parts[row][0], program.rules[number]
-            if one.rules.applies_R[number]:
-                evidence = tuple(
-                    map(Evidence, rule.condition_labels, values_V[event].tolist(), rule.thresholds)
-                )
-                one.firings.append(Firing(position, rule.policy, rule.rule, evidence))
+            values = values_V[event].tolist()
+            evidence = tuple(map(Evidence, rule.condition_labels, values, rule.thresholds))
+            exempt = bool(events_V[event, EventColumn.EXEMPT])
+            one.firings.append(Firing(position, rule.policy, rule.rule, evidence, exempt))
         block_key_B = decisions.requests_B[:, RequestColumn.BLOCK_KEY].tolist()
         unseen_B = decisions.requests_B[:, RequestColumn.UNSEEN].tolist()
         in_force_BA = unpack_bits(decisions.masked_BW.numpy(), program.masks.num_actions)

@@ -106,7 +106,7 @@ def _run(
         routing = case.request.routing
 
         def values(position: int, case: Case = case) -> Sequence[float]:
-            return [float(value) for value in evaluator.values_at(case.request.routing, position)]
+            return [float(value) for value in evaluator.values_at(case.request, position)]
 
         happened = Happened(
             suite.program, builder.words.rules, outcome, routing.num_prompt_tokens, values
