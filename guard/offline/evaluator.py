@@ -94,6 +94,8 @@ class OfflineEvaluator:
     def __init__(self, program: Program, *, max_rows: int = MAX_ROWS) -> None:
         self.program = program
         self._max_rows = max_rows
+        # They are evaluated at the last row of a step alone, as an engine's output comes.
+        self._reads_distributions = program.distributions.num_conditions > 0
         self._evaluator: StepEvaluator | None = None
         if program.rules:
             self._max_requests = _requests_at_once(program)
@@ -193,7 +195,7 @@ class OfflineEvaluator:
         for one in live:
             num_left = len(one.routing.topk_ids) - one.position
             in_prompt = one.routing.num_prompt_tokens - one.position
-            if one.acts:
+            if one.acts or self._reads_distributions:
                 num_left = in_prompt if in_prompt > 0 else 1
             rows = min(num_left, max(fair, left - (len(live) - len(parts) - 1) * fair), left)
             if rows > 0:

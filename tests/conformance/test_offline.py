@@ -12,7 +12,6 @@ from guard.program.reference import evaluate
 from guard.program.verdict import Firing, Verdict
 from tests.conformance.strategies import Case, cases, routings
 
-
 OFF_THE_EDGE = 1.3e-8
 """Added before rounding: values of two evaluators that differ in the last bit round alike."""
 
