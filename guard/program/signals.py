@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from guard.program.program import (
     TOKEN_SIGNAL,
     Floats,
     IndicatorTable,
+    Ints,
     Program,
     ReadingTable,
     SignalTable,
@@ -51,6 +52,14 @@ class _Weights(NamedTuple):
     @property
     def digest(self) -> str:
         return hashlib.sha256(self.place.tobytes() + self.value.tobytes()).hexdigest()[:32]
+
+
+class _Places(NamedTuple):
+    """Where the experts of a mapping are, rising, and which of them each is."""
+
+    experts: Mapping[Expert, float]  # kept alive: it is known by its identity
+    place: NDArray[np.int32]
+    order: Ints
 
 
 class Identity(NamedTuple):
@@ -97,6 +106,7 @@ class SignalBuilder:
             "mass": [],
             "layer mass": [],
         }
+        self._places: dict[int, _Places] = {}
         self._unit_scale: list[float] = []
         self._indicators: list[tuple[Signal, int]] = []
         self._readings: dict[tuple[Signal, WindowKind, int, bool], int] = {}
@@ -104,7 +114,7 @@ class SignalBuilder:
     def unit(self, weights: Mapping[Expert, float]) -> Signal:
         """Σ w(l,e) over the chosen experts."""
         largest = max(map(abs, weights.values()), default=1.0)
-        whole = all(float(weight).is_integer() for weight in weights.values())
+        whole = all(map(float.is_integer, map(float, weights.values())))
         digits = 0 if whole else 9 - max(0, math.ceil(math.log10(largest)))
         scale = 10.0**digits
         signal = self._signal("unit", self._scaled(weights, scale), also=f" in {digits} digits")
@@ -112,15 +122,18 @@ class SignalBuilder:
             self._unit_scale.append(scale)
         return signal
 
-    def members(self, experts: Iterable[Expert]) -> Signal:
-        """How many of some experts were chosen."""
-        return self.unit(dict.fromkeys(experts, 1.0))
+    def members(self, experts: Mapping[Expert, float]) -> Signal:
+        """How many of some experts were chosen, whatever their weights."""
+        signal = self._signal("unit", self._equal(experts, 1.0), also=" in 0 digits")
+        if signal.number == len(self._unit_scale):
+            self._unit_scale.append(1.0)
+        return signal
 
-    def spread(self, experts: Iterable[Expert]) -> Signal:
+    def spread(self, experts: Mapping[Expert, float]) -> Signal:
         """In how many layers at least one of some experts was chosen."""
-        return self._signal("spread", self._scaled(dict.fromkeys(experts, 1.0), 1.0))
+        return self._signal("spread", self._equal(experts, 1.0))
 
-    def together(self, experts: Iterable[Expert], together: Together) -> Signal:
+    def together(self, experts: Mapping[Expert, float], together: Together) -> Signal:
         """1 where a token used that much of a set, else 0."""
         match together.of:
             case TogetherIn.MEMBERS:
@@ -133,13 +146,11 @@ class SignalBuilder:
             self._indicators.append((of, together.least))
         return signal
 
-    def mass(self, experts: Iterable[Expert]) -> tuple[Signal, Signal]:
+    def mass(self, experts: Mapping[Expert, float]) -> tuple[Signal, Signal]:
         """Σ g over the chosen ones of some experts, and Σ g over all that were chosen in their layers.
         Both of one epoch: the share of one in the other is only right of the same tokens."""
-        experts = set(experts)
-        part = self._scaled(dict.fromkeys(experts, 1.0), FIXED_POINT)
-        rows = sorted({self._index_of_layer[expert.layer] for expert in experts})
-        place = np.array(rows, dtype=np.int32)
+        part = self._equal(experts, FIXED_POINT)
+        place = np.unique(part.place // max(1, self._topology.max_experts))
         whole = _Weights(place, np.full(len(place), float(FIXED_POINT)))
         of_part, of_whole = _content("mass", part), _content("layer mass", whole)
         epoch = min(self._epochs_of(of_part) & self._epochs_of(of_whole), default=self._epoch)
@@ -235,12 +246,22 @@ class SignalBuilder:
         return signals, readings
 
     def _scaled(self, weights: Mapping[Expert, float], scale: float) -> _Weights:
-        row, num_experts = self._index_of_layer, self._topology.max_experts
-        place = np.array([row[layer] * num_experts + id_ for layer, id_ in weights], dtype=np.int32)
-        value = np.rint(np.array(list(weights.values()), dtype=np.float64) * scale)
-        order = np.argsort(place)
-        order = order[value[order] != 0]
-        return _Weights(place[order], value[order])
+        places = self._places_of(weights)
+        value = np.rint(np.array(list(weights.values()), dtype=np.float64) * scale)[places.order]
+        return _Weights(places.place[value != 0], value[value != 0])
+
+    def _equal(self, experts: Mapping[Expert, float], weight: float) -> _Weights:
+        place = self._places_of(experts).place
+        return _Weights(place, np.full(len(place), float(weight)))
+
+    def _places_of(self, experts: Mapping[Expert, float]) -> _Places:
+        known = self._places.get(id(experts))
+        if known is None:
+            row, num_experts = self._index_of_layer, self._topology.max_experts
+            place = np.array([row[layer] * num_experts + id_ for layer, id_ in experts], dtype=np.int32)
+            order = np.argsort(place)
+            known = self._places[id(experts)] = _Places(experts, place[order], order)
+        return known
 
 
 def window_of(over: Window, phase: Phase) -> tuple[WindowKind, int, bool]:

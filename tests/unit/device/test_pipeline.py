@@ -31,7 +31,7 @@ BOTH = (
     + rule_text("{mass: {experts: f, over: 2, minTokens: 1, above: 0.4}}", name="r")
     + rule_text("{coactivation: {experts: f, members: 2, over: 3, atLeast: 2}}", name="c")
     + rule_text("{coactivation: {experts: f, layers: 2, over: request, above: 2}}", name="l")
-    + rule_text("{entropy: {over: request, above: 2.5}}", "{mask: {experts: f}}", name="e")
+    + rule_text("{entropy: {over: request, above: 2.5}}", name="e")
     + rule_text("{concentration: {over: 2, minTokens: 1, above: 1.5}}", name="n")
     + rule_text("{count: {experts: f, over: request, atLeast: 6}}", "{block: {message: x}}", name="b")
 )

@@ -238,6 +238,32 @@ def test_policies_that_are_off_are_named_but_do_nothing() -> None:
     assert [rule.policy for rule in program.rules] == ["awake"]
 
 
+@pytest.mark.parametrize("num_experts", [16, 384])
+def test_signals_take_memory_for_the_experts_that_are_named_and_not_for_the_model(
+    num_experts: int,
+) -> None:
+    layers = 61
+    topology = Topology("X", tuple(MoELayer(n, num_experts, 8) for n in range(layers)))
+    text = document(
+        "  experts:\n    f: [{layers: 0-9, experts: [1-3]}]\n    s: [{layer: 4, weights: {1: 0.5}}]\n"
+        "  rules:\n"
+        "    - {name: a, when: {mass: {experts: f, over: 4, above: 0.1}}}\n"
+        "    - {name: b, when: {coactivation: {experts: f, layers: 2, over: token, atLeast: 1}}}\n"
+        "    - {name: c, when: {score: {experts: s, above: 0.1}}}\n"
+    )
+
+    signals = compile_policies(parse_policies(text), topology).signals
+
+    tables = (signals.unit, signals.spread, signals.mass, signals.layer_mass)
+    # Members of f and of s, and s by weight; f; f; the ten layers of f.
+    assert [len(table.place) for table in tables] == [30 + 1 + 1, 30, 30, 10]
+    assert [len(table) for table in tables] == [3, 1, 1, 1]
+    for table in tables:
+        assert table.start.nbytes + table.place.nbytes + table.value.nbytes == (
+            8 * (len(table) + 1) + 12 * len(table.place)
+        )
+
+
 def test_a_hundred_policies_over_a_large_model_stay_below_100_mb() -> None:
     topology = Topology("DeepseekV3ForCausalLM", tuple(MoELayer(n, 384, 8) for n in range(61)))
     location = Location("p.yaml", 1, 1)
