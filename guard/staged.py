@@ -12,7 +12,9 @@ from guard.device.pipeline import PendingStep, PipelineStage, StageEvidence
 from guard.device.readback import Readback, StepDecisions
 from guard.device.rows import StepBatch
 from guard.device.state import host_to_device
+from guard.errors import ReloadRefusedError
 from guard.failures import Stage
+from guard.prepared import PreparedProgram
 from guard.program.program import TOKEN_SIGNAL, Program
 from guard.program.step_report import Judged, RequestColumn, StepReport
 from guard.runtime import Guard
@@ -46,6 +48,12 @@ class StagedGuard(Guard):
     @property
     def layers(self) -> Sequence[int]:
         return self.stage.layers
+
+    def prepare(self, program: Program) -> PreparedProgram:
+        raise ReloadRefusedError(
+            "policies are not reloaded under pipeline parallelism yet: a rank decides about steps that "
+            "are over elsewhere; restart the server"
+        )
 
     def finish_requests(self, req_ids: Iterable[str]) -> None:
         ended = tuple(req_ids)

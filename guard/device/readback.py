@@ -49,6 +49,7 @@ class StepFacts(NamedTuple):
 class Readback:
     """A copy to the host that is under way. `result` waits for it, and for nothing else.
 
+    revision: of the program that decided
     req_ids: the requests of the step
 
     On CUDA it runs on a stream of its own behind the decisions, into pinned memory of its own, so
@@ -66,7 +67,7 @@ class Readback:
         layers: tuple[int, ...] = (),
     ) -> None:
         """layers: the model's own numbers of the MoE layers, for what the check found"""
-        self._revision = revision
+        self.revision = revision
         self._layers = layers
         self.req_ids = tuple(req_ids)
         self._failures = failures
@@ -114,7 +115,7 @@ class Readback:
         columns = (EventColumn.RULE, EventColumn.POSITION, EventColumn.REQUEST)
         order = np.lexsort([events_V[:, column] for column in columns])
         return StepReport(
-            self._revision,
+            self.revision,
             self.req_ids,
             requests_B,
             own.masked_BW.numpy(),

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -18,20 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.events.liveness import Liveness
-from guard.events.message import Decision, DecisionCount, Delta, EvidenceFacts, RuleFacts
+from guard.events.message import Decision, Delta, EvidenceFacts, RuleFacts
+from guard.events.outcomes import Outcomes
+from guard.events.rulebook import RuleBook, RuleBooks
+from guard.events.tally import Tally
 from guard.failures import Stage
 from guard.program.applicability import RulesFor
-from guard.program.program import WORD_BITS
 from guard.program.step_report import NEVER, EventColumn, Judged, RequestColumn, StepReport
-
-MAX_PENDING_DECISIONS = 10_000
-"""Decisions that may wait for delivery; more are dropped and counted, their counters are not."""
-
-FLUSH_SECONDS = 0.2
-"""Counters wait this long at most; decisions and the end of the last request do not wait."""
-
-OUTCOMES = ("passed", "observed", "unjudged", "masked", "blocked")
-_RANK = {outcome: rank for rank, outcome in enumerate(OUTCOMES)}
 
 
 class Ending(NamedTuple):
@@ -50,21 +42,17 @@ class Ledger:
     """One engine's. `begin_step`, then `accept` for each request that got tokens and `finish` for
     each that ends, then `end_step`.
 
-    rules: in deciding order
-    mask_rules: rule of each mask action, in the order of its bits
-    num_sets: named sets, whose selections stand behind the fixed columns of a report
+    book: of the revision in force; `follow` brings the next one
     redacted: give clients no policy or rule names
-    rules_of: which rules apply to a request and act on it, by its id; by default as for one of which
-        nothing is known but that
+    rules_of: which rules of the revision in force apply to a request and act on it, by its id; by
+        default as for one of which nothing is known but that
     liveness: kept up to date with each report
     """
 
     def __init__(
         self,
         engine: int,
-        rules: Sequence[RuleFacts],
-        mask_rules: Sequence[int],
-        num_sets: int,
+        book: RuleBook,
         *,
         redacted: bool = False,
         external_id: Callable[[str], str] = str,
@@ -72,35 +60,25 @@ class Ledger:
         clock: Callable[[], float] = time.time,
         liveness: Liveness | None = None,
     ) -> None:
-        self._engine = engine
-        self._rules = tuple(rules)
-        self._mask_rules = tuple(mask_rules)
-        self._num_sets = num_sets
+        self._books = RuleBooks(book)
+        self._book = book  # of the step's report
         self._redacted = redacted
         self._external_id = external_id
         self._clock = clock
-        self._enforced = np.array([rule.mode == "enforce" for rule in self._rules], dtype=np.bool_)
         self._rules_of = rules_of
-        self.liveness = liveness or Liveness(
-            engine, mask_policies=[rules[r].policy for r in mask_rules]
-        )
-        self._closed_rules = [
-            number for number, rule in enumerate(self._rules) if rule.on_error == "closed"
-        ]
+        self.liveness = liveness or Liveness(engine)
         self._report: StepReport | None = None
         self._row_of: dict[str, int] = {}
         self._open: dict[str, int] = {}  # requests of this step whose accepted drafts may be cut
         self._num_cut: dict[str, int] = {}
-        self._outcome: dict[str, str] = {}
-        self._owed: dict[str, str] = {}  # blocks for a fault, until the request ends
-        self._masked_by: dict[str, frozenset[int]] = {}
-        self._unmasked: set[str] = set()  # requests whose mask was not obeyed, until they end
-        self._decision_counts: Counter[tuple[int, str, str]] = Counter()
-        self._values: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
-        self._selections = np.zeros(num_sets, dtype=np.int64)
-        self._delta = Delta(engine)
-        self._moved = False
-        self._flushed_at = 0.0
+        self._outcomes = Outcomes()
+        self._tally = Tally(engine, book, clock)
+
+    def follow(self, book: RuleBook) -> None:
+        """A new revision is in force. Steps that the one before decided may still come."""
+        self._books.add(book)
+        if not book.rules:
+            self._outcomes.masked_by.clear()  # no report will say so
 
     def begin_step(self, report: StepReport, is_counted: Callable[[str], bool]) -> dict[str, Ending]:
         """Take a step's report. Returns the requests to end.
@@ -111,11 +89,13 @@ class Ledger:
         self._open, self._num_cut = {}, {}
         self._row_of = {req_id: row for row, req_id in enumerate(report.req_ids) if is_counted(req_id)}
         self.note_failures(report.failures)
-        self.note_failures(self.liveness.note(report))
         if report.failed:
+            self.liveness.note(report)
             for req_id in self._row_of:
                 self._note_unjudged(req_id)
             return self._owed_blocks()
+        self._turn_to(report.revision)
+        self.note_failures(self.liveness.note(report, self._book.masks))
         if report.drafts is not None:
             self._open = {
                 req_id: row for req_id, row in self._row_of.items() if report.drafts.num_rows_B[row]
@@ -133,6 +113,12 @@ class Ledger:
         self._note_events(report)
         self._note_more_events(report)
         return blocked
+
+    def _turn_to(self, revision: str) -> None:
+        """The numbers of the report are those of its own revision."""
+        self._book = self._books.of(revision)
+        if revision != self._tally.revision:
+            self._tally.turn_to(self._book, self._masked_requests())
 
     def give_up(self, req_ids: Iterable[str]) -> dict[str, Ending]:
         """As `begin_step`, where not even a failed step can be entered."""
@@ -153,15 +139,15 @@ class Ledger:
         if num_cut:
             self._num_cut[req_id] = num_cut
             counted[RequestColumn.OUTPUT_TOKENS] -= num_cut
-            counted[RequestColumn.NUM : RequestColumn.NUM + self._num_sets] -= report.drafts.sets_BKN[
-                row, num_cut - 1
-            ]
-        elif req_id in self._masked_by:
-            self._raise_outcome(req_id, "masked")
+            counted[RequestColumn.NUM : RequestColumn.NUM + self._book.num_sets] -= (
+                report.drafts.sets_BKN[row, num_cut - 1]
+            )
+        elif req_id in self._outcomes.masked_by:
+            self._outcomes.reached(req_id, "masked")
         self._count_tokens(counted[None])
         block_key = int(report.requests_B[row, RequestColumn.BLOCK_KEY])
-        if block_key < NEVER and block_key // len(self._rules) <= last_position:
-            self._raise_outcome(req_id, "blocked")
+        if block_key < NEVER and block_key // len(self._book.rules) <= last_position:
+            self._outcomes.reached(req_id, "blocked")
         for event, values in zip(report.events_V, report.values_V, strict=True):
             if event[EventColumn.REQUEST] == row and event[EventColumn.POSITION] <= last_position:
                 self._note_decision(report, req_id, row, event, values)
@@ -173,8 +159,7 @@ class Ledger:
 
     def note_failures(self, failures: Mapping[str, int]) -> None:
         """Faults in the engine core itself, by stage."""
-        self._count(self._delta.failures, failures)
-        self._moved = self._moved or bool(failures)
+        self._tally.count("failures", failures)
 
     def mask_start(self, req_id: str) -> int | None:
         """First position of a request under a mask that came on on the way, as of this step."""
@@ -194,12 +179,7 @@ class Ledger:
                 self._observe_values(self._report.extremes_BC[row])
             else:
                 self._observe_values(self._report.drafts.extremes_BKC[row, num_cut - 1])
-        outcome = self._outcome.pop(req_id, "passed")
-        self._masked_by.pop(req_id, None)
-        self._unmasked.discard(req_id)
-        self._owed.pop(req_id, None)
-        self._count(self._delta.outcomes, {outcome: 1})
-        self._moved = True
+        self._tally.count("outcomes", {self._outcomes.end(req_id): 1})
 
     def end_step(self) -> None:
         for req_id in tuple(self._open):
@@ -207,89 +187,58 @@ class Ledger:
         self._report, self._row_of = None, {}
 
     def take(self, *, idle: bool) -> Delta | None:
-        """What is due for delivery, if anything. idle: no request is left, so nothing may wait."""
-        now = self._clock()
-        urgent = idle or self._delta.decisions or now - self._flushed_at >= FLUSH_SECONDS
-        if not self._moved or not urgent:
-            return None
-        delta, self._delta = self._delta, Delta(self._engine)
-        delta.decision_counts = [
-            DecisionCount(*key, count) for key, count in self._decision_counts.items()
-        ]
-        delta.selections = self._selections.tolist()
-        delta.values = [(*key, values) for key, values in self._values.items()]
-        delta.masked_requests = self._masked_requests()
-        self._decision_counts.clear()
-        self._values.clear()
-        self._selections[:] = 0
-        self._moved, self._flushed_at = False, now
-        return delta
+        """What is due for delivery, if anything; where revisions changed there may be more behind it.
+        idle: no request is left, so nothing may wait."""
+        return self._tally.take(self._masked_requests, idle=idle)
 
     def put_back(self, delta: Delta) -> None:
         """What `take` gave did not get out: counters go with the next one, decisions are lost."""
-        for name in ("tokens", "outcomes", "mask_violations", "failures", "dropped"):
-            self._count(getattr(self._delta, name), getattr(delta, name))
-        for counted in delta.decision_counts:
-            self._decision_counts[counted.rule, counted.mode, counted.phase] += counted.count
-        for rule, condition, values in delta.values:
-            self._values[rule, condition] += values
-        self._selections += np.array(delta.selections, dtype=np.int64)
-        self._drop(Stage.DELIVER, len(delta.decisions))
+        self._tally.put_back(delta)
 
     def _count_tokens(self, counted_B: np.ndarray) -> None:
         if not len(counted_B):
             return
         sums = counted_B.sum(axis=0)
-        self._count(
-            self._delta.tokens,
+        self._tally.count(
+            "tokens",
             {
                 "prompt": int(sums[RequestColumn.PROMPT_TOKENS]),
                 "output": int(sums[RequestColumn.OUTPUT_TOKENS]),
             },
         )
-        self._selections += sums[RequestColumn.NUM : RequestColumn.NUM + self._num_sets]
-        self._moved = True
+        self._tally.select(sums[RequestColumn.NUM : RequestColumn.NUM + self._book.num_sets])
 
     def _note_masks(self, report: StepReport) -> None:
-        if not self._mask_rules:
+        masked_by = self._outcomes.masked_by
+        for req_id in self._row_of.keys() & masked_by.keys():
+            del masked_by[req_id]
+        if not self._book.mask_rules:
             return
-        for req_id in self._row_of.keys() & self._masked_by.keys():
-            del self._masked_by[req_id]
-        violated = {self._mask_rules[action] for action in self.liveness.violated}
         for req_id, row in self._counted_rows(report, np.any(report.masked_BW, axis=1)):
-            words = report.masked_BW[row].tolist()
-            self._masked_by[req_id] = frozenset(
-                rule
-                for action, rule in enumerate(self._mask_rules)
-                if words[action // WORD_BITS] >> (action % WORD_BITS) & 1
-            )
-            if not_obeyed := self._masked_by[req_id] & violated:
+            rules = masked_by[req_id] = frozenset(self._book.masks_in(report.masked_BW[row].tolist()))
+            if not_obeyed := {rule for rule in rules if rule.reason in self.liveness.violated}:
                 self._note_unmasked(req_id, not_obeyed)
             if req_id not in self._open:
-                self._raise_outcome(req_id, "masked")
+                self._outcomes.reached(req_id, "masked")
 
     def _note_violations(self, report: StepReport) -> None:
         if report.check is None:
             return
         violations_BA = report.check.violations_BA
         for req_id, row in self._counted_rows(report, violations_BA.any(axis=1)):
-            actions = np.flatnonzero(violations_BA[row]).tolist()
-            for action in actions:
-                policy = self._rules[self._mask_rules[action]].policy
-                self._count(self._delta.mask_violations, {policy: int(violations_BA[row, action])})
-            self._moved = True
-            self._note_unmasked(req_id, {self._mask_rules[action] for action in actions})
+            rules = set()
+            for action in np.flatnonzero(violations_BA[row]).tolist():
+                rule = self._book.masks[action]
+                self._tally.count("mask_violations", {rule.policy: int(violations_BA[row, action])})
+                rules.add(rule)
+            self._note_unmasked(req_id, rules)
 
-    def _note_unmasked(self, req_id: str, rules: Collection[int]) -> None:
-        """The masks of these rules are not obeyed: the request follows their fail mode, and however it
-        ends, it does not count as masked."""
-        self._unmasked.add(req_id)
-        if self._outcome.get(req_id) == "masked":
-            self._outcome[req_id] = "unjudged"
-        self._raise_outcome(req_id, "unjudged")
-        for rule in (self._rules[number] for number in sorted(rules)):
-            if rule.on_error == "closed":
-                self._owe_block(req_id, rule)
+    def _note_unmasked(self, req_id: str, rules: Collection[RuleFacts]) -> None:
+        """The masks of these rules are not obeyed: the request follows their fail mode."""
+        self._outcomes.unmasked(req_id)
+        for rule in self._book.rules:
+            if rule in rules and rule.on_error == "closed":
+                self._outcomes.owe_block(req_id, rule)
                 return
 
     def _note_untrusted(self, report: StepReport) -> None:
@@ -305,10 +254,10 @@ class Ledger:
         blocked = {}
         keys_B = report.requests_B[:, RequestColumn.BLOCK_KEY]
         for req_id, row in self._counted_rows(report, keys_B < NEVER):
-            position, rule = divmod(int(keys_B[row]), len(self._rules))
-            blocked[req_id] = Ending(self._reason(self._rules[rule]), position)
+            position, rule = divmod(int(keys_B[row]), len(self._book.rules))
+            blocked[req_id] = Ending(self._reason(self._book.rules[rule]), position)
             if req_id not in self._open:
-                self._raise_outcome(req_id, "blocked")
+                self._outcomes.reached(req_id, "blocked")
         return blocked
 
     def _counted_rows(
@@ -330,29 +279,26 @@ class Ledger:
         unseen_B = report.requests_B[:, RequestColumn.UNSEEN] > 0
         for req_id, _ in self._counted_rows(report, unseen_B & ~unjudged_B):
             self._note_unjudged(req_id)
+        # What was computed before a rule came into force is no fault, for which one would block.
+        late_B = report.requests_B[:, RequestColumn.LATE] > 0
+        for req_id, _ in self._counted_rows(report, late_B & ~unjudged_B & ~unseen_B):
+            self._outcomes.reached(req_id, "unjudged")
 
     def _note_unjudged(self, req_id: str) -> None:
-        """A request that could not be judged in full follows the fail mode of the rules that act on it.
-
-        In the middle of a prompt there is no token to withhold, so the block is owed until there is.
-        """
-        self._raise_outcome(req_id, "unjudged")
-        if not self._closed_rules:
+        """A request that could not be judged in full follows the fail mode of the rules that act on it."""
+        self._outcomes.reached(req_id, "unjudged")
+        book = self._books.current
+        if not book.closed_rules:
             return
-        enforced_R = self._enforced if self._rules_of is None else self._rules_of(req_id).enforced_R
-        for number in self._closed_rules:
+        enforced_R = book.enforced if self._rules_of is None else self._rules_of(req_id).enforced_R
+        for number in book.closed_rules:
             if enforced_R[number]:
-                self._owe_block(req_id, self._rules[number])
+                self._outcomes.owe_block(req_id, book.rules[number])
                 return
 
-    def _owe_block(self, req_id: str, rule: RuleFacts) -> None:
-        self._raise_outcome(req_id, "blocked")
-        self._owed[req_id] = self._reason(rule)
-
     def _owed_blocks(self) -> dict[str, Ending]:
-        if not self._owed:
-            return {}
-        return {req_id: Ending(self._owed[req_id]) for req_id in self._row_of if req_id in self._owed}
+        owed = self._outcomes.owed
+        return {req_id: Ending(self._reason(owed[req_id])) for req_id in self._row_of if req_id in owed}
 
     def _reason(self, rule: RuleFacts) -> str:
         return "moe_guard" if self._redacted else rule.reason
@@ -365,7 +311,7 @@ class Ledger:
                 continue
             block_key = int(report.requests_B[row, RequestColumn.BLOCK_KEY])
             position = int(event[EventColumn.POSITION])
-            if block_key < NEVER and position > block_key // len(self._rules):
+            if block_key < NEVER and position > block_key // len(self._book.rules):
                 continue  # computed behind the block, and discarded with its tokens
             self._note_decision(report, req_id, row, event, values)
 
@@ -376,7 +322,7 @@ class Ledger:
             return
         last_B = np.full(len(report.req_ids), -1)
         rows = [row for req_id, row in self._row_of.items() if req_id not in self._open]
-        last_B[rows] = report.requests_B[rows, RequestColumn.BLOCK_KEY] // len(self._rules)
+        last_B[rows] = report.requests_B[rows, RequestColumn.BLOCK_KEY] // len(self._book.rules)
         is_counted_V = more_V[:, EventColumn.POSITION] <= last_B[more_V[:, EventColumn.REQUEST]]
         self._count_events(report, more_V[is_counted_V])
 
@@ -390,15 +336,17 @@ class Ledger:
             kinds.tolist(), counts.tolist(), strict=True
         ):
             key, outcome = self._kind_of(number, bool(in_prompt), bool(enforced))
-            self._decision_counts[key] += count
-            self._raise_outcome(report.req_ids[row], outcome)
-        self._drop(Stage.EVALUATE, len(events_V))
+            self._tally.decide(key, count)
+            self._outcomes.reached(report.req_ids[row], outcome)
+        self._tally.drop(Stage.EVALUATE, len(events_V))
 
     def _kind_of(
         self, number: int, in_prompt: bool, enforced: bool
     ) -> tuple[tuple[int, str, str], str]:
         """What a firing counts as, and the outcome that it gives its request."""
-        outcome = {"mask": "masked", "block": "blocked"}.get(self._rules[number].action, "observed")
+        outcome = {"mask": "masked", "block": "blocked"}.get(
+            self._book.rules[number].action, "observed"
+        )
         key = (number, "enforce" if enforced else "audit", "prompt" if in_prompt else "output")
         return key, outcome if enforced else "observed"
 
@@ -411,15 +359,11 @@ class Ledger:
             bool(event[EventColumn.ENFORCED]),
         )
         number, mode, phase = key
-        rule = self._rules[number]
-        self._raise_outcome(req_id, outcome)
-        self._decision_counts[key] += 1
-        self._moved = True
-        if len(self._delta.decisions) >= MAX_PENDING_DECISIONS:
-            self._drop(Stage.EVENT_BUFFER, 1)
-            return
-        self._delta.decisions.append(
-            Decision(
+        rule = self._book.rules[number]
+        self._outcomes.reached(req_id, outcome)
+        self._tally.decide(key)
+        self._tally.keep(
+            lambda: Decision(
                 decision_id=str(uuid.uuid4()),
                 time=datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds"),
                 revision=report.revision,
@@ -437,7 +381,7 @@ class Ledger:
                         rule.conditions, values, rule.thresholds, strict=False
                     )
                 ),
-                unseen_tokens=int(report.requests_B[row, RequestColumn.UNSEEN]),
+                unseen_tokens=int(event[EventColumn.UNSEEN]),
                 exempt=bool(event[EventColumn.EXEMPT]),
                 outcome=outcome,
             )
@@ -445,31 +389,14 @@ class Ledger:
 
     def _observe_values(self, extremes_C: np.ndarray) -> None:
         first = 0
-        for number, rule in enumerate(self._rules):
+        for number, rule in enumerate(self._book.rules):
             for condition in rule.measured():
                 value = float(extremes_C[first + condition])
                 if not math.isnan(value):
-                    self._values[number, condition].append(value)
+                    self._tally.observe(number, condition, value)
             first += len(rule.conditions)
 
     def _masked_requests(self) -> dict[str, int]:
-        masked: Counter[str] = Counter({self._rules[rule].policy: 0 for rule in self._mask_rules})
-        for rules in self._masked_by.values():
-            masked.update({self._rules[rule].policy for rule in rules})
-        return dict(masked)
-
-    def _raise_outcome(self, req_id: str, outcome: str) -> None:
-        if outcome == "masked" and req_id in self._unmasked:
-            return
-        if _RANK[outcome] > _RANK[self._outcome.get(req_id, "passed")]:
-            self._outcome[req_id] = outcome
-
-    def _drop(self, stage: Stage, count: int) -> None:
-        self._count(self._delta.dropped, {str(stage): count})
-        self._moved = True
-
-    @staticmethod
-    def _count(into: dict[str, int], counts: dict[str, int] | object) -> None:
-        assert isinstance(counts, dict)
-        for key, count in counts.items():
-            into[key] = into.get(key, 0) + count
+        return self._outcomes.masked_requests(
+            rule.policy for book in self._books for rule in book.masks
+        )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from guard.events.message import Health
+from guard.events.message import Health, RuleFacts
 from guard.failures import Stage
 from guard.program.step_report import Finding, Judged, RequestColumn, RoutingCheck, StepReport
 
@@ -28,26 +28,18 @@ class Liveness:
     until a restart: that it is not seen broken now says nothing about the next step.
 
     silent: some layer reports nothing, as of the last check
-    violated: mask actions that were seen not to be obeyed
+    violated: rules, by the reason that they give, whose masks were seen not to be obeyed
     """
 
-    def __init__(
-        self,
-        engine: int = 0,
-        *,
-        live: bool = True,
-        blind_layers: int = 0,
-        mask_policies: Sequence[str] = (),
-    ) -> None:
-        """mask_policies: the policy of each mask action; live, blind_layers: see `Hello`."""
+    def __init__(self, engine: int = 0, *, live: bool = True, blind_layers: int = 0) -> None:
+        """live, blind_layers: see `Hello`."""
         self._engine = engine
         self._proved = live
         self._proved_blind = blind_layers
-        self._mask_policies = tuple(mask_policies)
         self._judges = True
         self._blind: frozenset[int] = frozenset()
         self.silent = False
-        self.violated: frozenset[int] = frozenset()
+        self.violated: frozenset[str] = frozenset()
         self._told: Health | None = self.health
 
     @property
@@ -67,20 +59,23 @@ class Liveness:
         """What `take` gave did not get out."""
         self._told = None
 
-    def note(self, report: StepReport) -> dict[str, int]:
-        """Take a step's report. Returns the faults that its check found, by stage."""
+    def note(self, report: StepReport, masks: Sequence[RuleFacts] = ()) -> dict[str, int]:
+        """Take a step's report. Returns the faults that its check found, by stage.
+
+        masks: the rule of each mask action of the report's program
+        """
         judged_B = report.requests_B[:, RequestColumn.JUDGED]
         ranks_differ = len(judged_B) > 0 and bool((judged_B == Judged.RANKS_DIFFER).all())
         self._judges = not report.failed and not ranks_differ
         if report.check is None:
             return {}
-        return self._note_check(report.check)
+        return self._note_check(report.check, masks)
 
     def note_fault(self) -> None:
         """A step of which not even a report could be taken."""
         self._judges = False
 
-    def _note_check(self, check: RoutingCheck) -> dict[str, int]:
+    def _note_check(self, check: RoutingCheck, masks: Sequence[RuleFacts]) -> dict[str, int]:
         numbers = np.array(check.layers, dtype=np.int64)
         self.silent = bool(check.silent_L.any())
         blind = frozenset(numbers[check.findings_LF.any(axis=1)].tolist())
@@ -95,10 +90,11 @@ class Liveness:
         elif self._blind and not blind:
             logger.warning("MoE Guard sees all MoE layers again")
         self._blind = blind
-        violated = frozenset(np.flatnonzero(check.violations_BA.any(axis=0)).tolist())
+        rules = [masks[action] for action in np.flatnonzero(check.violations_BA.any(axis=0)).tolist()]
+        violated = frozenset(rule.reason for rule in rules)
         if violated - self.violated:
             layers = numbers[check.violations_L > 0].tolist()
-            policies = sorted({self._mask_policies[action] for action in violated})
+            policies = sorted({rule.policy for rule in rules})
             logger.error(
                 "Masked experts are at work in MoE layers %s, against the masks of %s: moe_guard_up is "
                 "0 until the server is restarted, and requests under these masks follow onError",

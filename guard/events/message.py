@@ -53,7 +53,7 @@ class SetFacts(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """An engine that has proved its guard.
+    """An engine that has proved its guard; said again when another policy set came into force.
 
     masked_experts: by policy, how many experts its mask rules name
     blind_layers: MoE layers that do not report; the guard is live where there are none
@@ -111,8 +111,9 @@ class DecisionCount(msgspec.Struct, frozen=True):
 
 
 class Delta(msgspec.Struct, tag="delta"):
-    """What happened since the last delta.
+    """What happened since the last delta, decided by one revision.
 
+    revision: whose rules and sets the numbers are; the hello that has them came before
     decisions: those that were kept; `decision_counts` counts all
     outcomes: requests that ended, by outcome
     tokens: evaluated tokens, by phase
@@ -124,6 +125,7 @@ class Delta(msgspec.Struct, tag="delta"):
     """
 
     engine: int
+    revision: str = ""
     decisions: list[Decision] = []
     decision_counts: list[DecisionCount] = []
     outcomes: dict[str, int] = {}

@@ -7,8 +7,9 @@ from typing import Final
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from guard.events.ledger import OUTCOMES
 from guard.events.message import Delta, Health, Hello
+from guard.events.outcomes import OUTCOMES
+from guard.events.rulebook import KEPT_REVISIONS
 from guard.failures import Stage
 
 VALUE_BUCKETS = (
@@ -108,12 +109,19 @@ class GuardMetrics:
             "failures_total", "Faults of the guard, by stage. Requests followed onError.", "stage"
         )
         self._reloads = counter("reloads_total", "Policy reloads, by result.", "result")
-        self._hellos: dict[int, Hello] = {}
+        self._hellos: dict[int, dict[str, Hello]] = {}  # of each engine, the latest last
 
     def greet(self, hello: Hello) -> None:
-        """An engine's guard started: show every series at zero before it moves."""
-        before = self._hellos.get(hello.engine)
-        self._hellos[hello.engine] = hello
+        """An engine's guard started, or has new policies: show every series at zero before it moves.
+
+        Series of policies that are gone stay, as counters must; their gauges go to 0.
+        """
+        known = self._hellos.setdefault(hello.engine, {})
+        before = next(reversed(known.values()), None)
+        known.pop(hello.revision, None)
+        known[hello.revision] = hello
+        while len(known) > KEPT_REVISIONS + 1:
+            del known[next(iter(known))]
         engine = (self._model, str(hello.engine))
         self._up.labels(*engine).set(1 if hello.live else 0)
         self._blind_layers.labels(*engine).set(hello.blind_layers)
@@ -135,9 +143,14 @@ class GuardMetrics:
             for number in rule.measured():
                 condition, threshold = rule.conditions[number], rule.thresholds[number]
                 self._thresholds.labels(*engine, rule.policy, rule.rule, condition).set(threshold)
+        masked_before = {} if before is None else before.masked_experts
+        for policy in masked_before.keys() - hello.masked_experts.keys():
+            self._masked_experts.labels(*engine, policy).set(0)
+            self._masked_requests.labels(*engine, policy).set(0)
         for policy, experts in hello.masked_experts.items():
             self._masked_experts.labels(*engine, policy).set(experts)
-            self._masked_requests.labels(*engine, policy).set(0)
+            if policy not in masked_before:
+                self._masked_requests.labels(*engine, policy).set(0)
             self._violations.labels(*engine, policy)
         for named in hello.sets:
             self._selections.labels(*engine, named.policy, named.name)
@@ -159,7 +172,7 @@ class GuardMetrics:
 
     def apply(self, delta: Delta) -> None:
         """Add what happened. The engine's hello came before."""
-        hello = self._hellos[delta.engine]
+        hello = self._hellos[delta.engine][delta.revision]
         engine = (self._model, str(delta.engine))
         for counted in delta.decision_counts:
             rule = hello.rules[counted.rule]
@@ -186,6 +199,11 @@ class GuardMetrics:
             self._dropped.labels(*engine, stage).inc(count)
         for stage, count in delta.failures.items():
             self._failures.labels(*engine, stage).inc(count)
+
+    def reload(self, engine: int, *, succeeded: bool) -> None:
+        """A new policy set came into force, or was refused."""
+        result = "success" if succeeded else "failure"
+        self._reloads.labels(self._model, str(engine), result).inc()
 
     def drop(self, engine: int, stage: Stage, count: int = 1) -> None:
         self._dropped.labels(self._model, str(engine), stage).inc(count)

@@ -15,6 +15,7 @@ from guard.device.layout import Capacity
 from guard.device.readback import Readback
 from guard.events.ledger import Ledger
 from guard.events.message import Delta, RuleFacts
+from guard.events.rulebook import RuleBook
 from guard.program.applicability import RequestFacts
 from guard.program.compile import compile_policies
 from guard.program.program import WORD_BITS, Program
@@ -69,9 +70,12 @@ def serve(case: Case, requests: list[Speculated], max_draft_tokens: int) -> Delt
     guard = Guard(program, capacity, torch.device("cpu"))
     ledger = Ledger(
         0,
-        rule_facts(program),
-        tuple(program.masks.rule.tolist()),
-        len(program.sets),
+        RuleBook(
+            program.revision,
+            rule_facts(program),
+            tuple(program.masks.rule.tolist()),
+            len(program.sets),
+        ),
         clock=lambda: 0.0,
     )
     for request in requests:

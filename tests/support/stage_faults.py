@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import guard.events.ledger
+import guard.events.tally
 from guard.device.readback import Readback
 from guard.events.ledger import Ledger
 from guard.events.metrics import GuardMetrics
@@ -72,14 +72,14 @@ def _fail(
 def _no_room_for_a_decision() -> None:
     """For one step."""
     stock = Ledger.begin_step
-    room = guard.events.ledger.MAX_PENDING_DECISIONS
+    room = guard.events.tally.MAX_PENDING_DECISIONS
 
     def begin_step(*args: Any, **kwargs: Any) -> Any:
         Ledger.begin_step = stock  # type: ignore[method-assign]
-        guard.events.ledger.MAX_PENDING_DECISIONS = 0
+        guard.events.tally.MAX_PENDING_DECISIONS = 0
         try:
             return stock(*args, **kwargs)
         finally:
-            guard.events.ledger.MAX_PENDING_DECISIONS = room
+            guard.events.tally.MAX_PENDING_DECISIONS = room
 
     Ledger.begin_step = begin_step  # type: ignore[method-assign]

@@ -86,8 +86,8 @@ def with_report(output: Any, pending: Readback | StepReport | None, guard: Guard
     with guard.failures.caught(Stage.READBACK) as attempt:
         report = pending.result() if isinstance(pending, Readback) else pending
     if attempt.failed:
-        revision, faults = guard.program.revision, guard.failures.take()
-        report = StepReport.of_failed_step(revision, pending.req_ids, faults)
+        faults = guard.failures.take()
+        report = StepReport.of_failed_step(pending.revision, pending.req_ids, faults)
     setattr(output, REPORT_ATTRIBUTE, report)
     return output
 

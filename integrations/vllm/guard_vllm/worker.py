@@ -29,6 +29,7 @@ from guard_vllm.routers import RoutedLayer, attach, routed_layers, topology_of
 from guard_vllm.runners import hook_runner, run_probe_rows
 from guard_vllm.settings import Settings
 from guard_vllm.steps import StepHooks, wrap
+from guard_vllm.worker_reload import WorkerReload
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ class WorkerStatus:
     of the worker's own layers.
 
     layers: the model's MoE layers, by the model's own numbers
+    mask_keys: of each mask action what it does: equal ones compute the same KV
+    token_epochs: generations of programs whose signals are in use
     """
 
     revision: str
@@ -57,6 +60,8 @@ class WorkerStatus:
     proof: Proof
     kept_group: KeptGroup | None = None
     layers: tuple[int, ...] = ()
+    mask_keys: tuple[str, ...] = ()
+    token_epochs: tuple[int, ...] = (0,)
 
 
 class WorkerGuard:
@@ -93,6 +98,7 @@ class WorkerGuard:
         agree_on_tensor_parallel_ranks(guard)
         is_v2 = bool(self._worker.use_v2_model_runner)
         self._hooks = hook_runner(runner, guard, is_v2=is_v2)
+        WorkerReload(guard, self._status_of).hook(self._worker)
         if isinstance(guard, StagedGuard):
             hook_pipeline(runner, guard, self._hooks)
         return loaded
@@ -256,18 +262,24 @@ class WorkerGuard:
     def status(self) -> WorkerStatus:
         assert self._hooks is not None, "asked before the model was loaded"
         assert self._proof is not None, "asked before the proof"
-        guard = self._hooks.guard
-        masks = guard.program.masks
+        return self._status_of(self._hooks.guard.program)
+
+    def _status_of(self, program: Program) -> WorkerStatus:
+        assert self._hooks is not None, "asked before the model was loaded"
+        assert self._proof is not None, "asked before the proof"
+        guard, masks = self._hooks.guard, program.masks
         return WorkerStatus(
-            revision=guard.program.revision,
-            policies=guard.program.policies,
-            rules=guard.program.rules,
-            sets=guard.program.sets,
+            revision=program.revision,
+            policies=program.policies,
+            rules=program.rules,
+            sets=program.sets,
             mask_rules=tuple(int(rule) for rule in masks.rule),
             static_mask_rules=tuple(int(rule) for rule in masks.rule[masks.static]),
-            masked_experts=_masked_experts(guard.program),
+            masked_experts=_masked_experts(program),
             masking=guard.mask is not None,
-            layers=tuple(layer.number for layer in guard.program.topology.layers),
+            layers=tuple(layer.number for layer in program.topology.layers),
+            mask_keys=masks.keys,
+            token_epochs=program.signals.token_epochs,
             proof=self._proof,
             kept_group=self._kept_group,
         )

@@ -73,6 +73,7 @@ def report(
             event[EventColumn.POSITION] = position
             event[EventColumn.IN_PROMPT] = position < 2
             event[EventColumn.ENFORCED] = enforced
+            event[EventColumn.UNSEEN] = row.unseen
             events.append(event)
     events_V = np.array(events, dtype=np.int64).reshape(len(events), EventColumn.NUM)
     return StepReport(

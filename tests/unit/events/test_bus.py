@@ -30,7 +30,7 @@ def test_broken_metrics_stop_neither_the_log_nor_the_greeting(tmp_path: Path) ->
     bus.on_hello.append(heard.append)
 
     bus.receive(encode(HELLO))
-    bus.receive(encode(Delta(0, decisions=[decision()], selections=[0, 0])))
+    bus.receive(encode(Delta(0, revision="rev-1", decisions=[decision()], selections=[0, 0])))
     bus.close()
 
     assert heard == bus.wait_for_hellos(1, 0) == [HELLO]
@@ -43,7 +43,7 @@ def test_faults_are_counted_by_stage_with_the_next_delta() -> None:
     bus = EventBus(GuardMetrics("m", registry), "m")
     bus.receive(encode(HELLO))
     bus.receive(b"garbage")
-    bus.receive(encode(Delta(0, selections=[1, 2, 3])))
+    bus.receive(encode(Delta(0, revision="rev-1", selections=[1, 2, 3])))
 
     def failures(stage: str) -> float | None:
         return registry.get_sample_value("moe_guard_failures_total", {**LABELS, "stage": stage})
@@ -56,7 +56,9 @@ def test_what_the_log_drops_is_counted_and_never_ends_its_thread(tmp_path: Path)
     bus = EventBus(GuardMetrics("m", registry), "m", tmp_path / "log")
     bus.receive(encode(HELLO))
     bus.close()
-    bus.receive(encode(Delta(0, decisions=[decision(), decision()], selections=[0, 0])))
+    bus.receive(
+        encode(Delta(0, revision="rev-1", decisions=[decision(), decision()], selections=[0, 0]))
+    )
 
     name = "moe_guard_events_dropped_total"
     assert registry.get_sample_value(name, {**LABELS, "stage": "decision_log"}) == 2
@@ -87,6 +89,6 @@ def test_the_latest_decisions_stay_readable_and_no_more() -> None:
     bus = EventBus(GuardMetrics("m", CollectorRegistry()), "m")
     bus.receive(encode(HELLO))
     many = [decision(str(n)) for n in range(KEPT_DECISIONS + 5)]
-    bus.receive(encode(Delta(0, decisions=many, selections=[0, 0])))
+    bus.receive(encode(Delta(0, revision="rev-1", decisions=many, selections=[0, 0])))
 
     assert [d.request_id for d in bus.decisions] == [str(n) for n in range(5, KEPT_DECISIONS + 5)]

@@ -9,9 +9,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from guard.events import ledger as ledger_module
-from guard.events.ledger import FLUSH_SECONDS, OUTCOMES, Ending, Ledger
+from guard.events import tally as tally_module
+from guard.events.ledger import Ending, Ledger
 from guard.events.message import Delta, RuleFacts
+from guard.events.outcomes import OUTCOMES
+from guard.events.rulebook import RuleBook
+from guard.events.tally import FLUSH_SECONDS
 from guard.failures import Stage
 from guard.program.applicability import RulesFor
 from guard.program.step_report import DraftReport, Judged, StepReport
@@ -38,7 +41,8 @@ def make(
     mask_rules: tuple[int, ...] = (1,),
     rules_of: Callable[[str], RulesFor] | None = None,
 ) -> Ledger:
-    return Ledger(0, rules, mask_rules, 1, redacted=redacted, rules_of=rules_of, clock=clock or Clock())
+    book = RuleBook("rev-1", rules, mask_rules, 1)
+    return Ledger(0, book, redacted=redacted, rules_of=rules_of, clock=clock or Clock())
 
 
 def everyone(_: str) -> bool:
@@ -305,7 +309,7 @@ def test_the_start_of_a_mask_is_known_during_its_step_alone() -> None:
 def test_decisions_beyond_the_buffer_are_dropped_and_counted_in_both_ways(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ledger_module, "MAX_PENDING_DECISIONS", 2)
+    monkeypatch.setattr(tally_module, "MAX_PENDING_DECISIONS", 2)
     ledger = make()
     ledger.begin_step(report(Row("a", events=[OBSERVED] * 9), kept_events=5), everyone)
 

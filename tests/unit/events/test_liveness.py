@@ -11,6 +11,7 @@ import pytest
 from guard.events.ledger import Ledger
 from guard.events.liveness import Liveness
 from guard.events.message import Delta, Health, RuleFacts
+from guard.events.rulebook import RuleBook
 from guard.failures import Stage
 from guard.program.step_report import Finding, Judged, RoutingCheck, StepReport
 from tests.unit.events.reports import Row, check, failed, report, rule
@@ -22,8 +23,11 @@ def checked(found: RoutingCheck, *rows: Row) -> StepReport:
     return replace(report(*(rows or [Row("a")])), check=found)
 
 
+MASKS = (rule("steer", "mask"), rule("steer", "mask", policy="q"))
+
+
 def liveness(**settings: bool | int) -> Liveness:
-    return Liveness(mask_policies=["p", "q"], **settings)  # type: ignore[arg-type]
+    return Liveness(**settings)  # type: ignore[arg-type]
 
 
 def test_nothing_is_told_while_nothing_changes() -> None:
@@ -63,12 +67,12 @@ def test_a_mask_that_was_not_obeyed_keeps_up_at_0_until_a_restart(
 ) -> None:
     live = liveness()
     violation = check(num_actions=2, violations=[(0, 1, 1)])
-    assert live.note(checked(violation)) == {}
-    live.note(checked(violation))
+    assert live.note(checked(violation), MASKS) == {}
+    live.note(checked(violation), MASKS)
     assert live.take() == DOWN
     live.note(checked(check(num_actions=2)))
     assert live.take() is None
-    assert live.violated == {1}
+    assert live.violated == {"moe_guard:q/steer"}
     [message] = caplog.messages
     assert "layers 5, against the masks of q" in message
 
@@ -97,7 +101,7 @@ def steer(on_error: str, mode: str = "enforce") -> RuleFacts:
 
 def run(rules: Sequence[RuleFacts], *steps: StepReport) -> tuple[list[dict[str, str]], Delta]:
     """What each step blocks, and the delta when its requests have ended."""
-    ledger = Ledger(0, rules, [0], 1)
+    ledger = Ledger(0, RuleBook("rev-1", tuple(rules), (0,), 1))
     blocked = []
     for step in steps:
         endings = ledger.begin_step(step, lambda _: True)

@@ -13,6 +13,7 @@ from tests.unit.events.reports import HELLO, decision
 
 DELTA = Delta(
     3,
+    "rev-1",
     decisions=[decision()],
     decision_counts=[DecisionCount(1, "audit", "prompt", 4)],
     outcomes={"passed": 2},
@@ -25,13 +26,13 @@ DELTA = Delta(
 )
 
 
-@pytest.mark.parametrize("message", [HELLO, DELTA, Delta(0)])
+@pytest.mark.parametrize("message", [HELLO, DELTA, Delta(0, revision="rev-1")])
 def test_a_message_comes_back_as_it_was(message: Delta) -> None:
     assert decode(encode(message)) == message
 
 
 def test_stages_travel_as_their_words() -> None:
-    decoded = decode(encode(Delta(0, failures={Stage.EVALUATE: 1})))
+    decoded = decode(encode(Delta(0, revision="rev-1", failures={Stage.EVALUATE: 1})))
 
     assert isinstance(decoded, Delta)
     assert decoded.failures == {"evaluate": 1}

@@ -34,6 +34,7 @@ LABELS = {
 
 DELTA = Delta(
     0,
+    "rev-1",
     decisions=[decision("cmpl-secret")],
     decision_counts=[
         DecisionCount(2, "enforce", "output", 3),
@@ -122,7 +123,7 @@ def test_a_change_of_health_and_violations_show_on_the_engine_they_are_of() -> N
     metrics = GuardMetrics("m", registry)
     metrics.greet(HELLO)
     metrics.tell(Health(0, False, 2))
-    metrics.apply(Delta(0, selections=[0, 0], mask_violations={"p": 3}))
+    metrics.apply(Delta(0, revision="rev-1", selections=[0, 0], mask_violations={"p": 3}))
     engine = {"model_name": "m", "engine": "0"}
     assert registry.get_sample_value("moe_guard_up", engine) == 0
     assert registry.get_sample_value("moe_guard_blind_layers", engine) == 2

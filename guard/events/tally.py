@@ -1,0 +1,113 @@
+"""What an engine has counted and decided since it last told: deltas, each of one revision."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guard.events.message import Decision, DecisionCount, Delta
+from guard.events.rulebook import RuleBook
+from guard.failures import Stage
+
+MAX_PENDING_DECISIONS = 10_000
+"""Decisions that may wait for delivery; more are dropped and counted, their counters are not."""
+
+FLUSH_SECONDS = 0.2
+"""Counters wait this long at most; decisions and the end of the last request do not wait."""
+
+_BY_NAME = ("tokens", "outcomes", "mask_violations", "failures", "dropped")
+
+
+class Tally:
+    """One engine's. The numbers of rules and sets in it are those of one revision's book at a time."""
+
+    def __init__(self, engine: int, book: RuleBook, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._sealed: deque[Delta] = deque()
+        self._flushed_at = 0.0
+        self._begin(book)
+
+    def _begin(self, book: RuleBook) -> None:
+        self.revision = book.revision
+        self._delta = Delta(self._engine, revision=book.revision)
+        self._decision_counts: Counter[tuple[int, str, str]] = Counter()
+        self._values: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+        self._selections = np.zeros(book.num_sets, dtype=np.int64)
+        self._moved = False
+
+    def turn_to(self, book: RuleBook, masked_requests: dict[str, int]) -> None:
+        """What comes now is of another revision."""
+        if self._moved:
+            self._sealed.append(self._seal(masked_requests))
+        self._begin(book)
+
+    def count(self, name: str, counts: Mapping[str, int]) -> None:
+        """name: one of the delta's counters by a word"""
+        into: dict[str, int] = getattr(self._delta, name)
+        for key, count in counts.items():
+            into[key] = into.get(key, 0) + count
+        self._moved = self._moved or bool(counts)
+
+    def select(self, selections_N: NDArray[np.int64]) -> None:
+        self._selections += selections_N
+
+    def observe(self, rule: int, condition: int, value: float) -> None:
+        self._values[rule, condition].append(value)
+
+    def decide(self, key: tuple[int, str, str], count: int = 1) -> None:
+        """key: number of the rule, mode, phase"""
+        self._decision_counts[key] += count
+        self._moved = True
+
+    def keep(self, decision: Callable[[], Decision]) -> None:
+        if len(self._delta.decisions) >= MAX_PENDING_DECISIONS:
+            self.drop(Stage.EVENT_BUFFER, 1)
+        else:
+            self._delta.decisions.append(decision())
+
+    def drop(self, stage: Stage, count: int) -> None:
+        self.count("dropped", {str(stage): count})
+
+    def take(self, masked_requests: Callable[[], dict[str, int]], *, idle: bool) -> Delta | None:
+        """What is due for delivery, if anything. idle: no request is left, so nothing may wait."""
+        if self._sealed:
+            return self._sealed.popleft()
+        now = self._clock()
+        urgent = idle or self._delta.decisions or now - self._flushed_at >= FLUSH_SECONDS
+        if not self._moved or not urgent:
+            return None
+        delta = self._seal(masked_requests())
+        self._delta = Delta(self._engine, revision=self.revision)
+        self._decision_counts.clear()
+        self._values.clear()
+        self._selections[:] = 0
+        self._moved, self._flushed_at = False, now
+        return delta
+
+    def _seal(self, masked_requests: dict[str, int]) -> Delta:
+        self._delta.decision_counts = [
+            DecisionCount(*key, count) for key, count in self._decision_counts.items()
+        ]
+        self._delta.selections = self._selections.tolist()
+        self._delta.values = [(*key, values) for key, values in self._values.items()]
+        self._delta.masked_requests = masked_requests
+        return self._delta
+
+    def put_back(self, delta: Delta) -> None:
+        """What `take` gave did not get out: counters go with the next one, decisions are lost."""
+        self.drop(Stage.DELIVER, len(delta.decisions))
+        if delta.revision != self.revision:
+            delta.decisions = []
+            self._sealed.appendleft(delta)
+            return
+        for name in _BY_NAME:
+            self.count(name, getattr(delta, name))
+        for counted in delta.decision_counts:
+            self.decide((counted.rule, counted.mode, counted.phase), counted.count)
+        for rule, condition, values in delta.values:
+            self._values[rule, condition] += values
+        self._selections += np.array(delta.selections, dtype=np.int64)
