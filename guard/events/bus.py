@@ -66,6 +66,18 @@ class EventBus:
             for _ in range(count):
                 self._metrics.fail(delta.engine, Stage(stage))
 
+    @property
+    def revision(self) -> str:
+        """In force, as the first engine said last."""
+        with self._lock:
+            return self.hellos[min(self.hellos)].revision if self.hellos else ""
+
+    def note_reload(self, *, succeeded: bool) -> None:
+        """A policy set came into force in all engines, or was refused."""
+        with self._lock, self.failures.caught(Stage.METRICS):
+            for engine in self.hellos:
+                self._metrics.reload(engine, succeeded=succeeded)
+
     def expect_hellos(self) -> None:
         """Engines are about to start: that others were up before says nothing of them."""
         with self._lock:

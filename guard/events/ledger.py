@@ -285,7 +285,7 @@ class Ledger:
             self._outcomes.reached(req_id, "unjudged")
 
     def _note_unjudged(self, req_id: str) -> None:
-        """A request that could not be judged in full follows the fail mode of the rules that act on it."""
+        """A request that could not be judged in full follows the fail mode of rules that act on it."""
         self._outcomes.reached(req_id, "unjudged")
         book = self._books.current
         if not book.closed_rules:

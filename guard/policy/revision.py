@@ -56,7 +56,7 @@ class RuleKeys:
 def mask_key(mask: Mask) -> str:
     """Equal for masks that do the same to the same experts, whichever rule's they are."""
     experts = sorted(mask.experts.weights)
-    return _digest([str(mask.method), experts])[:_KEY_DIGITS]
+    return _digest([str(mask.method), mask.until, experts])[:_KEY_DIGITS]
 
 
 def _digest(content: object) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 from vllm.v1.request import RequestStatus
@@ -16,12 +17,14 @@ from guard.errors import NotLiveError
 from guard.events.ledger import Ending, Ledger
 from guard.events.liveness import Liveness
 from guard.events.message import Delta, Health, Hello, RuleFacts, SetFacts, encode
+from guard.events.rulebook import RuleBook
 from guard.failures import Failures, Stage
 from guard.policy.model import OnError
 from guard.program.applicability import RequestFacts, RulesFor, rules_for
 from guard.program.step_report import StepReport
 from guard_vllm import kv_isolation
 from guard_vllm.client import MESSAGE_CALL_ID, deliver
+from guard_vllm.core_reload import CoreReload
 from guard_vllm.kv_blocks import KVBlocks, step_starts
 from guard_vllm.parallel import reports_for_all
 from guard_vllm.request_facts import rules_of_request, send_day
@@ -55,28 +58,18 @@ class EngineCoreGuard:
         self._blocked: Mapping[str, Ending] = {}
         statuses = core.model_executor.collective_rpc(STATUS_METHOD)
         status = _agreed(statuses)
-        rules = tuple(RuleFacts.of(rule) for rule in status.rules)
-        self._revision = status.revision
-        self._has_rules = bool(rules)
         self._hooked = False
         self._kept_group = status.kept_group
         self._kv_blocks: KVBlocks | None = None
         self._can_confirm = False
+        self._unruled_steps = 0  # handed to the workers before there were rules
         self._isolation = kv_isolation.Isolation(status) if status.masking else None
-        self._rules = status.rules
-        self._closed_R = np.array([r.on_error is OnError.CLOSED for r in status.rules], dtype=np.bool_)
-        hello = _hello(self._engine, statuses, rules)
-        self._liveness = Liveness(
-            self._engine,
-            live=hello.live,
-            blind_layers=hello.blind_layers,
-            mask_policies=[rules[rule].policy for rule in status.mask_rules],
-        )
+        self._remember(status)
+        hello = _hello(self._engine, statuses)
+        self._liveness = Liveness(self._engine, live=hello.live, blind_layers=hello.blind_layers)
         self._ledger = Ledger(
             self._engine,
-            rules,
-            status.mask_rules,
-            len(status.sets),
+            _book(status),
             redacted=settings.redact_reasons,
             external_id=external_request_id,
             rules_of=self._rules_of,
@@ -84,9 +77,64 @@ class EngineCoreGuard:
         )
         wrap(core, "add_request", self._add_request)
         wrap(core, "post_step", self._post_step)
+        CoreReload(core, self._follow, self._computed)
         if self._isolation is not None:
             self._isolation.install()
         self._broadcast(hello)
+
+    def _remember(self, status: WorkerStatus) -> None:
+        self._revision = status.revision
+        self._rules = status.rules
+        self._closed_R = np.array([r.on_error is OnError.CLOSED for r in status.rules], dtype=np.bool_)
+
+    def _follow(self, statuses: list[WorkerStatus]) -> None:
+        """The workers have put another program in force, between two steps. From here on in the engine
+        core, too; steps that were handed out before are still read by the rules that decided them."""
+        status, scheduler = statuses[0], getattr(self._core, "scheduler", None)
+        if self._isolation is not None and scheduler is not None:
+            self._isolation.follow(status, scheduler)
+        if status.rules and not self._rules:
+            self._unruled_steps = len(getattr(self._core, "batch_queue", None) or ())
+        self._remember(status)
+        self._ledger.follow(_book(status))
+        if scheduler is not None:
+            self._trust_no_earlier_prefix(scheduler)
+        health = self._liveness.health
+        hello = _hello(self._engine, statuses)
+        self._broadcast(
+            msgspec.structs.replace(hello, live=health.up, blind_layers=health.blind_layers)
+        )
+
+    def _trust_no_earlier_prefix(self, scheduler: Any) -> None:
+        """What was seen before may not have been by rules that are new: who must not go unjudged takes
+        no block from the cache that was computed before."""
+        if self._kv_blocks is not None:
+            known = {r.request_id: r.num_computed_tokens for r in scheduler.requests.values()}
+            self._kv_blocks.must_be_seen(self._must_be_seen(), known)
+        if not self._can_confirm:
+            for request in scheduler.requests.values():
+                if self._is_closed_for(request):
+                    request.skip_reading_prefix_cache = True
+
+    def _must_be_seen(self) -> Callable[[Any], bool] | None:
+        return self._is_closed_for if self._can_confirm and self._closed_R.any() else None
+
+    def _computed(self) -> dict[str, int]:
+        """Positions of each request that the steps handed out have computed, where no rules were that
+        would have counted them. Rather too few: a token left out would not show."""
+        scheduler = getattr(self._core, "scheduler", None)
+        if self._rules or scheduler is None:
+            return {}
+        speculates = self._core.vllm_config.speculative_config is not None
+        computed = {}
+        for request in scheduler.requests.values():
+            known = request.num_computed_tokens
+            if speculates:
+                known -= request.num_in_flight_tokens  # drafts among them may be rejected
+            if request.num_output_tokens:
+                known = max(known, request.num_tokens - 1)  # preempted perhaps, but was there
+            computed[request.request_id] = max(known, 0)
+        return computed
 
     def _add_request(self, stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._hooked:
@@ -98,6 +146,8 @@ class EngineCoreGuard:
             wrap(scheduler, "_free_request", self._free_request)
             self._hook_kv_blocks(scheduler)
         send_day(request)
+        if self._isolation is not None:
+            self._isolation.admit(request)
         if not self._can_confirm and self._is_closed_for(request):
             # Whether a cached prefix was seen is not known, and this request must not go unjudged.
             request.skip_reading_prefix_cache = True
@@ -108,10 +158,7 @@ class EngineCoreGuard:
             return
         # What a connector brings was seen by nobody here.
         self._can_confirm = scheduler.connector is None
-        confirms = self._can_confirm and bool(self._closed_R.any())
-        self._kv_blocks = KVBlocks(
-            scheduler, self._kept_group, self._failures, self._is_closed_for if confirms else None
-        )
+        self._kv_blocks = KVBlocks(scheduler, self._kept_group, self._failures, self._must_be_seen())
 
     def _rules_of(self, req_id: str) -> RulesFor:
         request = self._core.scheduler.requests.get(req_id)
@@ -131,7 +178,7 @@ class EngineCoreGuard:
         if self._kv_blocks is not None:
             self._kv_blocks.note_step(scheduler_output, getattr(output, REPORT_ATTRIBUTE, None))
         req_ids = tuple(scheduler_output.num_scheduled_tokens)
-        if self._has_rules and req_ids:
+        if req_ids and self._is_reported(output):
             with self._failures.caught(Stage.LEDGER) as attempt:
                 report = getattr(output, REPORT_ATTRIBUTE, None) or self._unreported(req_ids)
                 self._blocked = self._ledger.begin_step(report, self._is_counted)
@@ -141,6 +188,15 @@ class EngineCoreGuard:
         outputs = stock(scheduler_output, output)
         self._ledger.end_step()
         return outputs
+
+    def _is_reported(self, output: Any) -> bool:
+        """Whether the step was decided by a program with rules, whatever is in force now."""
+        if getattr(output, REPORT_ATTRIBUTE, None) is not None:
+            return True
+        if self._unruled_steps:
+            self._unruled_steps -= 1
+            return False
+        return bool(self._rules)
 
     def _enter_failed_step(self, req_ids: tuple[str, ...], scheduler_output: Any) -> None:
         failed = StepReport.of_failed_step(self._revision, req_ids, {})
@@ -221,12 +277,14 @@ class EngineCoreGuard:
         result = stock(*args, **kwargs)
         with self._failures.caught(Stage.DELIVER):
             self._ledger.note_failures(self._failures.take())
-            delta = self._ledger.take(idle=not self._core.scheduler.has_unfinished_requests())
-            if delta is not None and self._reports:
+            idle = not self._core.scheduler.has_unfinished_requests()
+            while (delta := self._ledger.take(idle=idle)) is not None:
                 with self._failures.caught(Stage.DELIVER) as attempt:
-                    self._send(delta, client_index=0)
+                    if self._reports:
+                        self._send(delta, client_index=0)
                 if attempt.failed:
                     self._ledger.put_back(delta)
+                    break
             health = self._liveness.take()
             if health is not None:
                 with self._failures.caught(Stage.DELIVER) as attempt:
@@ -268,13 +326,18 @@ def _agreed(statuses: list[WorkerStatus]) -> WorkerStatus:
     return first
 
 
-def _hello(engine: int, statuses: list[WorkerStatus], rules: tuple[RuleFacts, ...]) -> Hello:
+def _book(status: WorkerStatus) -> RuleBook:
+    rules = tuple(RuleFacts.of(rule) for rule in status.rules)
+    return RuleBook(status.revision, rules, status.mask_rules, len(status.sets))
+
+
+def _hello(engine: int, statuses: list[WorkerStatus]) -> Hello:
     status = statuses[0]
     return Hello(
         engine=engine,
         revision=status.revision,
         policies=status.policies,
-        rules=rules,
+        rules=tuple(RuleFacts.of(rule) for rule in status.rules),
         sets=tuple(SetFacts(named.policy, named.name) for named in status.sets),
         masked_experts=status.masked_experts,
         blind_layers=len({number for status in statuses for number in status.proof.blind_layers}),

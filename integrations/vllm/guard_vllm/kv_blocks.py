@@ -8,7 +8,7 @@ that computed them. Such a request takes no other block from the cache.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from guard.failures import Failures, Stage
@@ -37,7 +37,7 @@ def step_starts(scheduler_output: Any) -> dict[str, int]:
 class KVBlocks:
     """Hangs on one scheduler and its block pool.
 
-    must_be_seen: whether a request may take only blocks whose evidence was confirmed; None if no
+    must_be_seen: whether a request may take only blocks whose evidence was confirmed; None while no
         policy asks for that
     """
 
@@ -61,9 +61,24 @@ class KVBlocks:
         pool = self._manager.block_pool
         wrap(pool, "get_new_blocks", self._get_new_blocks)
         wrap(scheduler, "schedule", self._schedule)
+        wrap(pool, "cache_full_blocks", self._cache_full_blocks)
+        wrap(self._manager, "get_computed_blocks", self._get_computed_blocks)
+
+    def must_be_seen(
+        self, must_be_seen: Callable[[Any], bool] | None, computed: Mapping[str, int]
+    ) -> None:
+        """Other policies are in force: what was computed before counts as seen by nobody.
+
+        computed: of each request under way, the positions that were
+        """
+        self._must_be_seen = must_be_seen
+        self._confirmed.clear()
+        self._registering.clear()
+        self._in_flight.clear()
+        self._holes.clear()
         if must_be_seen is not None:
-            wrap(pool, "cache_full_blocks", self._cache_full_blocks)
-            wrap(self._manager, "get_computed_blocks", self._get_computed_blocks)
+            for req_id, num_tokens in computed.items():
+                self._holes[req_id].append((0, num_tokens))
 
     def _get_new_blocks(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         blocks = stock(*args, **kwargs)
@@ -116,7 +131,7 @@ class KVBlocks:
             *args,
             **kwargs,
         )
-        if kv_cache_group_id == self._group:
+        if kv_cache_group_id == self._group and self._must_be_seen is not None:
             for index in range(num_cached_blocks, num_full_blocks):
                 self._registering[blocks[index].block_id] = _Registered(
                     request.request_id, index * block_size, (index + 1) * block_size

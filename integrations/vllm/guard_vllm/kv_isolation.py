@@ -17,6 +17,7 @@ from guard_vllm.request_facts import rules_of_request
 from guard_vllm.worker import WorkerStatus
 
 _START_ATTRIBUTE = "moe_guard_masked_from"
+_HASHED_ATTRIBUTE = "moe_guard_hashed_under"
 _KEY = "moe_guard"
 
 
@@ -24,14 +25,51 @@ class Isolation:
     """What the engine core knows of masks, applied to vLLM's block hashes."""
 
     def __init__(self, status: WorkerStatus) -> None:
-        self._status = status
-        beginning = sorted(set(status.mask_rules) - set(status.static_mask_rules))
-        self._beginning = beginning
+        self._masks = _Masks(status)
+        self._before: _Masks | None = None  # of steps that were under way when policies changed
+
+    def follow(self, status: WorkerStatus, scheduler: Any) -> None:
+        """Other policies are in force, from the next position of each request on.
+
+        Blocks that a request has not computed yet are named anew. Where static masks of its own changed
+        on the way, what it computes from there on is its own; and all of it where it could be computed
+        again without a mask that is not known any more.
+        """
+        self._before, self._masks = self._masks, _Masks(status)
+        for request in scheduler.requests.values():
+            old, new = self._before.in_force(request), self._masks.in_force(request)
+            if old == new:
+                continue
+            if not (
+                request.num_computed_tokens or request.num_output_tokens or request.num_preemptions
+            ):
+                self.hash_anew(request)
+                continue
+            position = max(request.num_computed_tokens - request.num_in_flight_tokens, 0)
+            if not self._masks.knows(self._before, request):
+                position = 0
+            self._make_own(request, position, position // scheduler.hash_block_size)
+
+    def hash_anew(self, request: Any) -> None:
+        """Name the blocks of a request that has computed none."""
+        if hasattr(request, _HASHED_ATTRIBUTE):
+            delattr(request, _HASHED_ATTRIBUTE)
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
+    def admit(self, request: Any) -> None:
+        """vLLM hashes a prompt as it comes in, in another thread: policies may have changed since."""
+        hashed_under = getattr(request, _HASHED_ATTRIBUTE, self._masks)
+        if hashed_under is not self._masks:
+            self.hash_anew(request)
 
     @property
     def shares_masked(self) -> bool:
         """Whether requests under the same masks share blocks that hold masked positions."""
-        return bool(self._status.static_mask_rules)
+        return any(masks.static for masks in self._known())
+
+    def _known(self) -> list[_Masks]:
+        return [masks for masks in (self._masks, self._before) if masks is not None]
 
     def install(self) -> None:
         """Make vLLM's block hashes tell masks apart, for the engine core in this process."""
@@ -41,11 +79,14 @@ class Isolation:
             request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
         ) -> Any:
             keys, next_mm_idx = stock(request, start_token_idx, end_token_idx, start_mm_idx)
+            masks = self._masks
+            if not hasattr(request, _HASHED_ATTRIBUTE):
+                setattr(request, _HASHED_ATTRIBUTE, masks)
             start = getattr(request, _START_ATTRIBUTE, None)
             if start is not None and end_token_idx > start:
                 own: tuple[str, str] | None = (_KEY, request.request_id)
             else:
-                own = _static_key(request, self._status, end_token_idx)
+                own = masks.key(request, end_token_idx)
             return keys if own is None else (*(keys or ()), own), next_mm_idx
 
         kv_cache_utils.generate_block_hash_extra_keys = generate_block_hash_extra_keys
@@ -62,8 +103,7 @@ class Isolation:
     def suspect(self, request: Any, position: int) -> None:
         """A step from `position` on was computed, of which nobody said whether it began a mask: that
         would hold from the next position on, and in the output."""
-        enforced_R = _enforced(request, self._status)
-        if any(enforced_R[rule] for rule in self._beginning):
+        if any(masks.may_begin(request) for masks in self._known()):
             self.isolate_from(request, max(position + 1, request.num_prompt_tokens))
 
     def distrust(self, scheduler: Any, request: Any, position: int) -> None:
@@ -76,7 +116,7 @@ class Isolation:
         """
         start = getattr(request, _START_ATTRIBUTE, None)
         is_own = start is not None and start <= position
-        if is_own or _static_key(request, self._status, request.num_tokens) is None:
+        if is_own or not any(masks.key(request, request.num_tokens) for masks in self._known()):
             return
         first = position // scheduler.hash_block_size
         tainted = list(request.block_hashes[first:])
@@ -98,9 +138,62 @@ class Isolation:
         request.update_block_hashes()
 
 
-def _enforced(request: Any, status: WorkerStatus) -> Bools:
-    """[R] the rules that act on a request."""
-    return rules_of_request(request, status.revision, status.rules).enforced_R
+class _Masks:
+    """The masks of one revision. Static ones are told apart by what they do, not by their revision:
+    requests under equal ones share their blocks across reloads.
+
+    static: of each static mask its rule, what it does, and whether it holds in the output alone
+    """
+
+    def __init__(self, status: WorkerStatus) -> None:
+        self._status = status
+        key_of = dict(zip(status.mask_rules, status.mask_keys, strict=True))
+        self.static = [
+            (rule, key_of[rule], status.rules[rule].phase == "output")
+            for rule in status.static_mask_rules
+        ]
+        self._beginning = sorted(set(status.mask_rules) - set(status.static_mask_rules))
+
+    def may_begin(self, request: Any) -> bool:
+        """Some mask that is not static acts on a request, if its rule fires."""
+        enforced_R = self._enforced(request)
+        return any(enforced_R[rule] for rule in self._beginning)
+
+    def in_force(self, request: Any) -> frozenset[tuple[str, bool]]:
+        """The static masks of a request."""
+        if not self.static:
+            return frozenset()
+        enforced_R = self._enforced(request)
+        return frozenset((key, in_output) for rule, key, in_output in self.static if enforced_R[rule])
+
+    def knows(self, before: _Masks, request: Any) -> bool:
+        """Whether what static masks of an earlier revision masked is masked again in a recompute."""
+        if not before.static:
+            return True
+        rules = {rule.key for rule in self._status.rules}
+        enforced_R = before._enforced(request)
+        return all(
+            before._status.rules[rule].key in rules for rule, _, _ in before.static if enforced_R[rule]
+        )
+
+    def key(self, request: Any, end_token_idx: int) -> tuple[str, str] | None:
+        """Of a block that ends there; None where it holds no masked position."""
+        in_force = [
+            (key, in_output)
+            for key, in_output in self.in_force(request)
+            if not in_output or end_token_idx > request.num_prompt_tokens
+        ]
+        if not in_force:
+            return None
+        everywhere = ",".join(sorted(key for key, in_output in in_force if not in_output))
+        in_output = ",".join(sorted(key for key, in_output in in_force if in_output))
+        if in_output:  # equal tokens, but masked from elsewhere
+            return (_KEY, f"{everywhere};{in_output} from {request.num_prompt_tokens}")
+        return (_KEY, everywhere)
+
+    def _enforced(self, request: Any) -> Bools:
+        """[R] the rules that act on a request."""
+        return rules_of_request(request, self._status.revision, self._status.rules).enforced_R
 
 
 def _unname(manager: Any, block_hashes: list[Any]) -> None:
@@ -110,22 +203,3 @@ def _unname(manager: Any, block_hashes: list[Any]) -> None:
         for group in range(manager.num_kv_cache_groups):
             while found := pool.get_cached_block(block_hash, [group]):
                 manager.evict_blocks({block.block_id for block in found})
-
-
-def _static_key(request: Any, status: WorkerStatus, end_token_idx: int) -> tuple[str, str] | None:
-    """Requests under the same static masks of the same revision may share their blocks."""
-    if not status.static_mask_rules:
-        return None
-    enforced_R = _enforced(request, status)
-    in_force = [
-        rule
-        for rule in status.static_mask_rules
-        if enforced_R[rule]
-        and (status.rules[rule].phase != "output" or end_token_idx > request.num_prompt_tokens)
-    ]
-    if not in_force:
-        return None
-    key = f"{status.revision}:{','.join(map(str, in_force))}"
-    if any(status.rules[rule].phase == "output" for rule in in_force):
-        key += f":from {request.num_prompt_tokens}"  # equal tokens, but masked from elsewhere
-    return (_KEY, key)

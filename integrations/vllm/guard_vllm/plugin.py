@@ -98,18 +98,20 @@ def _initialize_kv_caches(stock: Any, core: Any, *args: Any, **kwargs: Any) -> A
 
 
 def _init_llm_engine(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    bus = _front_end_bus(vllm_config)
+    settings, bus = _settings(vllm_config), _front_end_bus(vllm_config)
     stock(engine, vllm_config, *args, **kwargs)
-    if bus is not None:
+    if settings is not None and bus is not None:
         from guard_vllm.client import num_engines, require_hellos
+        from guard_vllm.reload import reload_offline
 
         require_hellos(bus, num_engines(engine.engine_core))
+        reload_offline(engine, settings, bus)
 
 
 def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-    bus = _front_end_bus(vllm_config)
+    settings, bus = _settings(vllm_config), _front_end_bus(vllm_config)
     stock(engine, vllm_config, *args, **kwargs)
-    if bus is None:
+    if settings is None or bus is None:
         return
     get_supported_tasks = seam(engine, "get_supported_tasks")
 
@@ -117,10 +119,12 @@ def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwa
         """What an API server asks its engines before it serves. An engine's hello is ahead of its
         answer, on the same socket."""
         from guard_vllm.client import num_engines, require_hellos
+        from guard_vllm.reload import reload_in_server
         from guard_vllm.watching import watch_policies
 
         tasks = await get_supported_tasks()
         require_hellos(bus, num_engines(engine.engine_core), timeout_s=0)
+        reload_in_server(engine, settings, bus)
         watch_policies(engine, Settings.of(vllm_config.additional_config), bus)
         return tasks
 

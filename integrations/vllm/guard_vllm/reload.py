@@ -1,13 +1,35 @@
-"""A new policy set takes effect in the engines that this process speaks with, between two steps."""
+"""A new policy set takes effect in the engines that this process speaks with, between two steps.
+
+The set is compiled here, where no step waits for it; what the engines get is the program.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from guard.policy import PolicySet
+from guard.errors import GuardError, ReloadRefusedError
+from guard.events.bus import EventBus
+from guard.policy import PolicyError, PolicySet, load_policies
+from guard.program.codec import decode_program, encode_program
+from guard.program.compile import check_observe_only, compile_policies
+from guard.program.program import Program
+from guard_vllm.compat import seam
+from guard_vllm.core_reload import CORE_COMMIT_METHOD, CORE_PREPARE_METHOD, CORE_PROGRAM_METHOD
+from guard_vllm.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S: Final = 60.0
+"""An engine answers between two steps; one that does not for so long is stuck, or gone."""
+
+_RELOADER_ATTRIBUTE: Final = "moe_guard_reloader"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,31 +48,122 @@ class ReloadResult:
         return self.fault is None
 
 
+Call = Callable[..., Any]
+"""Calls a method of the engine core, by its name, with its arguments, and waits for the answer."""
+
+
 class Reloader:
     """One a process that speaks with engines; in a server, the first API server's.
 
     Every attempt counts in `moe_guard_reloads_total` and is logged.
     """
 
+    def __init__(self, call: Call, bus: EventBus, *, observe_only: bool) -> None:
+        self._call = call
+        self._bus = bus
+        self._observe_only = observe_only
+        self._lock = threading.Lock()
+        self._program: Program | None = None  # in force, as far as is known
+
     def apply(self, load: Callable[[], PolicySet]) -> ReloadResult:
         """Load a policy set and put it in force; what cannot be loaded or not be honoured is refused,
-        and the one before stays. Waits until all engines have it: never call it on the event loop.
+        and the one before stays. Waits until the engine has it: never call it on the event loop.
 
         Safe to call from any thread; one call after the other takes effect.
 
         load: called once, in this thread; a PolicyError of it is a refusal like any other
         """
-        raise NotImplementedError
+        with self._lock:
+            fault, begun = None, time.perf_counter()
+            try:
+                revision = self._put_in_force(load())
+            except GuardError as error:
+                fault, self._program = str(error), None
+                revision = self._bus.revision
+            self._bus.note_reload(succeeded=fault is None)
+        if fault is None:
+            took = time.perf_counter() - begun
+            logger.info("policies reloaded: revision %s is in force (%.0f ms)", revision, took * 1e3)
+        else:
+            logger.error("policies not reloaded, revision %s stays in force: %s", revision, fault)
+        return ReloadResult(revision, fault)
+
+    def _put_in_force(self, policies: PolicySet) -> str:
+        """Its revision. Raises PolicyError, ReloadRefusedError."""
+        running = self._program or decode_program(self._call(CORE_PROGRAM_METHOD))
+        if policies.revision == running.revision:
+            self._program = running
+            return running.revision
+        if self._observe_only and (faults := check_observe_only(policies)):
+            raise PolicyError(faults)
+        program = compile_policies(policies, running.topology, running)
+        for method, *args in (
+            (CORE_PREPARE_METHOD, encode_program(program)),
+            (CORE_COMMIT_METHOD,),
+        ):
+            if fault := self._call(method, *args):
+                raise ReloadRefusedError(fault)
+        self._program = program
+        return program.revision
+
+
+_reloaders: list[Reloader] = []
 
 
 def reloader() -> Reloader | None:
     """This process's, once its engines are up; None where none was guarded, or it is another's task."""
-    return None
+    return _reloaders[-1] if _reloaders else None
 
 
 def reload_policies(llm: Any, path: Path | str) -> ReloadResult:
     """Put the policies at `path` in force in a vLLM `LLM` of this process, running requests included.
 
     Call it from the thread that uses the `LLM`, between two of its steps.
+
+    Raises ReloadRefusedError for an `LLM` without the guard.
     """
-    raise NotImplementedError
+    own = getattr(seam(llm, "llm_engine"), _RELOADER_ATTRIBUTE, None)
+    if own is None:
+        raise ReloadRefusedError(
+            "this LLM is not guarded; make it with additional_config={'moe_guard': {'policies': PATH}}"
+        )
+    result: ReloadResult = own.apply(lambda: load_policies(path))
+    return result
+
+
+def reload_in_server(engine: Any, settings: Settings, bus: EventBus) -> None:
+    """For the event loop of an API server, once its engine answers."""
+    client = seam(engine, "engine_core")
+    if int(getattr(client, "client_index", 0)) != 0:
+        return  # the first one reloads for all
+    loop, call_utility = asyncio.get_running_loop(), seam(client, "call_utility_async")
+
+    def call(method: str, *args: Any) -> Any:
+        answer = asyncio.run_coroutine_threadsafe(call_utility(method, *args), loop)
+        return _answer(lambda: answer.result(CALL_TIMEOUT_S))
+
+    _reloaders[:] = [Reloader(call, bus, observe_only=settings.observe_only)]
+
+
+def reload_offline(engine: Any, settings: Settings, bus: EventBus) -> None:
+    """For an engine that the program itself drives, step by step."""
+    client = seam(engine, "engine_core")
+    core = getattr(client, "engine_core", None)
+
+    def call(method: str, *args: Any) -> Any:
+        if hasattr(client, "call_utility"):  # in a process of its own
+            return _answer(lambda: seam(client, "call_utility")(method, *args))
+        return _answer(lambda: getattr(core, method)(*args))
+
+    own = Reloader(call, bus, observe_only=settings.observe_only)
+    setattr(engine, _RELOADER_ATTRIBUTE, own)
+    _reloaders[:] = [own]
+
+
+def _answer(ask: Callable[[], Any]) -> Any:
+    try:
+        return ask()
+    except Exception as error:  # whatever vLLM raises when an engine is gone
+        raise ReloadRefusedError(
+            f"the engine did not answer ({type(error).__name__}: {error}); its log says why"
+        ) from error

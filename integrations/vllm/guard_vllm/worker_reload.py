@@ -86,8 +86,8 @@ class WorkerReload(Generic[Status]):
             return Answer(None)
         return Answer("the guard could not install it; the worker's log says why")
 
-    def abandon(self, *, blind: bool) -> None:
-        """It is not put in force after all. blind: other ranks have it, and cannot go on beside this one."""
+    def abandon(self, blind: bool) -> None:
+        """It is not put in force after all. blind: but on other ranks, so that none can go on."""
         self._prepared = None
         if blind:
             self._guard.agreement = None  # ranks that differ would wait for each other

@@ -376,7 +376,7 @@ def test_a_step_of_which_nobody_says_whether_it_began_a_mask_may_have_begun_one(
 ) -> None:
     count = "{count: {experts: f, over: output, atLeast: 1}}"
     text = policy_text(rule_text(count, MASK))
-    masking = dataclasses.replace(status_of(text), mask_rules=(0,))
+    masking = dataclasses.replace(status_of(text), mask_rules=(0,), mask_keys=("k",))
     core = Core(masking)
     EngineCoreGuard(core, Settings(policies="p"))
     core.scheduler = Scheduler()

@@ -29,6 +29,7 @@ def status(rules: str, mode: str = "enforce") -> WorkerStatus:
         sets=program.sets,
         mask_rules=tuple(masks.rule.tolist()),
         static_mask_rules=tuple(masks.rule[masks.static].tolist()),
+        mask_keys=masks.keys,
         masked_experts={},
         masking=True,
         proof=Proof(2, (), 2, ()),
@@ -140,9 +141,10 @@ def test_requests_under_the_same_static_masks_share_and_no_other_does(keys: Any)
 
     of = keys(audited)
     assert of(request("a"), 16) is None
-    tightened = of(request("a", enforce=["p"]), 16)
-    assert tightened is not None
-    assert tightened != shared, "another revision"
+    assert of(request("a", enforce=["p"]), 16) == shared, "another revision, but the same mask"
+    assert keys(status(STATIC.replace("{experts: f}", "{experts: f, method: drop}")))(
+        request("a"), 16
+    ) not in (None, shared)
 
 
 def test_static_masks_of_the_output_key_the_blocks_that_hold_output(keys: Any) -> None:
@@ -164,3 +166,82 @@ def test_a_request_without_sampling_parameters_is_keyed_too(keys: Any) -> None:
     pooled.sampling_params = None
 
     assert keys(status(STATIC))(pooled, 16) is not None
+
+
+BEGINS = LATE.replace("name: r", "name: begins")
+
+
+class Hashed:
+    """A request with blocks of 4 tokens, hashed as soon as they are full."""
+
+    def __init__(self, req_id: str, of: Any, tokens: int = 16, **more: Any) -> None:
+        self.__dict__.update(vars(request(req_id, 8)))
+        self.num_tokens = tokens
+        self.num_computed_tokens = self.num_output_tokens = self.num_preemptions = 0
+        self.num_in_flight_tokens = 0
+        self.__dict__.update(more)
+        self._of = of
+        self.block_hashes: list[Any] = []
+        self.update_block_hashes()
+
+    def update_block_hashes(self) -> None:
+        while (end := 4 * (len(self.block_hashes) + 1)) <= self.num_tokens:
+            self.block_hashes.append(self._of(self, end))
+
+
+def scheduler_of(*requests: Any) -> Any:
+    return SimpleNamespace(hash_block_size=4, requests={r.request_id: r for r in requests})
+
+
+def test_blocks_that_are_not_computed_yet_are_named_after_the_masks_in_force(keys: Any) -> None:
+    isolation = Isolation(status(BEGINS))
+    of = keys(isolation)
+    waiting, running = Hashed("w", of), Hashed("r", of, num_computed_tokens=9)
+    late = Hashed("l", of)
+    isolation.follow(status(BEGINS + STATIC), scheduler_of(waiting, running))
+    masked = of(request("new", 8), 4)
+
+    assert masked is not None
+    assert waiting.block_hashes == [masked] * 4
+    own = (("moe_guard", "r"),)
+    assert running.block_hashes == [None, None, own, own], "masked from position 9 on"
+    isolation.admit(late)  # it was hashed as it came in, and admitted behind the change
+    assert late.block_hashes == [masked] * 4
+
+
+def test_equal_masks_share_across_reloads_and_a_change_of_another_rule_renames_nothing(
+    keys: Any,
+) -> None:
+    isolation = Isolation(status(STATIC))
+    of = keys(isolation)
+    running = Hashed("r", of, num_computed_tokens=9)
+    before = list(running.block_hashes)
+    isolation.follow(status(BEGINS + STATIC), scheduler_of(running))
+
+    assert running.block_hashes == before
+    assert of(request("new", 8), 4) == before[0]
+
+
+@pytest.mark.parametrize("mode", ["audit", None], ids=["audit", "removed"])
+def test_what_is_computed_behind_the_end_of_a_static_mask_is_the_requests_own(
+    keys: Any, mode: str | None
+) -> None:
+    isolation = Isolation(status(STATIC))
+    of = keys(isolation)
+    running = Hashed("r", of, num_computed_tokens=9)
+    masked, own = running.block_hashes[0], (("moe_guard", "r"),)
+    isolation.follow(status(STATIC, mode) if mode else status(LATE), scheduler_of(running))
+
+    # A rule that is known masks again in a recompute; of one that is not, nothing may be found.
+    assert running.block_hashes == ([masked, masked, own, own] if mode else [own] * 4)
+    assert of(request("new", 8), 4) is None
+
+
+def test_a_step_of_the_policies_before_may_still_have_begun_one_of_their_masks(keys: Any) -> None:
+    isolation = Isolation(status(LATE))
+    of = keys(isolation)
+    unjudged = request("a", 5)
+    isolation.follow(status(rule_text("{always: {}}")), scheduler_of())
+    isolation.suspect(unjudged, 10)
+
+    assert of(unjudged, 16) == (("moe_guard", "a"),)

@@ -132,7 +132,7 @@ def guard() -> Any:
 def test_a_readback_that_fails_is_reported_once_as_a_step_that_was_not_judged() -> None:
     class Broken(Readback):
         def __init__(self) -> None:
-            self.req_ids = ("a",)
+            self.req_ids, self.revision = ("a",), "rev"
 
         def result(self) -> Any:
             raise RuntimeError("lost")
