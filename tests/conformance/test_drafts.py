@@ -77,7 +77,7 @@ def test_counters_are_the_same_where_most_firings_have_no_evidence(
 ) -> None:
     request = data.draw(speculated("a", case.routing, case.facts))
     expected = serve(case, [_one_by_one(request)], 0)
-    with mock.patch("guard.device.actions.MAX_EVENTS_PER_STEP", 2):
+    with mock.patch("guard.device.evaluate.MAX_EVENTS_PER_STEP", 2):
         delta = serve(case, [request], MAX_DRAFTS)
     if delta is None or expected is None:
         return
