@@ -51,7 +51,6 @@ CONDITIONS: Final = (
     Calibrated("any", {"divergence": {"reduce": "max", "over": "request", "minTokens": 32}}),
     Calibrated("any", {"divergence": {"reduce": "mean", "over": "request", "minTokens": 32}}),
     Calibrated("output", {"entropy": {"over": 32, "minTokens": 32}}),
-    Calibrated("output", {"entropy": {"over": 32, "minTokens": 32}}, "below"),
     Calibrated("output", {"concentration": {"over": 32, "minTokens": 32}}),
     Calibrated("prompt", {"probe": {"name": "restricted", "over": "prompt", "minTokens": 8}}),
     Calibrated("output", {"probe": {"name": "restricted", "over": 32, "minTokens": 16}}),

@@ -121,7 +121,7 @@ def calibrated(
     offered: set[float] = set()
     for threshold in profile.thresholds:
         points, _ = next(iter(threshold.budgets.values()))
-        if threshold.phase is phase and _is_same(threshold.condition, measures[points]):
+        if threshold.phase is phase and is_same(threshold.condition, measures[points]):
             offered.update(threshold.budgets)
             if budget in threshold.budgets:
                 comparison, value = threshold.budgets[budget]
@@ -147,7 +147,9 @@ def baselines_for(kind: ConditionKind, profile: Profile | None) -> Baselines:
     return profile.baselines
 
 
-def _is_same(calibrated: Condition, wanted: Condition) -> bool:
+def is_same(calibrated: Condition, wanted: Condition) -> bool:
+    """Whether a threshold calibrated for one condition is right for another."""
+
     def key(condition: Condition) -> tuple[object, ...]:
         experts = condition.experts
         return (

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from guard.policy.explain import explain, path_text
 from guard.policy.fault import Fault, Location, PolicyError
 from guard.policy.json_nodes import read_json
-from guard.policy.measures import MeasureError, measure
+from guard.policy.measures import MeasureError, is_same, measure
 from guard.policy.model import (
     Baselines,
     CalibratedThreshold,
@@ -141,13 +141,19 @@ class _Builder:
         return probes
 
     def _thresholds(self, profile: Profile) -> tuple[CalibratedThreshold, ...]:
-        built = []
+        built: list[CalibratedThreshold] = []
         for index, spec in enumerate(self._document.thresholds):
+            path: _Path = ("thresholds", index, "when")
             try:
-                built.append(self._threshold(spec, index, profile))
+                threshold = self._threshold(spec, index, profile)
             except MeasureError as error:
-                path: _Path = ("thresholds", index, "when")
                 self._fault((*path, error.key) if error.key else path, error.text)
+                continue
+            for before, other in enumerate(built):
+                if other.phase is threshold.phase and is_same(other.condition, threshold.condition):
+                    text = f"thresholds[{before}] is for the same condition; a budget would mean either"
+                    self._fault(path, f"{text}; keep one")
+            built.append(threshold)
         return tuple(built)
 
     def _threshold(

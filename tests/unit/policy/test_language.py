@@ -352,9 +352,13 @@ def test_an_exception_says_for_whom_and_from_what(tmp_path: Path, exception: str
             },
             "point the same way",
         ),
+        (
+            {"thresholds": [{"when": {"entropy": {}}, "budgets": [BUDGET]}] * 2},
+            "thresholds[0] is for the same condition",
+        ),
         ({"probes": {"p": {"weights": [{"layer": 3, "weights": {"0": 1}}] * 2}}}, "is listed twice"),
     ],
-    ids=["experts", "sum", "layer", "set", "direction", "probe"],
+    ids=["experts", "sum", "layer", "set", "direction", "twice", "probe"],
 )
 def test_a_malformed_profile_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     found = faults(tmp_path, document("  profile: m.json\n  rules: []\n"), profile=PROFILE | change)
