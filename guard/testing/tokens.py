@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fractions import Fraction
 from typing import Final, NamedTuple
 
@@ -19,6 +19,9 @@ from guard.testing.schema import BASELINE, SegmentSpec, UseSpec
 
 MAX_DENOMINATOR: Final = 1 << 20
 """Of a share of gate weight: then the weights that show it are exact in float32."""
+FINEST_WEIGHT: Final = 512
+"""The smallest part of 1 in gate weights that meet a share exactly: it is whole in the nine decimals of
+the evidence's fixed point. Where that is too coarse, the weights add up to more than 1."""
 
 Ids = NDArray[np.int32]
 Weights = NDArray[np.float32]
@@ -37,13 +40,13 @@ class TokenMaker:
     """Makes the tokens of segments, the same ones each time."""
 
     def __init__(self, topology: Topology, words: Words, baselines: Baselines | None) -> None:
-        self._topology = topology
+        self.topology = topology
         self._words = words
         self._baselines = baselines
 
     def make(self, segment: SegmentSpec) -> Tokens:
         """Raises SuiteError."""
-        num_layers = len(self._topology.layers)
+        num_layers = len(self.topology.layers)
         gate_weights: dict[int, dict[int, float]] = {}
         shares: dict[int, Fraction] = {}
         avoided: Collection[Expert] = ()
@@ -58,7 +61,7 @@ class TokenMaker:
         else:
             avoided = experts = self._experts(segment.use)
             if segment.mass is not None:
-                tokens, shares = self._by_mass(experts, segment.tokens, segment.mass)
+                tokens, shares = self._by_mass(experts, segment.tokens, Fraction(str(segment.mass)))
             else:
                 tokens = self.spread(experts, self._per_token(experts, segment))
         return self.fill(tokens, avoided, rest, gate_weights, shares)._replace(seen=segment.seen)
@@ -70,8 +73,8 @@ class TokenMaker:
         """
         fewest, most = self.bounds(experts)
         queue = deque(self._in_turn(experts))
-        room = {layer.number: layer.top_k for layer in self._topology.layers}
-        index_of = self._topology.index_of_layer
+        room = {layer.number: layer.top_k for layer in self.topology.layers}
+        index_of = self.topology.index_of_layer
         tokens = []
         for number in per_token:
             if not fewest <= number <= most:
@@ -80,7 +83,7 @@ class TokenMaker:
                     f"and would have to choose {number}"
                 )
                 raise SuiteError("", text)
-            token: _Token = [[] for _ in self._topology.layers]
+            token: _Token = [[] for _ in self.topology.layers]
             needed = self._needed(experts)
             skipped: list[Expert] = []
             left = number
@@ -105,7 +108,7 @@ class TokenMaker:
         """The fewest and the most of the experts that one token can choose."""
         by_layer = self._by_layer(experts)
         most = sum(
-            min(layer.top_k, len(by_layer.get(layer.number, ()))) for layer in self._topology.layers
+            min(layer.top_k, len(by_layer.get(layer.number, ()))) for layer in self.topology.layers
         )
         return sum(self._needed(experts).values()), most
 
@@ -123,7 +126,7 @@ class TokenMaker:
         gate_weights: by row of a layer, those of the chosen experts; others share what is left to 1
         shares: by row of a layer, the share of the gate weight that the one chosen expert has
         """
-        topology = self._topology
+        topology = self.topology
         shape = (len(tokens), len(topology.layers), topology.max_top_k)
         topk_ids, topk_weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
         for index, layer in enumerate(topology.layers):
@@ -152,12 +155,21 @@ class TokenMaker:
             experts = self._words.experts(use)
         except SuiteError as error:
             raise SuiteError("use", error.text) from error
-        num_experts = {layer.number: layer.num_experts for layer in self._topology.layers}
+        return self.fitting(experts, "use")
+
+    def fitting(self, experts: Iterable[Expert], key: str = "") -> list[Expert]:
+        """The experts in order. Raises SuiteError where the model lacks one."""
+        num_experts = {layer.number: layer.num_experts for layer in self.topology.layers}
         for expert in sorted(experts):
             if expert.id >= num_experts.get(expert.layer, 0):
                 text = f"the model has no expert {expert.id} in a MoE layer {expert.layer}"
-                raise SuiteError("use", text)
+                raise SuiteError(key, text)
         return sorted(experts)
+
+    def with_share(self, experts: Collection[Expert], tokens: int, share: Fraction) -> Tokens:
+        """Tokens of which each has so much of its gate weight, in the experts' layers, on them."""
+        chosen, shares = self._by_mass(experts, tokens, share)
+        return self.fill(chosen, experts, shares=shares)
 
     def _per_token(self, experts: Collection[Expert], segment: SegmentSpec) -> list[int]:
         """How many of the experts each token chooses."""
@@ -186,30 +198,29 @@ class TokenMaker:
         return even(int(total), tokens)
 
     def _by_mass(
-        self, experts: Collection[Expert], tokens: int, mass: float
+        self, experts: Collection[Expert], tokens: int, share: Fraction
     ) -> tuple[list[_Token], dict[int, Fraction]]:
-        share = Fraction(str(mass))
         by_layer = self._by_layer(experts)
         chosen, shares = [], {}
-        for index, layer in enumerate(self._topology.layers):
+        for index, layer in enumerate(self.topology.layers):
             ids = by_layer.get(layer.number, [])
             if ids and layer.top_k == 1 and share != 1:
                 text = f"layer {layer.number} chooses one expert a token: its mass is all or nothing"
                 raise SuiteError("mass", text)
             if ids and share.denominator > MAX_DENOMINATOR:
-                raise SuiteError("mass", f"{mass!r} has too many digits; give at most six")
+                raise SuiteError("mass", f"{float(share)!r} has too many digits; give at most six")
             if ids:
                 shares[index] = share
         for number in range(tokens):
-            token: _Token = [[] for _ in self._topology.layers]
-            for index, layer in enumerate(self._topology.layers):
+            token: _Token = [[] for _ in self.topology.layers]
+            for index, layer in enumerate(self.topology.layers):
                 if of_layer := by_layer.get(layer.number):
                     token[index] = [of_layer[number % len(of_layer)]]
             chosen.append(token)
         return chosen, shares
 
     def _listed(self, segment: SegmentSpec) -> tuple[_Token, dict[int, dict[int, float]]]:
-        token: _Token = [[] for _ in self._topology.layers]
+        token: _Token = [[] for _ in self.topology.layers]
         gate_weights: dict[int, dict[int, float]] = {}
         listed = {
             number: [id_ for ids in ranges for id_ in ids]
@@ -219,13 +230,13 @@ class TokenMaker:
             if number in listed:
                 raise SuiteError("weights", f"layer {number} has experts and weights; keep the weights")
             listed[number] = list(weights)
-        index_of = self._topology.index_of_layer
+        index_of = self.topology.index_of_layer
         for number, ids in listed.items():
             key = "experts" if number in (segment.experts or {}) else "weights"
             if number not in index_of:
                 known = ", ".join(map(str, list(index_of)[:12]))
                 raise SuiteError(key, f"the model has no MoE layer {number}; its layers are {known}")
-            layer = self._topology.layers[index_of[number]]
+            layer = self.topology.layers[index_of[number]]
             if len(set(ids)) != len(ids):
                 raise SuiteError(key, f"an expert of layer {number} is listed twice")
             if len(ids) > layer.top_k:
@@ -262,7 +273,7 @@ class TokenMaker:
             layer.number: max(
                 0, layer.top_k - (layer.num_experts - len(by_layer.get(layer.number, ())))
             )
-            for layer in self._topology.layers
+            for layer in self.topology.layers
         }
 
     def _in_turn(self, experts: Collection[Expert]) -> list[Expert]:
@@ -354,5 +365,5 @@ def _weights(
         return [1.0] * len(chosen)
     inside = share.numerator * num_filled
     outside = share.denominator - share.numerator
-    whole = 1 << (share.denominator * num_filled - 1).bit_length()
+    whole = min(1 << (share.denominator * num_filled - 1).bit_length(), FINEST_WEIGHT)
     return [inside / whole] * len(chosen) + [outside / whole] * num_filled
