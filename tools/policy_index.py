@@ -22,8 +22,8 @@ HEAD: Final = """\
 # The policy library
 
 A folder for each policy: `policy.yaml`, a test suite (`tests.yaml`) and a README that says what it is
-for, what it needs and what it does not see. All are in `audit`: they count and log, and act once you
-set `mode: enforce`.
+for, what it needs and what it does not see. All but `staged-rollout` are in `audit`: they count and
+log, and act once you set `mode: enforce`.
 
 They take their experts, baselines and thresholds from a profile, so that they fit any model that has
 one. Here that is the profile of the demo model, `profiles/demo.json`; for yours, copy a folder and

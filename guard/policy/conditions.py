@@ -221,8 +221,8 @@ class ExpressionSpec(Spec):
     )
     concentration: DistributionConditionSpec | None = Field(
         default=None,
-        description="The largest share of a layer's selections that one expert got, times E/k, mean over "
-        "layers.",
+        description="The largest share of a layer's selections that one expert got, times E/k, mean "
+        "over layers.",
     )
     probe: ProbeConditionSpec | None = Field(
         default=None, description="A linear probe of the profile, as a probability."
