@@ -88,8 +88,9 @@ def test_json_is_a_list_of_faults(bad: Path, good: Path) -> None:
     (fault,) = json.loads(out)
 
     assert code == 1
-    assert set(fault) == {"file", "line", "column", "message"}
+    assert set(fault) == {"file", "line", "column", "severity", "code", "message"}
     assert (fault["file"], fault["line"]) == (str(bad), 7)
+    assert (fault["severity"], fault["code"]) == ("error", "invalid")
     assert run(good, "--format", "json")[:2] == (0, "[]\n")
 
 
@@ -176,3 +177,59 @@ def test_a_profile_of_another_model_is_a_fault_where_it_is_named(tmp_path: Path)
 
     assert code == 1
     assert out.startswith(f"{path}:5:12: the profile {tmp_path}/profile.json of policy 'p' is for a")
+
+
+NEVER = GOOD.replace("NAME", "never").replace("atLeast: 1", "above: 1")
+EXPIRED = NEVER.replace("above: 1", "atLeast: 1").rstrip() + (
+    "\n  exceptions:\n    - {name: e, match: {labels: {t: x}}, until: 2020-01-01}\n"
+)
+
+
+def test_a_warning_is_a_line_with_its_place_and_code_and_fails_with_strict_alone(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(NEVER)
+
+    code, out, err = run(path)
+
+    assert (code, err) == (0, "")
+    warning, summary = out.splitlines()
+    assert warning.startswith(f"{path}:7:24: warning: rule 'r' of policy 'never' can never fire: ")
+    assert warning.endswith(" [never-fires]")
+    assert summary.startswith(f"{path}: ok, ")
+    assert run(path, "--strict")[0] == 1
+    assert run(path, "--strict", "--ignore", "never-fires")[0] == 0
+
+
+def test_an_expired_exception_fails_without_strict(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(EXPIRED)
+
+    code, out, _ = run(path)
+
+    assert code == 1
+    assert out.startswith(f"{path}:9:7: error: exception 'e' of policy 'never' expired on 2020-01-01")
+    assert run(path, "--ignore", "expired-exception", "--ignore", "idle-exception")[0] == 0
+
+
+def test_findings_in_json_have_their_severity_and_code(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(NEVER)
+
+    (finding,) = json.loads(run(path, "--format", "json")[1])
+
+    assert (finding["severity"], finding["code"]) == ("warning", "never-fires")
+    assert (finding["file"], finding["line"], finding["column"]) == (str(path), 7, 24)
+
+
+def test_a_code_that_is_none_is_refused() -> None:
+    assert run("p.yaml", "--ignore", "nothing")[0] == 2
+
+
+def test_a_model_tells_lint_how_many_experts_a_token_chooses(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(GOOD.replace("NAME", "p").replace("[3]", "[1-3]").replace("atLeast: 1", "above: 2"))
+
+    assert "[never-fires]" not in run(path)[1]
+    assert "[never-fires]" in run(path, "--model", model(tmp_path / "m"))[1]
