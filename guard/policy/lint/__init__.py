@@ -12,7 +12,7 @@ from guard.policy.lint.policies import policy_findings
 from guard.policy.lint.rules import rule_findings
 from guard.policy.lint.suites import tested
 from guard.policy.lint.truth import Setting
-from guard.policy.model import Mask, MaskMethod, PolicySet
+from guard.policy.model import PolicySet
 
 __all__ = ["Code", "Finding", "Level", "ModelShape", "lint", "tested"]
 
@@ -33,14 +33,10 @@ def lint(
     """
     day = today or datetime.now(UTC).date()
     suites = tested(policies.policies) if with_suite is None else with_suite
-    drops = any(
-        isinstance(rule.then, Mask) and rule.then.method in (MaskMethod.DROP, MaskMethod.DROP_RENORM)
-        for _, rule in policies.ordered_rules()
-    )
     findings = list(mask_findings(policies))
     for policy in policies.policies:
         findings += policy_findings(policy, day, tested=policy.name in suites)
         for rule in policy.rules:
-            setting = Setting(rule.phase, shape or shape_for(policy), drops)
+            setting = Setting(rule.phase, shape or shape_for(policy))
             findings += rule_findings(policy, rule, setting)
     return sorted(dict.fromkeys(findings))

@@ -41,11 +41,10 @@ Way = tuple[Literal, ...]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Where an expression is evaluated. drops: as in `values`."""
+    """Where an expression is evaluated."""
 
     phase: Phase
     shape: ModelShape
-    drops: bool
 
 
 class Reason(NamedTuple):
@@ -162,7 +161,7 @@ def _alone(literal: Literal, setting: Setting) -> Reason | None:
         return Reason(condition, "`always` is never false") if literal.negated else None
     if text := why_unknown(condition, setting.phase):
         return Reason(condition, text)
-    possible = values(condition, setting.shape, drops=setting.drops)
+    possible = values(condition, setting.shape)
     both = possible.interval & taken(*literal)
     if (both.whole() if is_whole(condition) else both).is_empty:
         return Reason(condition, f"it asks for {literal}, but {possible.words}")

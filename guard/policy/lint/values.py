@@ -93,8 +93,7 @@ def taken(condition: Condition, negated: bool = False) -> Interval:
     return Interval(high=limit, high_open=is_open)
 
 
-def values(condition: Condition, shape: ModelShape, *, drops: bool) -> Values:
-    """drops: some mask may leave a token fewer than top-k experts of a layer"""
+def values(condition: Condition, shape: ModelShape) -> Values:
     match condition.kind:
         case ConditionKind.COUNT | ConditionKind.DORMANT | ConditionKind.COACTIVATION:
             return _counted(condition, shape)
@@ -125,7 +124,7 @@ def values(condition: Condition, shape: ModelShape, *, drops: bool) -> Values:
         case ConditionKind.DIVERGENCE:
             return Values(Interval(0.0, math.log(2) + ROUNDING), "a divergence is 0 to ln 2, 0.693")
         case ConditionKind.ENTROPY | ConditionKind.CONCENTRATION:
-            return _distribution(condition, shape, drops)
+            return _distribution(condition, shape)
         case ConditionKind.ALWAYS:
             return Values(Interval(), "")
 
@@ -211,23 +210,23 @@ def _suppressed(condition: Condition, shape: ModelShape) -> Values:
     return Values(Interval(low - ROUNDING, high + ROUNDING), words)
 
 
-def _distribution(condition: Condition, shape: ModelShape, drops: bool) -> Values:
-    """A mean over layers of 1/Σp², from 1 to E, or of max p·E/k, from 1 to E/k."""
+def _distribution(condition: Condition, shape: ModelShape) -> Values:
+    """A mean, over layers that had any selections, of 1/Σp², from 1 to E, or of max p·E/k, from 1/k
+    to E/k: shares of an even use are 1/E."""
     is_entropy = condition.kind is ConditionKind.ENTROPY
-    ends: list[Fraction] = []
-    high = math.inf
-    for layer in shape.all_layers():
-        per = 1 if is_entropy else layer.top_k
-        if layer.experts is None or per is None:
-            break
-        ends.append(Fraction(layer.experts, per))
-    else:
-        high = float(sum(ends, Fraction(0)) / len(ends))
-    low = 0.0 if drops and not is_entropy else 1.0
+    layers = shape.all_layers()
+    sizes = [layer.experts for layer in layers if layer.experts is not None]
+    top_ks = [layer.top_k for layer in layers if layer.top_k is not None]
+    known = len(sizes) == len(layers) and (is_entropy or len(top_ks) == len(layers))
+    low, high = 1.0 if is_entropy else 0.0, math.inf
+    if known:
+        if not is_entropy:
+            low = 1 / max(top_ks)
+        per = [1] * len(sizes) if is_entropy else top_ks
+        high = max(size / k for size, k in zip(sizes, per, strict=True))
     what = "effective experts are" if is_entropy else "a concentration is"
-    end = "or more" if high == math.inf else f"to {high:g} in this model"
-    words = f"{what} {low:g} {end}"
-    return Values(Interval(low - ROUNDING, high + ROUNDING), words)
+    end = f"to {high:g} in this model" if known else "or more"
+    return Values(Interval(low - ROUNDING, high + ROUNDING), f"{what} {low:g} {end}")
 
 
 def direction(condition: Condition, negated: bool) -> Comparison:

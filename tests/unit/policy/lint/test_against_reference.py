@@ -28,13 +28,18 @@ WINDOWS = ["token", 2, 3, "prompt", "output", "request"]
 
 @st.composite
 def conditions(draw: st.DrawFn) -> str:
-    kind = draw(st.sampled_from(["count", "rate", "mass", "score", "coactivation"]))
+    kind = draw(
+        st.sampled_from(
+            [*("count", "rate", "mass", "score", "coactivation"), *("entropy", "concentration")]
+        )
+    )
     words = [
-        f"experts: {draw(st.sampled_from(sorted(SETS)))}",
         f"over: {draw(st.sampled_from(WINDOWS))}",
         f"{draw(st.sampled_from(['above', 'atLeast', 'below', 'atMost']))}: "
         f"{draw(st.sampled_from(THRESHOLDS))}",
     ]
+    if kind not in ("entropy", "concentration"):
+        words.append(f"experts: {draw(st.sampled_from(sorted(SETS)))}")
     if kind == "score":
         words.append(f"bias: {draw(st.sampled_from([0, 0.25, -1]))}")
     if kind == "coactivation":

@@ -74,8 +74,8 @@ NEVER = [
     ("coactivation: {experts: g, layers: 2, over: 4, above: 4}", "0 to 4"),
     ("entropy: {below: 0.9}", "effective experts are 1 to 8"),
     ("entropy: {above: 8.1}", "effective experts are 1 to 8"),
-    ("concentration: {above: 4.1}", "a concentration is 1 to 4"),
-    ("concentration: {below: 0.9}", "a concentration is 1 to 4"),
+    ("concentration: {above: 4.1}", "a concentration is 0.5 to 4"),
+    ("concentration: {below: 0.4}", "a concentration is 0.5 to 4"),
     ("not: {rate: {experts: f, atLeast: 0}}", "a rate is 0 to"),
     ("not: {always: {}}", "`always` is never false"),
     (
@@ -120,6 +120,7 @@ SOUND = [
     "coactivation: {experts: g, layers: 2, above: 0}",
     "entropy: {below: 1.5}",
     "concentration: {above: 3.9}",
+    "concentration: {below: 0.6}",
     "all: [{rate: {experts: f, above: 0.2}}, {rate: {experts: f, below: 0.5}}]",
     "all: [{count: {experts: f, above: 2}}, {count: {experts: f, atMost: 3}}]",
     "all: [{rate: {experts: f, above: 0.5}}, {rate: {experts: f, over: output, below: 0.2}}]",
