@@ -74,16 +74,20 @@ class Reloader:
         load: called once, in this thread; a PolicyError of it is a refusal like any other
         """
         with self._lock:
-            fault, begun = None, time.perf_counter()
+            fault, begun, before = None, time.perf_counter(), self._bus.revision
             try:
-                revision = self._put_in_force(load())
+                policies = load()
+                revision = self._put_in_force(policies)
             except GuardError as error:
                 fault, self._program = str(error), None
                 revision = self._bus.revision
             self._bus.note_reload(succeeded=fault is None)
         if fault is None:
-            took = time.perf_counter() - begun
-            logger.info("policies reloaded: revision %s is in force (%.0f ms)", revision, took * 1e3)
+            took_ms = (time.perf_counter() - begun) * 1e3
+            logger.info(
+                "policies reloaded: revision %s -> %s (%d policies) in %.0f ms",
+                *(before, revision, len(policies.policies), took_ms),
+            )
         else:
             logger.error("policies not reloaded, revision %s stays in force: %s", revision, fault)
         return ReloadResult(revision, fault)

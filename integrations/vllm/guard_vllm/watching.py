@@ -28,11 +28,7 @@ def watch_policies(engine: Any, settings: Settings | None, bus: EventBus) -> Non
     if puts_in_force is None or source is None or getattr(engine, _WATCHED, False):
         return
     setattr(engine, _WATCHED, True)
-
-    def in_force() -> str:
-        return bus.hellos[min(bus.hellos)].revision
-
-    watcher = PolicyWatcher(source, puts_in_force.apply, in_force, bus.failures)
+    watcher = PolicyWatcher(source, puts_in_force.apply, lambda: bus.revision, bus.failures)
 
     def shutdown(stock: Any, *args: Any, **kwargs: Any) -> Any:
         if watcher.trigger in hangup.listeners:  # vLLM shuts an engine down more than once

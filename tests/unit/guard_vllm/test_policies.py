@@ -87,14 +87,9 @@ def test_what_is_watched_and_how_often(settings: Settings, kind: type | None, se
         assert source.delay_s() == pytest.approx(seconds, rel=0.11)
 
 
-@dataclass
-class Hello:
-    revision: str
-
-
 class Bus:
     def __init__(self) -> None:
-        self.hellos = {0: Hello("000000000000")}
+        self.revision = "000000000000"
         self.failures = Failures()
 
 
@@ -117,7 +112,7 @@ class Reloader:
         self.applied = threading.Semaphore(0)
 
     def apply(self, load: Callable[[], PolicySet]) -> Result:
-        self.bus.hellos[0] = Hello(load().revision)
+        self.bus.revision = load().revision
         self.applied.release()
         return Result()
 
