@@ -39,10 +39,18 @@ def serve(
     decision_log: Annotated[
         Path | None, typer.Option(help="A file that gets a JSON line for each decision.")
     ] = None,
+    label_header: Annotated[
+        list[str] | None,
+        typer.Option(help="LABEL=HEADER: the header gives requests the label. May be repeated."),
+    ] = None,
+    api_key_labels: Annotated[
+        Path | None, typer.Option(help="A YAML or JSON file that maps API keys to labels.")
+    ] = None,
 ) -> None:
     """Serve MODEL with vLLM, guarded by policies. Any other option goes to vLLM as it is."""
     if model.startswith("-"):
         fail("name the model first: moe-guard serve MODEL --policies PATH, then what is for vLLM")
+    headers = dict(_label_header(text) for text in label_header or ())
     settings = ServerSettings(
         model=model,
         policies=policies if is_url(policies) else Path(policies),
@@ -52,6 +60,8 @@ def serve(
         reload=reload,
         redact_reasons=redact_reasons,
         decision_log=decision_log,
+        label_headers=headers,
+        api_key_labels=api_key_labels,
         vllm_args=tuple(context.args),
     )
     try:
@@ -63,3 +73,10 @@ def serve(
     except GuardError as error:
         fail(error)
     raise typer.Exit(exit_code)
+
+
+def _label_header(text: str) -> tuple[str, str]:
+    label, equals, header = text.partition("=")
+    if not (label and equals and header):
+        fail(f"--label-header {text}: write LABEL=HEADER, for example tenant=x-tenant")
+    return label, header

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import IO, Any
@@ -49,6 +49,8 @@ class ServerSettings:
     reload: bool = True
     redact_reasons: bool = False
     decision_log: Path | None = None
+    label_headers: Mapping[str, str] = field(default_factory=dict)
+    api_key_labels: Path | None = None
     vllm_args: tuple[str, ...] = ()
 
     def check(self) -> None:
@@ -100,7 +102,7 @@ class ServerSettings:
         policies, log = self.policies, self.decision_log
         if isinstance(policies, Path):
             policies = os.path.abspath(policies)  # links stay in it: a reload sees them change
-        return {
+        section: dict[str, Any] = {
             "policies": policies,
             "strict": self.strict,
             "observe_only": self.observe_only,
@@ -109,6 +111,11 @@ class ServerSettings:
             "redact_reasons": self.redact_reasons,
             "decision_log": None if log is None else str(log.resolve()),
         }
+        if self.label_headers:
+            section["label_headers"] = dict(self.label_headers)
+        if self.api_key_labels is not None:
+            section["api_key_labels"] = os.path.abspath(self.api_key_labels)
+        return section
 
     @property
     def base_url(self) -> str:

@@ -92,6 +92,20 @@ def is_exempt(exceptions: Iterable[PolicyException], facts: RequestFacts) -> boo
     )
 
 
+def expired_exceptions(rules: Iterable[MatchedRule], today: date) -> list[str]:
+    """One line for each exception that is not applied any more."""
+    expired = {
+        (rule.policy, exception.name): exception.until
+        for rule in rules
+        for exception in rule.exceptions
+        if exception.is_expired(today)
+    }
+    return [
+        f"the exception {policy}/{name} ended on {until} and is not applied; renew it, or take it out"
+        for (policy, name), until in expired.items()
+    ]
+
+
 def matches(match: RequestMatch, facts: RequestFacts) -> bool:
     if match.lora_adapters is not None and facts.lora_adapter not in match.lora_adapters:
         return False

@@ -20,7 +20,13 @@ from guard.events.message import Delta, Health, Hello, RuleFacts, SetFacts, enco
 from guard.events.rulebook import RuleBook
 from guard.failures import Failures, Stage
 from guard.policy.model import OnError
-from guard.program.applicability import RequestFacts, RulesFor, rules_for
+from guard.program.applicability import (
+    RequestFacts,
+    RulesFor,
+    expired_exceptions,
+    rules_for,
+    utc_today,
+)
 from guard.program.step_report import StepReport
 from guard_vllm import kv_isolation
 from guard_vllm.client import MESSAGE_CALL_ID, deliver
@@ -86,6 +92,8 @@ class EngineCoreGuard:
         self._revision = status.revision
         self._rules = status.rules
         self._closed_R = np.array([r.on_error is OnError.CLOSED for r in status.rules], dtype=np.bool_)
+        for warning in expired_exceptions(status.rules, utc_today()):
+            logger.warning("MoE Guard: %s", warning)
 
     def _follow(self, statuses: list[WorkerStatus]) -> None:
         """The workers have put another program in force, between two steps. From here on in the engine

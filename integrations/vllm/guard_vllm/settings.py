@@ -41,6 +41,8 @@ class Settings:
     bundle_cache: folder for the bundle in force, from which a server starts while the URL is down
     bundle_token_variable: environment variable with the bearer token for the URL
     bundle_allow_http: take a bundle unencrypted from other hosts than this one
+    label_headers: by label, the header that gives it to a request
+    api_key_labels: file that maps API keys to labels
     mask_words, format: filled in by the plugin; they decide the shape of the compiled graph
     """
 
@@ -57,6 +59,8 @@ class Settings:
     bundle_cache: str | None = None
     bundle_token_variable: str | None = None
     bundle_allow_http: bool = False
+    label_headers: dict[str, str] | None = None
+    api_key_labels: str | None = None
     mask_words: int = 0
     format: int = FORMAT
 
@@ -102,6 +106,8 @@ class Settings:
             "bundle_cache": path,
             "bundle_token_variable": word,
             "bundle_allow_http": flag,
+            "label_headers": (dict, "a mapping of labels to headers"),
+            "api_key_labels": path,
             "mask_words": number,
             "format": number,
         }

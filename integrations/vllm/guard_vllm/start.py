@@ -15,6 +15,7 @@ from guard_vllm.client import open_bus
 from guard_vllm.frontend.install import install_frontend
 from guard_vllm.frontend.refusals import refuse_unguarded_frontends
 from guard_vllm.host import check_host
+from guard_vllm.labels import LabelSources
 from guard_vllm.policies import find_policies
 from guard_vllm.settings import Settings
 
@@ -23,10 +24,11 @@ def resolve(config: Any, settings: Settings) -> Settings:
     """Check all that can be checked before a model is loaded.
 
     Raises PolicyError for policies that are wrong or do not fit the model, UnsupportedHostError for
-    a server that cannot be guarded.
+    a server that cannot be guarded, LabelError for sources of labels that cannot be read.
     """
     refuse_unguarded_frontends(sys.argv, os.environ)
     check_host(config)
+    label_sources(settings)
     policies, keep = find_policies(settings)
     if settings.observe_only and (faults := check_observe_only(policies)):
         raise PolicyError(faults)
@@ -35,6 +37,10 @@ def resolve(config: Any, settings: Settings) -> Settings:
         compile_policies(policies, topology)
     keep()
     return settings.resolved(mask_words=num_mask_words(policies))
+
+
+def label_sources(settings: Settings) -> LabelSources:
+    return LabelSources.of_settings(settings.label_headers, settings.api_key_labels)
 
 
 def open_front_end(config: Any, settings: Settings) -> EventBus:
@@ -57,6 +63,12 @@ def open_front_end(config: Any, settings: Settings) -> EventBus:
         ruled[0] = bool(hello.rules)
 
     bus.on_hello.append(take)
-    install_frontend(messages, policies, has_rules=lambda: ruled[0], redact=settings.redact_reasons)
+    install_frontend(
+        messages,
+        policies,
+        has_rules=lambda: ruled[0],
+        redact=settings.redact_reasons,
+        labels=label_sources(settings),
+    )
 
     return bus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -46,13 +47,26 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vllm_env(plugin_path: Path) -> dict[str, str]:
+def api_key_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that knows two keys, one of them by its digest."""
+    file = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    digest = hashlib.sha256(b"sk-hidden").hexdigest()
+    file.write_text(
+        f"sk-plain: {{tenant: red-team}}\nsha256:{digest}: {{tenant: blue-team, tier: gold}}\n"
+    )
+    file.chmod(0o600)
+    return file
+
+
+@pytest.fixture(scope="session")
+def vllm_env(plugin_path: Path, api_key_labels: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(
             [str(plugin_path), str(_CHECKOUT), str(_CHECKOUT / "integrations" / "vllm")]
         ),
         "VLLM_PLUGINS": "block_stand_in",
+        "TEST_API_KEY_LABELS": str(api_key_labels),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",
     }
@@ -69,6 +83,7 @@ def server(
     log = tmp_path_factory.mktemp("server") / "log.txt"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model_path), "--served-model-name", "tiny", "--enforce-eager"]
+    command += ["--dtype", "float32"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"]
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out"]
     with log.open("w") as output:

@@ -12,6 +12,7 @@ from guard_vllm.frontend.request_args import (
     check_request_args,
     check_stop_strings,
 )
+from guard_vllm.labels import LabelError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +54,14 @@ def test_anything_else_of_the_guards_is_refused(extra_args: dict[str, object], s
     with pytest.raises(RequestArgumentError) as raised:
         check_request_args(extra_args, POLICIES)
     assert said in str(raised.value)
+
+
+def test_a_program_that_calls_the_engine_itself_may_give_labels() -> None:
+    check_request_args({"moe_guard_labels": {"tenant": "a"}}, POLICIES, trusted=True)
+    with pytest.raises(LabelError, match="expected a mapping"):
+        check_request_args({"moe_guard_labels": "tenant=a"}, POLICIES, trusted=True)
+    with pytest.raises(RequestArgumentError, match="labels come from configured headers"):
+        check_request_args({"moe_guard_labels": {"tenant": "a"}}, POLICIES)
 
 
 def test_with_redaction_no_policy_is_named() -> None:

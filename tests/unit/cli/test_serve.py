@@ -114,6 +114,23 @@ def test_the_command_is_vllms_own_with_the_guards_section(policies: Path) -> Non
     }
 
 
+def test_sources_of_labels_go_into_the_section_where_they_are_given(policies: Path) -> None:
+    headers, keys = {"tenant": "x-tenant", "region": "x-region"}, Path("keys.yaml")
+    section = config_of(settings(policies, label_headers=headers, api_key_labels=keys).command())
+
+    assert section["moe_guard"]["label_headers"] == headers
+    assert section["moe_guard"]["api_key_labels"] == str(keys.resolve())
+
+
+@pytest.mark.parametrize("text", ["tenant", "=x-tenant", "tenant="])
+def test_a_label_header_without_both_names_is_refused(policies: Path, text: str) -> None:
+    options = ["--policies", str(policies), "--label-header", text]
+    result = CliRunner().invoke(app, ["serve", "some/model", *options])
+
+    assert result.exit_code == 1
+    assert "write LABEL=HEADER, for example tenant=x-tenant" in result.stderr
+
+
 @pytest.mark.parametrize("option", ["--additional-config", "--additional_config"])
 def test_an_additional_config_of_the_users_is_kept(policies: Path, option: str) -> None:
     own = '{"x": 1, "moe_guard": {"strict": false, "mask_words": 3}}'

@@ -406,6 +406,32 @@ def test_without_rules_requests_are_remembered_and_nothing_is_reported() -> None
     assert engine.guard.num_requests == 0
 
 
+def test_a_rule_is_evaluated_only_for_requests_that_it_matches() -> None:
+    match = ", match: {labels: {tenant: red}}"
+    text = policy_text(
+        rule_text("{always: {}}", MASK, name="s", rest=match) + rule_text(COUNT, BLOCK, rest=match),
+        extra="  exceptions: [{name: e, match: {labels: {team: x}}}]\n",
+    )
+    engine = Engine(text)
+    engine.guard.add_request("matched", 1, RequestFacts("matched", {"tenant": "red"}))
+    engine.guard.add_request("exempt", 1, RequestFacts("exempt", {"tenant": "red", "team": "x"}))
+    engine.guard.add_request("other", 1, RequestFacts("other", {"team": "x"}))
+
+    report = engine.step({name: (0, [FLAGGED]) for name in ("matched", "exempt", "other")})
+
+    columns = [EventColumn.REQUEST, EventColumn.RULE, EventColumn.ENFORCED, EventColumn.EXEMPT]
+    assert report.events_V[:, columns].tolist() == [
+        [0, 0, 1, 0],
+        [0, 1, 1, 0],
+        [1, 0, 0, 1],
+        [1, 1, 0, 1],
+    ]
+    assert [block_position(report, 2, row) for row in range(3)] == [0, None, None]
+    assert report.masked_BW[:, 0].tolist() == [1, 0, 0]
+    known_BC = ~np.isnan(report.extremes_BC)
+    assert known_BC.any(axis=1).tolist() == [True, True, False], "it has no signal values either"
+
+
 def test_a_request_may_tighten_an_audit_policy_for_itself_alone() -> None:
     engine = Engine(policy_text(rule_text(COUNT, BLOCK), mode="audit"))
     engine.guard.add_request("a", 1, RequestFacts(enforced=frozenset({"p"})))

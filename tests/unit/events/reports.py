@@ -36,7 +36,8 @@ def rule(
 
 @dataclass
 class Row:
-    """block: (position, rule); masks: numbers of mask actions; events: (rule, position, enforced)."""
+    """block: (position, rule); masks: numbers of mask actions; events: (rule, position, enforced), of
+    which those in `exempt` were held back by an exception."""
 
     req_id: str
     prompt: int = 0
@@ -49,6 +50,7 @@ class Row:
     selections: int = 0
     extreme: float = float("nan")
     events: Sequence[tuple[int, int, bool]] = field(default_factory=tuple)
+    exempt: Sequence[tuple[int, int, bool]] = ()
 
 
 def report(
@@ -74,6 +76,7 @@ def report(
             event[EventColumn.IN_PROMPT] = position < 2
             event[EventColumn.ENFORCED] = enforced
             event[EventColumn.UNSEEN] = row.unseen
+            event[EventColumn.EXEMPT] = (rule_number, position, enforced) in row.exempt
             events.append(event)
     events_V = np.array(events, dtype=np.int64).reshape(len(events), EventColumn.NUM)
     return StepReport(

@@ -213,6 +213,18 @@ def test_redaction_hides_names_from_clients_and_not_from_the_log() -> None:
     assert take(ledger).decisions[0].policy == "p"
 
 
+def test_an_exempt_firing_is_logged_as_such_and_counts_as_one_in_audit() -> None:
+    held_back = (2, 3, False)
+    delta = ended(make(), report(Row("a", events=[OBSERVED, held_back], exempt=[held_back])))
+
+    assert [(d.rule, d.exempt, d.mode, d.action, d.outcome) for d in delta.decisions] == [
+        ("watch", False, "enforce", "observe", "observed"),
+        ("stop", True, "audit", "block", "observed"),
+    ]
+    assert delta.outcomes == {"observed": 1}
+    assert [(c.rule, c.mode) for c in delta.decision_counts] == [(0, "enforce"), (2, "audit")]
+
+
 def closed(mode: str = "enforce", action: str = "block") -> tuple[RuleFacts, ...]:
     return (
         rule("watch"),

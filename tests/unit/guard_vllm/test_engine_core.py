@@ -104,7 +104,10 @@ class Core:
         return messages
 
 
-def request(req_id: str, *enforce: str) -> Any:
+def request(req_id: str, *enforce: str, tenant: str | None = None) -> Any:
+    extra_args: dict[str, Any] = {"moe_guard_enforce": list(enforce)}
+    if tenant is not None:
+        extra_args["moe_guard_labels"] = {"tenant": tenant}
     return SimpleNamespace(
         request_id=req_id,
         num_tokens=1,
@@ -113,7 +116,7 @@ def request(req_id: str, *enforce: str) -> Any:
         stop_reason=None,
         resumable=False,
         skip_reading_prefix_cache=False,
-        sampling_params=SimpleNamespace(extra_args={"moe_guard_enforce": list(enforce)}),
+        sampling_params=SimpleNamespace(extra_args=extra_args),
         lora_request=None,
         is_finished=lambda: False,
     )
@@ -228,6 +231,42 @@ def test_a_step_without_a_report_follows_the_fail_mode(
     assert one.skip_reading_prefix_cache is blocked, "its prefix must be judged too"
     deltas = [message for _, message in core.sent() if isinstance(message, Delta)]
     assert sum(delta.failures.get("readback", 0) for delta in deltas) == 1
+
+
+EXCEPTION = "  exceptions: [{name: e, match: {labels: {tenant: red}}}]\n"
+OF_BLUE = rule_text(COUNT, BLOCK, rest=", match: {labels: {tenant: blue}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "tenant", "enforce", "blocked"),
+    [
+        (policy_text(rule_text(COUNT, BLOCK), extra=CLOSED + EXCEPTION), "red", (), False),
+        (policy_text(rule_text(COUNT, BLOCK), extra=CLOSED + EXCEPTION), "red", ("p",), True),
+        (policy_text(rule_text(COUNT, BLOCK), extra=CLOSED + EXCEPTION), "blue", (), True),
+        (policy_text(OF_BLUE, extra=CLOSED), "red", (), False),
+        (policy_text(OF_BLUE, extra=CLOSED), "red", ("p",), False),
+        (policy_text(OF_BLUE, extra=CLOSED), "blue", (), True),
+    ],
+    ids=["exempt", "named", "not-exempt", "not-matched", "not-matched-but-named", "matched"],
+)
+def test_a_fault_blocks_only_requests_on_which_a_closed_rule_acts(
+    text: str, tenant: str, enforce: tuple[str, ...], blocked: bool
+) -> None:
+    core, scheduler = guarded(text)
+    one = request("cmpl-a-01234567", *enforce, tenant=tenant)
+    core.add_request(one)
+
+    step(core, None, one.request_id)
+
+    assert scheduler.got[one.request_id][1] is blocked
+    assert one.skip_reading_prefix_cache is blocked
+    assert "moe_guard_day" in one.sampling_params.extra_args
+
+
+def test_an_expired_exception_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    expired = EXCEPTION.replace("}}}]", "}}, until: 2020-01-31}]")
+    guarded(policy_text(rule_text(COUNT, BLOCK), extra=expired))
+    assert "the exception p/e ended on 2020-01-31 and is not applied" in caplog.text
 
 
 def drafting(

@@ -36,12 +36,21 @@ def status(rules: str, mode: str = "enforce") -> WorkerStatus:
     )
 
 
-def request(req_id: str = "a", prompt: int = 20, enforce: list[str] | None = None) -> Any:
-    extra = None if enforce is None else {"moe_guard_enforce": enforce}
+def request(
+    req_id: str = "a",
+    prompt: int = 20,
+    enforce: list[str] | None = None,
+    labels: dict[str, str] | None = None,
+) -> Any:
+    extra: dict[str, Any] = {}
+    if enforce is not None:
+        extra["moe_guard_enforce"] = enforce
+    if labels is not None:
+        extra["moe_guard_labels"] = labels
     return SimpleNamespace(
         request_id=req_id,
         num_prompt_tokens=prompt,
-        sampling_params=SimpleNamespace(extra_args=extra),
+        sampling_params=SimpleNamespace(extra_args=extra or None),
         lora_request=None,
     )
 
@@ -145,6 +154,34 @@ def test_requests_under_the_same_static_masks_share_and_no_other_does(keys: Any)
     assert keys(status(STATIC.replace("{experts: f}", "{experts: f, method: drop}")))(
         request("a"), 16
     ) not in (None, shared)
+
+
+EXCEPTION = """
+  exceptions: [{name: e, match: {labels: {tenant: red}}}]
+"""
+
+
+def test_only_requests_on_which_a_static_mask_acts_are_kept_apart(keys: Any) -> None:
+    matched = STATIC.replace("name: r", "name: r, match: {labels: {tenant: [red, blue]}}")
+    of = keys(status(matched))
+    red, blue = request(labels={"tenant": "red"}), request(labels={"tenant": "blue"})
+    assert of(request(), 16) is None
+    assert of(red, 16) == of(blue, 16) is not None
+
+    of = keys(status(STATIC + EXCEPTION))
+    red = request(labels={"tenant": "red"})
+    assert of(red, 16) is None, "it is exempt"
+    assert of(request(), 16) is not None
+    assert of(request(labels={"tenant": "red"}, enforce=["p"]), 16) == of(request(), 16)
+
+
+def test_an_unjudged_step_leaves_blocks_of_an_exempt_request_shared(keys: Any) -> None:
+    isolation = Isolation(status(LATE + EXCEPTION))
+    of = keys(isolation)
+    for labels, own in (({}, True), ({"tenant": "red"}, False)):
+        unjudged = request(prompt=5, labels=labels)
+        isolation.suspect(unjudged, 10)
+        assert (of(unjudged, 16) is not None) == own
 
 
 def test_static_masks_of_the_output_key_the_blocks_that_hold_output(keys: Any) -> None:

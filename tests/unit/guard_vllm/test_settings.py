@@ -72,6 +72,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_even_while_off(key: str, hin
         {"policies": "p", "bundle_cache": ""},
         {"policies": "p", "bundle_token_variable": True},
         {"policies": "p", "bundle_allow_http": 1},
+        {"policies": "p", "label_headers": "tenant=x-tenant"},
+        {"policies": "p", "api_key_labels": ["keys.yaml"]},
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(wrong: dict[str, object]) -> None:

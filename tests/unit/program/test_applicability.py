@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from guard.policy.fault import Location
 from guard.policy.model import Mode, OnError, Phase, PolicyException, RequestMatch, Severity
-from guard.program.applicability import RequestFacts, in_sample, rules_for, utc_today
+from guard.program.applicability import (
+    RequestFacts,
+    expired_exceptions,
+    in_sample,
+    rules_for,
+    utc_today,
+)
 from guard.program.program import ActionKind, ProgramRule
 
 HERE = Location("p.yaml", 1, 1)
@@ -104,6 +110,14 @@ def test_the_last_day_of_an_exception_is_whole() -> None:
     until = rule(exceptions=(exception(until=DAY),))
     assert says(until, RequestFacts(labels=labels, today=DAY))[2]
     assert not says(until, RequestFacts(labels=labels, today=date(2027, 4, 1)))[2]
+
+
+def test_expired_exceptions_are_told_once_each() -> None:
+    until = exception(until=DAY)
+    rules = [rule(exceptions=(until, exception())), rule(exceptions=(until,))]
+    assert expired_exceptions(rules, DAY) == []
+    [said] = expired_exceptions(rules, date(2027, 4, 1))
+    assert said.startswith("the exception p/e ended on 2027-03-31 and is not applied")
 
 
 def test_one_of_several_exceptions_is_enough() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
+from guard_vllm.labels import NO_LABELS, LabelSources
+
 MARK = "moe_guard"
 CONTENT_FILTER = "content_filter"
 
@@ -26,12 +28,14 @@ class Sources:
     policies: the names that a request may ask to be enforced
     has_rules: whether a rule judges requests as things stand
     redact: `--redact-reasons`; errors then name no policy that the caller did not name
+    labels: how HTTP requests get their labels
     """
 
     messages: Mapping[str, str]
     policies: Collection[str]
     has_rules: Callable[[], bool]
     redact: bool
+    labels: LabelSources = NO_LABELS
 
     def message(self, stop_reason: str) -> str:
         return self.messages.get(stop_reason, "")

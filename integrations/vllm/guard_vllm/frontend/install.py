@@ -13,7 +13,9 @@ from guard_vllm.frontend.engine_outputs import install_engine_outputs
 from guard_vllm.frontend.messages_api import install_messages
 from guard_vllm.frontend.refusals import install_refusals
 from guard_vllm.frontend.request_args import install_request_args
+from guard_vllm.frontend.request_labels import install_request_labels
 from guard_vllm.frontend.responses_api import install_responses
+from guard_vllm.labels import NO_LABELS, LabelSources
 
 _sources = Sources(messages={}, policies=(), has_rules=lambda: False, redact=False)
 
@@ -24,6 +26,7 @@ def install_frontend(
     has_rules: Callable[[], bool],
     *,
     redact: bool = False,
+    labels: LabelSources = NO_LABELS,
 ) -> None:
     """Make every API of vLLM report a block, refuse what cannot be guarded, and check requests.
 
@@ -34,8 +37,10 @@ def install_frontend(
     _sources.policies = policies
     _sources.has_rules = has_rules
     _sources.redact = redact
+    _sources.labels = labels
     install_engine_outputs()
     install_request_args(_sources)
+    install_request_labels(_sources)
     install_refusals(_sources)
     install_completions()
     install_chat(_sources)

@@ -1,7 +1,7 @@
 """What a caller may ask of the guard: `vllm_xargs: {"moe_guard_enforce": [policy, ...]}`, no more.
 
 Over HTTP and offline alike it arrives in the engine core as a list of str, in the request's
-`sampling_params.extra_args`.
+`sampling_params.extra_args`. A program that calls the engine itself may also give labels there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from guard.errors import GuardError
 from guard_vllm.compat import seam
 from guard_vllm.frontend.blocked import MARK, Sources, is_blocked
 from guard_vllm.frontend.patching import Argument, Function, wrap
-from guard_vllm.request_facts import ENFORCE
+from guard_vllm.frontend.request_labels import GivenLabels, is_over_http, with_given_labels
+from guard_vllm.labels import check_labels
+from guard_vllm.request_facts import ENFORCE, LABELS
 
 
 class RequestArgumentError(GuardError):
@@ -24,7 +26,7 @@ class RequestArgumentError(GuardError):
 def install_request_args(sources: Sources) -> None:
     """Every request is checked as it is given to the engine, before a stream to it is opened."""
     engine = seam("vllm.v1.engine.async_llm", "AsyncLLM")
-    wrap(engine, "generate", lambda f: _no_stream(_checked(f, "sampling_params", sources), f, sources))
+    wrap(engine, "generate", lambda f: _no_stream(_labelled(f, sources), f, sources))
     processor = seam("vllm.v1.engine.input_processor", "InputProcessor")
     wrap(processor, "process_inputs", lambda f: _checked(f, "params", sources))
 
@@ -42,25 +44,39 @@ def check_prompt(prompt: object, sources: Sources) -> None:
 def check_params(params: Any, sources: Sources) -> None:
     """`params`: vLLM's sampling parameters. Raises RequestArgumentError."""
     if extra_args := getattr(params, "extra_args", None):
-        check_request_args(extra_args, sources.policies, redact=sources.redact)
+        trusted = not is_over_http()
+        check_request_args(extra_args, sources.policies, redact=sources.redact, trusted=trusted)
     if stop := getattr(params, "stop", None):
         check_stop_strings(stop)
 
 
 def check_request_args(
-    extra_args: Mapping[Any, object] | None, policies: Collection[str], *, redact: bool = False
+    extra_args: Mapping[Any, object] | None,
+    policies: Collection[str],
+    *,
+    redact: bool = False,
+    trusted: bool = False,
 ) -> None:
     """Check the keys that are the guard's; others are left alone.
 
-    redact: tell the caller no policy's name. Raises RequestArgumentError.
+    redact: tell the caller no policy's name
+    trusted: the caller is a program of the operator's, which may give labels
+
+    Raises RequestArgumentError, LabelError.
     """
     for key in extra_args or ():
         if not (isinstance(key, str) and key.startswith(MARK)):
             continue
-        if key != ENFORCE:
-            raise RequestArgumentError(_unknown_key(key))
         assert extra_args is not None, "an empty mapping has no keys"
-        _check_enforce(extra_args[key], policies, redact)
+        value = extra_args[key]
+        if key == ENFORCE:
+            _check_enforce(value, policies, redact)
+        elif key == LABELS and isinstance(value, GivenLabels):
+            continue  # checked where they were read
+        elif key == LABELS and trusted:
+            check_labels(value)
+        else:
+            raise RequestArgumentError(_unknown_key(key))
 
 
 def check_stop_strings(stop: str | Collection[str]) -> None:
@@ -82,6 +98,19 @@ def _checked(original: Function, name: str, sources: Sources) -> Function:
         return original(*args, **kwargs)
 
     return checked
+
+
+def _labelled(original: Function, sources: Sources) -> Function:
+    """`original`, checked as `_checked` does, and called with the labels of the HTTP request."""
+    argument = Argument(original, "sampling_params")
+
+    def labelled(*args: Any, **kwargs: Any) -> Any:
+        params = argument.of(args, kwargs)
+        check_params(params, sources)
+        args, kwargs = argument.replaced(args, kwargs, with_given_labels(params))
+        return original(*args, **kwargs)
+
+    return labelled
 
 
 def _no_stream(checked: Function, original: Function, sources: Sources) -> Function:

@@ -67,6 +67,7 @@ SEAMS: tuple[Seam, ...] = (
         has=(
             "block_hashes",
             "is_finished",
+            "lora_request",
             "num_computed_tokens",
             "num_in_flight_tokens",
             "num_output_tokens",

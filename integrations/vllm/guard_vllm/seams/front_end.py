@@ -57,6 +57,12 @@ SEAMS: tuple[Seam, ...] = (
         "refuses beam search",
     ),
     Seam(
+        "vllm.entrypoints.launchers.app",
+        "init_entrypoints_middleware",
+        "reads a request's labels, and tells HTTP from a program's own calls",
+        takes=("app",),
+    ),
+    Seam(
         "vllm.entrypoints.launchers.grpc_server",
         "",
         "tells that gRPC was asked for, by being imported",

@@ -111,7 +111,14 @@ SEAMS: tuple[Seam, ...] = (
         "vllm.v1.core.sched.output",
         "NewRequestData",
         "a request's slot",
-        has=("block_ids", "num_computed_tokens", "prompt_token_ids", "req_id", "sampling_params"),
+        has=(
+            "block_ids",
+            "lora_request",
+            "num_computed_tokens",
+            "prompt_token_ids",
+            "req_id",
+            "sampling_params",
+        ),
     ),
     Seam(
         "vllm.v1.core.sched.output",
@@ -119,6 +126,7 @@ SEAMS: tuple[Seam, ...] = (
         "requests that go on after preemption",
         has=("new_block_ids", "num_computed_tokens", "req_ids", "resumed_req_ids"),
     ),
+    Seam("vllm.lora.request", "LoRARequest", "which adapter a request uses", has=("lora_name",)),
     Seam(
         "vllm.sampling_params", "SamplingParams", "what a caller asks", has=("extra_args", "n", "stop")
     ),

@@ -2,13 +2,16 @@
 
 A request's `vllm_xargs` may hold
 test_block_after: how many output tokens to let pass; the next one is withheld
-test_stop_reason: what to report, by default `moe_guard:tiny/stop`; "args" reports what arrived
+test_stop_reason: what to report, by default `moe_guard:tiny/stop`; "args" and "labels" report what
+    arrived
 test_only_choice: with n > 1, block this choice alone
+test_only_tenant: block a request that has this label alone
 test_block_keeps: 1 to finish the request in the step of its last token, as after draft tokens
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 MESSAGE = "This request was stopped by policy."
@@ -16,11 +19,15 @@ MESSAGE = "This request was stopped by policy."
 
 def register() -> None:
     from guard_vllm.frontend.install import install_frontend
+    from guard_vllm.labels import LabelSources
 
     install_frontend(
         messages={"moe_guard:tiny/stop": MESSAGE, "moe_guard:tiny/silent": ""},
         policies=("restricted-chemistry", "tiny"),
         has_rules=lambda: True,
+        labels=LabelSources.of_settings(
+            {"tenant": "X-Tenant", "region": "x-region"}, os.environ.get("TEST_API_KEY_LABELS")
+        ),
     )
     _install_blocking()
 
@@ -57,6 +64,9 @@ def _install_blocking() -> None:
 
 
 def _chosen(request: Any, asked: dict[str, Any]) -> bool:
+    tenant = asked.get("test_only_tenant")
+    if tenant is not None and (asked.get("moe_guard_labels") or {}).get("tenant") != tenant:
+        return False
     only = asked.get("test_only_choice")
     return only is None or request.request_id.startswith(f"{only}_")
 
@@ -67,6 +77,8 @@ def _finish(request: Any, asked: dict[str, Any]) -> None:
     reason = asked.get("test_stop_reason", "moe_guard:tiny/stop")
     if reason == "args":
         reason = f"moe_guard:args/{asked.get('moe_guard_enforce')!r}"
+    if reason == "labels":
+        reason = f"moe_guard:labels/{asked.get('moe_guard_labels')!r}"
     request.status = RequestStatus.FINISHED_STOPPED
     request.stop_reason = reason
     request.resumable = False
