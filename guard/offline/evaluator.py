@@ -31,6 +31,9 @@ MAX_REQUESTS: Final = 256
 STATE_BYTES: Final = 256 << 20
 """For the state of all requests that are under way at once: long windows take fewer of them."""
 
+ROUTING_BYTES: Final = 256 << 20
+"""For the routing of those requests; a single one may be larger."""
+
 _DEVICE = torch.device("cpu")
 
 
@@ -66,6 +69,7 @@ class _Live:
 
     number: int
     routing: Routing
+    seen_P: NDArray[np.int64]  # 1 where the position was seen
     slot: int
     rules: RulesFor
     acts: bool
@@ -120,7 +124,7 @@ class OfflineEvaluator:
         done: dict[int, Outcome] = {}
         next_number, exhausted = 0, False
         while True:
-            while free and not exhausted and len(done) < 4 * self._max_requests:
+            while free and not exhausted and _has_room(live) and len(done) < 4 * self._max_requests:
                 request = next(source, None)
                 if request is None:
                     exhausted = True
@@ -172,7 +176,9 @@ class OfflineEvaluator:
         self._state.add_request(Admission(slot, routing.num_prompt_tokens, rules))
         acts = bool((rules.enforced_R & self._acts_R).any())
         in_force_A = np.zeros(program.masks.num_actions, dtype=np.bool_)
-        one = _Live(number, routing, slot, rules, acts, routing.first_seen, in_force_A)
+        seen_P = np.ones(len(routing.topk_ids), dtype=np.int64)
+        seen_P[list(routing.unseen)] = 0
+        one = _Live(number, routing, seen_P, slot, rules, acts, routing.first_seen, in_force_A)
         self._start_static_masks(one)
         return one
 
@@ -196,7 +202,7 @@ class OfflineEvaluator:
             num_left = len(one.routing.topk_ids) - one.position
             in_prompt = one.routing.num_prompt_tokens - one.position
             if one.acts or self._reads_distributions:
-                num_left = in_prompt if in_prompt > 0 else 1
+                num_left = min(num_left, in_prompt if in_prompt > 0 else 1)
             rows = min(num_left, max(fair, left - (len(live) - len(parts) - 1) * fair), left)
             if rows > 0:
                 parts.append((one, rows))
@@ -209,7 +215,7 @@ class OfflineEvaluator:
         starts = np.cumsum([0, *[rows for _, rows in parts]])
         num_rows = int(starts[-1])
         position_T = np.empty(num_rows, dtype=np.int64)
-        seen_T = np.ones(num_rows, dtype=np.int64)
+        seen_T = np.empty(num_rows, dtype=np.int64)
         ids_TLK = self._tap.topk_ids_TLK.numpy()
         weights_TLK = self._tap.topk_weights_TLK.numpy()
         for (one, rows), start in zip(parts, starts[:-1].tolist(), strict=True):
@@ -217,9 +223,7 @@ class OfflineEvaluator:
             ids_TLK[start : start + rows] = one.routing.topk_ids[span]
             weights_TLK[start : start + rows] = one.routing.topk_weights[span]
             position_T[start : start + rows] = np.arange(span.start, span.stop)
-            for position in one.routing.unseen:
-                if span.start <= position < span.stop:
-                    seen_T[start + position - span.start] = 0
+            seen_T[start : start + rows] = one.seen_P[span]
             one.position += rows
         slots_B = torch.tensor([one.slot for one, _ in parts], dtype=torch.int64)
         batch = StepBatch.of(slots_B, torch.from_numpy(starts), torch.from_numpy(position_T))
@@ -282,6 +286,29 @@ class OfflineEvaluator:
         )
         extremes_C = self._state.extreme_SC[one.slot].numpy().copy()
         return Outcome(verdict, one.rules, end, one.unseen, extremes_C)
+
+
+def result_of(program: Program, outcome: Outcome) -> str:
+    """blocked over masked over unjudged over observed over passed."""
+    verdict = outcome.verdict
+    if verdict.blocked is not None:
+        return "blocked"
+    enforced_masks = {
+        (rule.policy, rule.rule)
+        for rule, enforced in zip(program.rules, outcome.rules.enforced_R, strict=True)
+        if enforced and rule.action is ActionKind.MASK
+    }
+    fired = {(firing.policy, firing.rule) for firing in verdict.firings}
+    if verdict.masks or fired & enforced_masks:
+        return "masked"
+    if outcome.unseen:
+        return "unjudged"
+    return "observed" if fired else "passed"
+
+
+def _has_room(live: Sequence[_Live]) -> bool:
+    held = sum(one.routing.topk_ids.nbytes + one.routing.topk_weights.nbytes for one in live)
+    return held < ROUTING_BYTES
 
 
 def _requests_at_once(program: Program) -> int:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from guard.offline.evaluator import Outcome
+from guard.offline.evaluator import Outcome, result_of
 from guard.policy.fault import Location
 from guard.policy.model import Condition, Phase
-from guard.program.program import ActionKind, Program
+from guard.program.program import Program
 from guard.program.verdict import Firing
 from guard.testing.experts import NamedRule
 
@@ -47,24 +47,6 @@ class Happened:
         return shown(
             list(rule.rule.conditions()), [values[column] for column in columns if column >= 0]
         )
-
-
-def result_of(program: Program, outcome: Outcome) -> str:
-    """blocked over masked over unjudged over observed over passed."""
-    verdict = outcome.verdict
-    if verdict.blocked is not None:
-        return "blocked"
-    enforced_masks = {
-        (rule.policy, rule.rule)
-        for rule, enforced in zip(program.rules, outcome.rules.enforced_R, strict=True)
-        if enforced and rule.action is ActionKind.MASK
-    }
-    fired = {(firing.policy, firing.rule) for firing in verdict.firings}
-    if verdict.masks or fired & enforced_masks:
-        return "masked"
-    if outcome.unseen:
-        return "unjudged"
-    return "observed" if fired else "passed"
 
 
 def shown(conditions: Sequence[Condition], values: Sequence[float]) -> str:

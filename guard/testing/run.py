@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from guard.offline.evaluator import OfflineEvaluator, Outcome
+from guard.offline.evaluator import OfflineEvaluator, Outcome, result_of
 from guard.policy.fault import Fault, Location
 from guard.policy.model import Mode, PolicySet, Rule
 from guard.testing.cases import Case, CaseBuilder
-from guard.testing.expect import Happened, Mismatch, result_of
+from guard.testing.expect import Happened, Mismatch
 from guard.testing.suite import Suite
 
 

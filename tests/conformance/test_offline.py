@@ -28,7 +28,7 @@ def _rounded(firing: Firing) -> tuple[object, ...]:
     return firing.position, firing.policy, firing.rule, evidence, firing.exempt
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases(), st.sampled_from([5, 64]), st.data())
 def test_verdicts_equal_the_references_many_requests_at_once(
     case: Case, max_rows: int, data: st.DataObject

@@ -23,7 +23,8 @@ LAYERS: dict[str, set[str]] = {
     "guard.program": {"guard.policy"},
     "guard.host": {"guard.policy", "guard.program"},
     "guard.device": {"guard.policy", "guard.program"},
-    "guard.offline": {"guard.policy", "guard.program", "guard.device"},
+    "guard.trace": {"guard.policy", "guard.program"},
+    "guard.offline": {"guard.policy", "guard.program", "guard.device", "guard.trace"},
     "guard.testing": {"guard.policy", "guard.program", "guard.offline"},
     "guard.events": {"guard.failures", "guard.policy", "guard.program"},
     "guard.source": {"guard.failures", "guard.policy"},
@@ -51,6 +52,7 @@ FOREIGN: dict[str, set[str]] = {
     "guard.policy": ARRAYS,
     "guard.source": ARRAYS,
     "guard.program": {"torch"},
+    "guard.trace": {"torch"},
 }
 
 
