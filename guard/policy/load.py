@@ -16,7 +16,12 @@ from guard.policy.model import ExpertSet, Policy, PolicySet, Profile
 from guard.policy.never_mask import never_mask_faults
 from guard.policy.nodes import Node, ScalarNode, find, plain
 from guard.policy.profile import load_profile
-from guard.policy.references import duplicate_policy_faults, foreign_faults, reference_faults
+from guard.policy.references import (
+    duplicate_policy_faults,
+    foreign_faults,
+    foreign_names,
+    reference_faults,
+)
 from guard.policy.revision import revision_of
 from guard.policy.schema import (
     EXPERT_SETS,
@@ -123,7 +128,7 @@ class _Loader:
                 continue
             own_faults = [*reference_faults(root), *foreign_faults(root, self._foreign.find)]
             profile = self._profile(root)
-            if document is not None and not own_faults:
+            if document is not None and not own_faults and self._has_sets(root):
                 policy, own_faults = build_policy(
                     document, root, profile, self._profiles.named, self._foreign
                 )
@@ -131,6 +136,11 @@ class _Loader:
             self.faults += own_faults
         self.faults += duplicate_policy_faults(root for root, _ in self._policies)
         return policies
+
+    def _has_sets(self, root: Node) -> bool:
+        """The sets of other files that it names are whole; else their own faults say it."""
+        found = [self._foreign.find(name, root.location.file) for name in foreign_names(root)]
+        return all(foreign_set is not None for foreign_set in found)
 
     def _validated(self, root: Node, schema: type[_Document]) -> _Document | None:
         try:

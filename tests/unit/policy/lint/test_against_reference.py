@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from guard.policy import parse_policies
@@ -96,7 +96,7 @@ SAID: Counter[str] = Counter()
 
 
 @given(policies(), st.lists(routings(), min_size=1, max_size=6))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, phases=[Phase.explicit, Phase.generate])
 def test_no_rule_fires_that_is_said_never_to(policy_set: PolicySet, requests: list[Routing]) -> None:
     found = lint(policy_set, shape=shape_of(TOPOLOGY))
     dead = {f.message.split("'")[1] for f in found if f.code is Code.NEVER_FIRES}
