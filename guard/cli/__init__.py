@@ -6,6 +6,7 @@ import typer
 
 from guard.cli.check import check
 from guard.cli.demo import demo
+from guard.cli.diff import diff
 from guard.cli.policy_tests import run_policy_tests
 from guard.cli.replay import replay
 from guard.cli.serve import serve
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(check)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(demo)
+app.command()(diff)
 app.command("test")(run_policy_tests)
 app.command()(replay)
 
