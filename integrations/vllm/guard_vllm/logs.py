@@ -18,3 +18,4 @@ def log_where_vllm_logs() -> None:
             ours.setLevel(vllm.level)
             for handler in vllm.handlers:
                 ours.addHandler(handler)
+            ours.propagate = not vllm.handlers  # a library may yet give the root a handler

@@ -21,23 +21,24 @@ OWN
 from guard_vllm.logs import log_where_vllm_logs
 log_where_vllm_logs()
 log_where_vllm_logs()
+LATER
 for name in ("guard.source.watcher", "guard_vllm.watching"):
     logging.getLogger(name).info("said by %s", name)
     logging.getLogger(name).debug("not said")
 """
 
 
+ROOT = "logging.basicConfig(level='INFO', stream=sys.stdout, format='own %(message)s')"
+
+
 @pytest.mark.parametrize(
-    ("own", "prefix"),
-    [
-        ("", ""),
-        ("logging.basicConfig(level='INFO', stream=sys.stdout, format='own %(message)s')", "own "),
-    ],
-    ids=["vLLM's alone", "the program's own"],
+    ("own", "later", "prefix"),
+    [("", "", ""), (ROOT, "", "own "), ("", ROOT, "")],
+    ids=["vLLM's alone", "the program's own", "a library's own, later"],
 )
-def test_each_line_is_said_once_where_the_server_logs(own: str, prefix: str) -> None:
+def test_each_line_is_said_once_where_the_server_logs(own: str, later: str, prefix: str) -> None:
     path = os.pathsep.join(map(str, (CHECKOUT, Path(guard_vllm.__file__).parents[1])))
-    program = PROGRAM.replace("OWN", own)
+    program = PROGRAM.replace("OWN", own).replace("LATER", later)
     said = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": path},
