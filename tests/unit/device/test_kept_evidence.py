@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from guard.device.kept_evidence import KeptEvidence
+from guard.policy import parse_policies
+from guard.program.compile import compile_policies
 from guard.program.program import SignalTable, SparseWeights
 from guard.program.step_report import EventColumn, RequestColumn, StepReport
 from tests.unit.device.driving import (
@@ -225,3 +229,64 @@ def test_a_resumed_request_is_not_judged_again_on_what_it_finds_in_the_cache() -
 
     assert fired(again) == [("a", 5)]
     assert (tokens(again), unseen(again)) == ((0, 1), 0)
+
+
+def test_a_prefix_from_before_a_reload_was_seen_by_signals_that_stayed_and_by_no_new_one() -> None:
+    engine = CachingEngine()
+    engine.run("nobody", 0, [FLAGGED, OTHER, OTHER, FLAGGED], [3])
+    used = "{count: {experts: f, over: request, atLeast: 2}}"
+    new = rule_text("{count: {experts: g, over: request, atLeast: 1}}", name="new")
+    text = policy_text(rule_text(COUNT) + rule_text(used, name="used") + new)
+    text = text.replace("experts: {f:", "experts: {g: [{layer: 1, experts: [7]}], f:")
+    program = compile_policies(parse_policies(text), TOPOLOGY, engine.guard.program)
+    engine.guard.install(engine.guard.prepare(program))
+    engine.guard.add_request("b", 6)
+    engine.guard.take_from_cache("b", [3, 4], 4)
+    report = engine.run("b", 4, [OTHER, OTHER], [3, 4])
+
+    names = [program.rules[event[EventColumn.RULE]].rule for event in report.events_V]
+    at = [position for _, position in fired(report)]
+    late = [int(event[EventColumn.UNSEEN]) for event in report.events_V]
+    assert list(zip(names, at, late, strict=True)) == [
+        ("r", 0, 0),
+        ("r", 3, 0),
+        ("used", 3, 0),
+        ("new", 4, 4),
+    ]
+    assert unseen(report) == 0
+    assert report.requests_B[0, RequestColumn.LATE] == 4
+
+
+def test_columns_of_signals_that_are_gone_are_taken_by_new_ones_before_more_memory_is() -> None:
+    evidence = store()
+    narrow, wide = evidence.narrow_KX, evidence.wide_KX
+    evidence.write(torch.tensor([4]), rows(7))
+    for generation in range(1, 9):
+        keys = ("tokens", f"unit@{generation}", "2")
+        table = replace(signals(1.0), keys=keys, epochs=(0, generation, 0))
+        table = replace(
+            table,
+            scale=np.ones(4),
+            keys=("tokens@0", "tokens@1", *keys[1:]),
+            epochs=(0, generation, generation, 0),
+        )
+        evidence.install(evidence.prepare(table, generation))
+        assert kept(evidence, 4) == [[1, 0, 0, 70]], "of before, and in a column that another had"
+    assert (evidence.narrow_KX, evidence.wide_KX) == (narrow, wide)
+
+
+def test_evidence_moves_to_more_room_with_what_it_holds() -> None:
+    evidence = store()
+    evidence.write(torch.tensor([4]), rows(7))
+    wider = replace(
+        signals(1.0, *range(2, 8), 10_000.0),
+        keys=("t", "1", *map(str, range(10, 17)), "2"),
+        epochs=(0,) * 10,
+    )
+    prepared = evidence.prepare(wider, 0)
+    assert prepared.room is not None
+    evidence.install(prepared)
+
+    found = kept(evidence, 4)[0]
+    assert (found[0], found[1], found[-1]) == (1, 7, 70)
+    assert evidence.narrow_KX.dtype == torch.int32
