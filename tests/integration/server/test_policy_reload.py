@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -76,10 +77,13 @@ def test_a_request_under_way_is_judged_by_the_new_policies_from_its_next_token_o
     assert reasons[-1] == "length"
     assert len(reasons) > 2, "it was over when the policies changed"
 
-    server.wait_for(lambda: len(server.decisions(request_id)) >= 2)
-    old, new = sorted(server.decisions(request_id), key=lambda row: row["position"])
-    assert (old["policy"], old["revision"]) == ("watch", parse_policies(POLICIES).revision)
-    assert (new["policy"], new["revision"]) == ("late", parse_policies(POLICIES + LATE).revision)
+    def decided() -> dict[str, dict[str, Any]]:
+        return {row["policy"]: row for row in server.decisions(request_id)}
+
+    server.wait_for(lambda: "late" in decided())
+    old, new = decided()["watch"], decided()["late"]
+    assert old["revision"] == parse_policies(POLICIES).revision
+    assert new["revision"] == parse_policies(POLICIES + LATE).revision
     assert (old["unseen_tokens"], new["unseen_tokens"]) == (0, new["position"])
 
 
@@ -91,7 +95,7 @@ def test_a_new_block_ends_a_request_that_is_under_way(server: Server) -> None:
 
     assert reason == "content_filter"
     server.wait_for(lambda: bool(server.decisions(request_id)))
-    assert server.decisions(request_id)[-1]["policy"] == "late"
+    assert "late" in {row["policy"] for row in server.decisions(request_id)}
 
 
 def test_bad_policies_are_refused_counted_and_logged_and_the_old_ones_stay(server: Server) -> None:
@@ -106,7 +110,8 @@ def test_bad_policies_are_refused_counted_and_logged_and_the_old_ones_stay(serve
 
 def test_masks_that_there_is_no_room_for_are_refused_by_the_number(server: Server) -> None:
     rules = "".join(
-        f"    - name: m{number}\n      when: {{count: {{experts: first, over: 4, atLeast: {number + 1}}}}}\n"
+        f"    - name: m{number}\n"
+        f"      when: {{count: {{experts: first, over: 4, atLeast: {number + 1}}}}}\n"
         "      then: {mask: {experts: first}}\n"
         for number in range(65)
     )
