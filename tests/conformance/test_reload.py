@@ -109,7 +109,7 @@ def _is_all_new(program: Program, number: int) -> bool:
     measured = [label for label in program.rules[number].condition_labels if label != "always"]
     if not measured:
         return True
-    return epochs[table.oldest_tokens[number]] == program.generation
+    return bool(epochs[table.oldest_tokens[number]] == program.generation)
 
 
 @settings(max_examples=60, deadline=None, phases=NO_SHRINKING, suppress_health_check=list(HealthCheck))
