@@ -4,8 +4,8 @@ Letters beyond those of `layout`: D such conditions, V windows, H named ones, J 
 are evaluated, C = L·K places of a token's experts, Q tokens that a slot keeps, N tokens of
 a window. An expert is kept as its id + 1, and nobody as 0.
 
-Counts are whole numbers, so what a distribution is does not depend on the batch or on chunks; what is
-computed from it is float64, a row at a time.
+Counts are whole numbers, and so is what is added up of them: a value does not depend on the batch or on
+chunks, to its last bit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from guard.device.rows import FreshRows, StepBatch
 from guard.device.state import SlotState
 from guard.program.distribution_table import DistributionTable, Statistic
 from guard.program.program import WindowKind
+
+_TERM_SCALE: Final = 2.0**50
+_VALUE_SCALE: Final = 2.0**44
+"""What terms below 1, and values up to the number of experts, are multiplied by to be added as whole
+numbers. What that rounds off is far below `verdict.CLOSE`."""
 
 _NUMBERS_AT_ONCE: Final = 2**22
 """Of a temporary tensor; layers are taken in groups, so that it is not exceeded by much."""
@@ -93,11 +98,11 @@ class DistributionEvaluator:
         layers = table.topology.layers
         self._num_layers, self._num_experts = len(layers), table.topology.max_experts
         self._top_k = table.topology.max_top_k
-        self._experts_per_choice_L = put(
-            np.array([layer.num_experts / layer.top_k for layer in layers])
-        )
+        self._num_experts_L = put([layer.num_experts for layer in layers])
+        self._top_k_L = put([layer.top_k for layer in layers])
         self._shares_ZLE = put(table.shares)
-        self._entropy_ZL = -torch.xlogy(self._shares_ZLE, self._shares_ZLE).sum(dim=-1)
+        half_term_ZLE = -torch.xlogy(self._shares_ZLE, self._shares_ZLE) / 2
+        self._half_entropy_ZL = (half_term_ZLE * _TERM_SCALE).round().to(torch.int64).sum(dim=-1)
         self._is_measured_ZL = (self._shares_ZLE > 0).any(dim=-1)
         self._takes_max_D11 = put(table.takes_max)[:, None, None]
         self._token_signal_V = put(table.token_signal)
@@ -268,40 +273,46 @@ class DistributionEvaluator:
         """float64 [D, B, layers]; see `Statistic`."""
         table = self._table
         values = []
-        shares = {}
-        for window, counts_BLE in enumerate(of_windows):
-            total_BL1 = counts_BLE.sum(dim=-1, keepdim=True)
-            shares[window] = counts_BLE.to(torch.float64) / total_BL1
+        totals_BL = [counts_BLE.sum(dim=-1) for counts_BLE in of_windows]
         for window, statistic, baseline in zip(
             table.condition_window.tolist(),
             table.statistic.tolist(),
             table.baseline.tolist(),
             strict=True,
         ):
-            p_BLE = shares[window]
+            counts_BLE, total_BL = of_windows[window], totals_BL[window]
             match statistic:
                 case Statistic.ENTROPY:
-                    value_BL = 1.0 / p_BLE.square().sum(dim=-1)
+                    squares_BL = counts_BLE.to(torch.int64).square().sum(dim=-1)
+                    value_BL = total_BL.square().to(torch.float64) / squares_BL
                 case Statistic.CONCENTRATION:
-                    value_BL = p_BLE.amax(dim=-1) * self._experts_per_choice_L[layers]
+                    most_BL = counts_BLE.amax(dim=-1) * self._num_experts_L[layers]
+                    value_BL = most_BL.to(torch.float64) / (total_BL * self._top_k_L[layers])
                 case _:
-                    value_BL = self._divergence(p_BLE, baseline, layers)
-            values.append(value_BL)
+                    value_BL = self._divergence(counts_BLE, total_BL, baseline, layers)
+            values.append(value_BL.where(total_BL > 0, float("nan")))
         return torch.stack(values)
 
-    def _divergence(self, p_BLE: torch.Tensor, baseline: int, layers: slice) -> torch.Tensor:
-        """As the entropy of the mean less the mean of the entropies."""
+    def _divergence(
+        self, counts_BLE: torch.Tensor, total_BL: torch.Tensor, baseline: int, layers: slice
+    ) -> torch.Tensor:
+        """The entropy of the mean less the mean of the entropies. Their terms are added as whole
+        numbers, which come to the same in any order."""
+        p_BLE = counts_BLE.to(torch.float64) / total_BL.clamp(min=1)[:, :, None]
         mean_BLE = (p_BLE + self._shares_ZLE[baseline, layers]) / 2
-        of_mean_BL = -torch.xlogy(mean_BLE, mean_BLE).sum(dim=-1)
-        own_BL = -torch.xlogy(p_BLE, p_BLE).sum(dim=-1)
-        value_BL = of_mean_BL - (own_BL + self._entropy_ZL[baseline, layers]) / 2
-        return value_BL.clamp(min=0.0).where(self._is_measured_ZL[baseline, layers], float("nan"))
+        term_BLE = torch.xlogy(p_BLE, p_BLE) / 2 - torch.xlogy(mean_BLE, mean_BLE)
+        whole_BL = (term_BLE * _TERM_SCALE).round().to(torch.int64).sum(dim=-1)
+        value_BL = (whole_BL - self._half_entropy_ZL[baseline, layers]).clamp(min=0).to(
+            torch.float64
+        ) / _TERM_SCALE
+        return value_BL.where(self._is_measured_ZL[baseline, layers], float("nan"))
 
     def _reduced(self, value_DBJL: torch.Tensor) -> torch.Tensor:
         """float64 [D, B, J]: the greatest or the mean of the layers that have a number."""
         known_DBJL = ~value_DBJL.isnan()
         num_DBJ = known_DBJL.sum(dim=-1)
-        mean_DBJ = value_DBJL.where(known_DBJL, 0.0).sum(dim=-1) / num_DBJ
+        whole_DBJL = (value_DBJL.where(known_DBJL, 0.0) * _VALUE_SCALE).round().to(torch.int64)
+        mean_DBJ = whole_DBJL.sum(dim=-1).to(torch.float64) / _VALUE_SCALE / num_DBJ
         most_DBJ = value_DBJL.where(known_DBJL, float("-inf")).amax(dim=-1)
         return torch.where(self._takes_max_D11, most_DBJ, mean_DBJ).where(num_DBJ > 0, float("nan"))
 
