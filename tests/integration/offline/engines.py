@@ -288,6 +288,7 @@ class Engines:
 def write_inputs(folder: Path) -> None:
     """The policy folders that the engines name."""
     (folder / "empty").mkdir()
+    (folder / "profile.json").write_text(json.dumps(policies.PROFILE), encoding="utf-8")
     policies.write(folder / "main", policies.MAIN)
     policies.write(folder / "never", policies.NEVER_FIRES)
     policies.write(folder / "faults", policies.FAULTS)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.tiny_models import NUM_EXPERTS, NUM_LAYERS
+from tests.support.tiny_models import NUM_EXPERTS, NUM_LAYERS, TOP_K
 
 FLAGGED = (0, 2, 4, 6, 12, 15)
 """Of each layer, the experts that masks take out; the tiny model chooses each of them often."""
@@ -72,6 +72,26 @@ MAIN = [
         ],
     ),
     policy(
+        "spread",
+        [
+            {"name": "drift", "when": {"divergence": {"over": 8, "minTokens": 2, "above": 0.2}}},
+            {
+                "name": "drift-of-prompt",
+                "when": {"divergence": {"over": "prompt", "reduce": "mean", "above": 0.0}},
+            },
+            {"name": "narrow", "when": {"entropy": {"over": 6, "minTokens": 1, "below": 6.0}}},
+            {
+                "name": "narrow-output",
+                "when": {"entropy": {"over": "output", "below": 8.0}},
+            },
+            {"name": "load", "when": {"concentration": {"over": 8, "above": 0.7}}},
+            {
+                "name": "together",
+                "when": {"coactivation": {"experts": "flagged", "layers": 4, "over": 5, "atLeast": 2}},
+            },
+        ],
+    ),
+    policy(
         "every-expert",
         [{"name": "never", "when": count("request", NEVER_REACHED, expert_set(0, 0))}],
         {
@@ -83,6 +103,26 @@ MAIN = [
 ]
 
 next(p for p in MAIN if p["metadata"]["name"] == "closed")["spec"]["onError"] = "closed"
+next(p for p in MAIN if p["metadata"]["name"] == "spread")["spec"]["profile"] = "../profile.json"
+
+PROFILE = {
+    "apiVersion": "moe-guard/v1",
+    "kind": "Profile",
+    "model": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "layers": NUM_LAYERS,
+        "experts": NUM_EXPERTS,
+        "topK": TOP_K,
+    },
+    "baselines": {
+        "tokens": 1000,
+        "rates": {
+            str(layer): [round((1 + expert) * TOP_K / 136, 6) for expert in range(NUM_EXPERTS)]
+            for layer in range(NUM_LAYERS)
+        },
+    },
+}
+"""More of the experts with a high id: a model with random weights is unlike it."""
 
 NEVER_FIRES = [
     policy(

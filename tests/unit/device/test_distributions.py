@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from guard.policy.model import (
     Comparison,
     Condition,
     ConditionKind,
+    ExpertEntry,
+    ExpertSet,
     Observe,
     Policy,
     PolicySet,
@@ -64,6 +67,30 @@ class Running(Engine):
             max_draft_tokens=drafts,
         )
         self.guard.add_request("a", 3)
+
+    def choose_otherwise_in_layer_1(self) -> None:
+        stock = self.guard.tap.record
+
+        def record(layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
+            stock(layer, (ids * (1 + 2 * layer)) % 8, weights)
+
+        self.guard.tap.record = record  # type: ignore[method-assign]
+
+    def reload(self, *rules: Rule) -> None:
+        policies = PolicySet((Policy("p", HERE, rules=rules),), "1")
+        program = compile_policies(policies, TOPOLOGY, self.guard.program)
+        self.guard.install(self.guard.prepare(program))
+
+    def place_next(self, kv_slots: Sequence[int]) -> None:
+        """Where the next step writes its rows' KV."""
+        stock = self.guard.begin_step
+
+        def begin_step(*arguments: Any) -> None:
+            self.guard.begin_step = stock  # type: ignore[method-assign]
+            stock(*arguments)
+            self.guard.place_rows(torch.tensor(kv_slots))
+
+        self.guard.begin_step = begin_step  # type: ignore[method-assign, assignment]
 
     def values(self, start: int, experts: Sequence[int], rejected: int | None = None) -> list[float]:
         """The values with which the rules fire in the request's next step, by name of the rule."""
@@ -115,14 +142,17 @@ def test_every_window_ends_at_the_row(over: Window, experts: list[int]) -> None:
 def test_layers_taken_in_groups_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = [
         rule(DIVERGENCE, Named.REQUEST, Reduce.MEAN),
+        rule(DIVERGENCE, 4),
         rule(ENTROPY, 2),
         rule(ENTROPY, Named.OUTPUT),
     ]
     steps = [(0, [1, 2, 2]), (3, [3, 5, 5]), (5, [6, 1])]
     together = Running(*rules, drafts=2)
+    together.choose_otherwise_in_layer_1()
     expected = [together.values(start, experts, 1 if start else 0) for start, experts in steps]
     monkeypatch.setattr("guard.device.distributions._NUMBERS_AT_ONCE", 1)
     apart = Running(*rules, drafts=2)
+    apart.choose_otherwise_in_layer_1()
 
     assert [apart.values(start, experts, 1 if start else 0) for start, experts in steps] == expected
     assert all(expected)
@@ -157,6 +187,77 @@ def test_a_preempted_request_is_not_counted_twice_and_a_slot_forgets_its_last_ow
     running.guard.finish_requests(["a"])
     running.guard.add_request("a", 3)
     assert running.values(0, [OTHER] * 3) == pytest.approx([2.0, 2.0])
+
+
+def _effective(*experts: int) -> float:
+    counts = np.bincount([*experts, *[7] * len(experts)])
+    return float(counts.sum() ** 2 / (counts**2).sum())
+
+
+def test_after_a_reload_a_window_that_was_there_goes_on_and_a_new_one_begins() -> None:
+    running = Running(rule(ENTROPY, Named.REQUEST), rule(ENTROPY, 3))
+    running.values(0, [1, 2, 2])
+    running.values(3, [3])
+    windows: list[Window] = [Named.OUTPUT, Named.REQUEST, 9, 3]
+    running.reload(*(rule(ENTROPY, window) for window in windows))
+
+    assert running.values(4, [4]) == pytest.approx(
+        [_effective(4), _effective(1, 2, 2, 3, 4), _effective(4), _effective(2, 3, 4)]
+    )
+    running.reload(rule(ENTROPY, 9), rule(ENTROPY, 3), rule(ENTROPY, Named.REQUEST))
+    assert running.values(5, [5]) == pytest.approx(
+        [_effective(4, 5), _effective(3, 4, 5), _effective(1, 2, 2, 3, 4, 5)]
+    )
+
+
+def test_cached_tokens_count_for_the_windows_that_saw_them() -> None:
+    running = Running(rule(ENTROPY, Named.REQUEST))
+    running.guard.keep_evidence(4, 4)
+    running.place_next([4, 5, 6, 7])
+    running.step({"nobody": (0, [1, 2, 3, 4])})
+    running.guard.finish_requests(["a"])
+    windows: list[Window] = [Named.REQUEST, Named.PROMPT, 5]
+    running.reload(*(rule(ENTROPY, window) for window in windows))
+    running.place_next([8, 9, 10, 11])
+    running.step({"nobody": (0, [5, 5, 5, 5])})
+
+    for block, experts in ((1, [1, 2, 3, 4]), (2, [5, 5, 5, 5])):
+        running.guard.add_request("a", 6)
+        running.guard.take_from_cache("a", [block, 3], 4)
+        running.place_next([12, 13])
+        values = running.values(4, [6, 2])
+        later = [6, 2] if block == 1 else [*experts, 6, 2]
+        expected = [_effective(*experts, 6, 2), _effective(*later), _effective(*later[-5:])]
+        assert values == pytest.approx(expected)
+        running.guard.finish_requests(["a"])
+
+
+def test_cached_experts_stay_readable_when_the_window_that_first_asked_for_them_goes() -> None:
+    experts = ExpertSet("f", (ExpertEntry((0,), {3: 1.0}, HERE),), HERE)
+    mass = Rule("mass", Condition(ConditionKind.MASS, "mass", HERE, experts), Observe(), HERE)
+    running = Running(mass, rule(ENTROPY, Named.REQUEST))
+    running.guard.keep_evidence(4, 4)
+    running.reload(mass, rule(ENTROPY, Named.REQUEST), rule(ENTROPY, Named.PROMPT))
+    running.place_next([4, 5, 6, 7])
+    running.step({"nobody": (0, [1, 2, 3, 4])})
+    running.guard.finish_requests(["a"])
+    running.reload(rule(ENTROPY, Named.PROMPT))
+
+    running.guard.add_request("a", 6)
+    running.guard.take_from_cache("a", [1, 3], 4)
+    running.place_next([12, 13])
+    assert running.values(4, [6, 2]) == pytest.approx([_effective(1, 2, 3, 4, 6, 2)])
+
+
+def test_a_token_of_a_failed_step_is_in_no_window_nor_is_an_older_one_in_its_place() -> None:
+    running = Running(rule(ENTROPY, 3), rule(ENTROPY, Named.OUTPUT))
+    running.values(0, [1, 2, 2])
+    running.values(3, [3])
+    running.guard.blind = True
+    assert running.step({"a": (4, [4])}).failed
+    running.guard.blind = False
+
+    assert running.values(5, [5]) == pytest.approx([_effective(3, 5), _effective(3, 5)])
 
 
 @pytest.mark.parametrize(("num_experts", "dtype"), [(255, np.uint8), (256, np.int16)])

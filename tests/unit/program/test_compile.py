@@ -21,6 +21,7 @@ from guard.policy.model import (
     ExpertSet,
     Mask,
     Mode,
+    Observe,
     Policy,
     PolicySet,
     Rule,
@@ -65,6 +66,19 @@ def test_an_expert_out_of_range_is_named_at_its_entry() -> None:
     assert (fault.location.file, fault.location.line) == ("p.yaml", 8)
     assert "expert 8 of layer 2" in fault.message
     assert "0-7" in fault.message
+
+
+def test_what_a_condition_takes_from_a_profile_is_checked_like_a_set() -> None:
+    entry = ExpertEntry((2,), {9: 0.5}, Location("profile.json", 3, 4))
+    probe = ExpertSet("probe", (entry,), entry.location)
+    here = Location("p.yaml", 1, 1)
+    condition = Condition(ConditionKind.PROBE, "probe", here, probe, threshold=0.5)
+    policy = Policy("p", here, rules=(Rule("r", condition, Observe(), here),))
+
+    (fault,) = check_against(PolicySet((policy,), "0"), TOPOLOGY)
+
+    assert fault.location == entry.location
+    assert "expert 9 of layer 2" in fault.message
 
 
 def test_a_layer_that_is_dense_or_absent_is_named_with_those_there_are() -> None:
