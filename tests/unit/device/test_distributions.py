@@ -74,7 +74,7 @@ class Running(Engine):
         def record(layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
             stock(layer, (ids * (1 + 2 * layer)) % 8, weights)
 
-        self.guard.tap.record = record  # type: ignore[method-assign]
+        self.guard.tap.record = record  # type: ignore[assignment]
 
     def reload(self, *rules: Rule) -> None:
         policies = PolicySet((Policy("p", HERE, rules=rules),), "1")
