@@ -25,10 +25,17 @@ def tokens(seed: int, length: int) -> list[int]:
     return Random(seed).choices(range(2, VOCABULARY), k=length)
 
 
-def request(prompt: list[int], *, enforce: Sequence[str] = (), **sampling: Any) -> Request:
+def request(
+    prompt: list[int], *, enforce: Sequence[str] = (), tenant: str | None = None, **sampling: Any
+) -> Request:
     settings = {"temperature": 0.0, "ignore_eos": True, "logprobs": 1} | sampling
+    extra_args: dict[str, Any] = {}
     if enforce:
-        settings["extra_args"] = {"moe_guard_enforce": list(enforce)}
+        extra_args["moe_guard_enforce"] = list(enforce)
+    if tenant is not None:
+        extra_args["moe_guard_labels"] = {"tenant": tenant}
+    if extra_args:
+        settings["extra_args"] = extra_args
     return {"prompt": prompt, "sampling": settings}
 
 
@@ -124,6 +131,24 @@ def alone(shared: Case) -> Case:
 
 
 PREFIX_MASKED_FIRST = case("prefix-masked-first", _shared(301, ["isolate"]), _shared(302))
+
+_LABELLED_PROMPT = tokens(700, SHARED_TOKENS)
+
+LABELLED = case(
+    "labelled",
+    *(
+        [request(_LABELLED_PROMPT, max_tokens=24, tenant=tenant, enforce=enforce)]
+        for tenant, enforce in (
+            ("red", ()),
+            (None, ()),
+            ("red", ()),
+            ("red", ("isolate",)),
+            ("blue", ()),
+        )
+    ),
+    [request(tokens(710 + i, 4), max_tokens=1, tenant="red") for i in range(BATCH)],
+)
+"""The same text by a tenant that is exempt from the mask, and by others; then some short ones."""
 
 LONG_PROMPTS = case(
     "long",

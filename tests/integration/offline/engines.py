@@ -217,6 +217,8 @@ class Engines:
             engines.append(self._engine("chunked", "main", chunked_more, **chunks))
             odd = chunks | {"max_num_batched_tokens": 23}
             engines.append(self._engine("chunked-oddly", "main", chunked[1:], **odd))
+            labelled = self._engine("labelled", "labelled", [cases.LABELLED], **more)
+            engines.append(labelled | {"record": True})
             tight = {"num_gpu_blocks_override": cases.CROWDED_BLOCKS}
             engines.append(self._engine("crowded", "main", [cases.CROWD], **tight))
         return engines
@@ -291,5 +293,6 @@ def write_inputs(folder: Path) -> None:
     (folder / "profile.json").write_text(json.dumps(policies.PROFILE), encoding="utf-8")
     policies.write(folder / "main", policies.MAIN)
     policies.write(folder / "never", policies.NEVER_FIRES)
+    policies.write(folder / "labelled", policies.LABELLED)
     policies.write(folder / "faults", policies.FAULTS)
     policies.write(folder / "range", policies.OUT_OF_RANGE)

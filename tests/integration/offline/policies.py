@@ -145,6 +145,36 @@ OUT_OF_RANGE = [
 ]
 
 
+_RED = {"labels": {"tenant": "red"}}
+_BLUE = {"labels": {"tenant": ["blue", "green"]}}
+_EVERY_SET = {"every": [{"layers": f"0-{NUM_LAYERS - 1}", "experts": list(range(NUM_EXPERTS))}]}
+SAMPLES = {"tenth": 0.1, "half": 0.5, "all": 1.0}
+
+LABELLED = [
+    policy("isolate", [{"name": "mask", "when": {"always": {}}, "then": _MASK}]),
+    policy(
+        "stop-blue",
+        [
+            {
+                "name": "block",
+                "match": _OUTPUT | _BLUE,
+                "when": count("output", 1, "every"),
+                "then": {"block": {}},
+            }
+        ],
+        _EVERY_SET,
+    ),
+    policy(
+        "sampled",
+        [
+            {"name": name, "match": {"sample": share}, "when": {"always": {}}}
+            for name, share in SAMPLES.items()
+        ],
+    ),
+]
+LABELLED[0]["spec"] |= {"mode": "enforce", "exceptions": [{"name": "red-team", "match": _RED}]}
+LABELLED[1]["spec"]["mode"] = "enforce"
+
 CLOSED = policy("closed", [{"name": "never", "when": count("request", NEVER_REACHED)}])
 CLOSED["spec"]["onError"] = "closed"
 
