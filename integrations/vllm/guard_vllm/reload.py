@@ -9,6 +9,7 @@ import asyncio
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,12 +112,12 @@ class Reloader:
         return program.revision
 
 
-_reloaders: list[Reloader] = []
+_reloaders: list[Callable[[], Reloader | None]] = []
 
 
 def reloader() -> Reloader | None:
     """This process's, once its engines are up; None where none was guarded, or it is another's task."""
-    return _reloaders[-1] if _reloaders else None
+    return _reloaders[-1]() if _reloaders else None
 
 
 def reload_policies(llm: Any, path: Path | str) -> ReloadResult:
@@ -146,7 +147,8 @@ def reload_in_server(engine: Any, settings: Settings, bus: EventBus) -> None:
         answer = asyncio.run_coroutine_threadsafe(call_utility(method, *args), loop)
         return _answer(lambda: answer.result(CALL_TIMEOUT_S))
 
-    _reloaders[:] = [Reloader(call, bus, observe_only=settings.observe_only)]
+    own = Reloader(call, bus, observe_only=settings.observe_only)
+    _reloaders[:] = [lambda: own]
 
 
 def reload_offline(engine: Any, settings: Settings, bus: EventBus) -> None:
@@ -161,7 +163,8 @@ def reload_offline(engine: Any, settings: Settings, bus: EventBus) -> None:
 
     own = Reloader(call, bus, observe_only=settings.observe_only)
     setattr(engine, _RELOADER_ATTRIBUTE, own)
-    _reloaders[:] = [own]
+    # An engine that nobody has any more must go before the next one starts.
+    _reloaders[:] = [weakref.ref(own)]
 
 
 def _answer(ask: Callable[[], Any]) -> Any:

@@ -142,7 +142,7 @@ LABELLED = case(
             ("red", ()),
             (None, ()),
             ("red", ()),
-            ("red", ("isolate",)),
+            ("red", ("mask-but-red",)),
             ("blue", ()),
         )
     ),

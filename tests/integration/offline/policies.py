@@ -151,7 +151,7 @@ _EVERY_SET = {"every": [{"layers": f"0-{NUM_LAYERS - 1}", "experts": list(range(
 SAMPLES = {"tenth": 0.1, "half": 0.5, "all": 1.0}
 
 LABELLED = [
-    policy("isolate", [{"name": "mask", "when": {"always": {}}, "then": _MASK}]),
+    policy("mask-but-red", [{"name": "mask", "when": {"always": {}}, "then": _MASK}]),
     policy(
         "stop-blue",
         [

@@ -26,7 +26,7 @@ def _case(engines: Engines, mode: str) -> tuple[dict[str, Any], list[dict[str, A
 @pytest.mark.parametrize("mode", MODES)
 def test_an_exempt_request_is_logged_and_not_masked(engines: Engines, mode: str) -> None:
     case, outputs = _case(engines, mode)
-    masks = [decisions(case, output, "isolate") for output in outputs]
+    masks = [decisions(case, output, "mask-but-red") for output in outputs]
 
     assert [[(d["exempt"], d["mode"], d["outcome"]) for d in found] for found in masks] == [
         [(True, "audit", "observed")],
