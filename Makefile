@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed-by-make
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check seams support clean
+.PHONY: help install demo serve test check seams support schema clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
@@ -35,6 +35,9 @@ seams: install ## Check what is hooked in vLLM against its published versions
 
 support: install ## Write docs/support.* from what the last whole make test showed
 	$(BIN)/python -m tests.support.support_docs
+
+schema: install ## Write policies/schema/* from the models of the policy language
+	$(BIN)/python -m tools.policy_schema
 
 clean: ## Remove .venv, build outputs and caches
 	rm -rf .venv .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -26,7 +26,8 @@ class Choice(NamedTuple):
     output_window: int
 
 
-_HEADER: Final = """# Written by `python -m demo.choose_experts`. See demo/README.md.
+_HEADER: Final = """# yaml-language-server: $schema=../../policies/schema/policy.schema.json
+# Written by `python -m demo.choose_experts`. See demo/README.md.
 apiVersion: moe-guard/v1
 kind: Policy
 """

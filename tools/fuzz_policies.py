@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from guard.policy import Fault, PolicyError, PolicySet, load_texts
+from guard.policy.diff import compare
 from guard.policy.lint import lint
 from guard.policy.texts import Text, with_profiles
 
@@ -180,10 +181,21 @@ def check(faults: Sequence[Fault], texts: Sequence[Text]) -> None:
         assert fault.location.column >= (1 if fault.location.line else 0), fault
 
 
+def _unedited() -> PolicySet:
+    loaded = load(*DOCUMENTS)
+    assert loaded is not None, "the documents that are edited are valid"
+    return loaded
+
+
+_UNEDITED: Final = _unedited()
+
+
 def judge(policies: PolicySet) -> None:
     """What reads a policy set takes each that loads."""
     for finding in lint(policies, with_suite=()):
         assert finding.message
+    assert compare(policies, policies) == []
+    assert bool(compare(policies, _UNEDITED)) == (policies.revision != _UNEDITED.revision)
 
 
 def run(seconds: float) -> Counter[str]:

@@ -40,6 +40,9 @@ class MeasureSpec(Spec):
         "threshold": "say how to compare with it: above, atLeast, below or atMost",
         "window": "the window is called `over`",
         "for": "a condition has no `for`; write `persist: {hits: m, of: n}` in the rule",
+        "set": "the set is called `experts`",
+        **dict.fromkeys(("greaterThan", "gt", "min"), "write `above` (>) or `atLeast` (>=)"),
+        **dict.fromkeys(("lessThan", "lt", "max"), "write `below` (<) or `atMost` (<=)"),
     }
 
     over: WindowValue = Field(

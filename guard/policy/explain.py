@@ -90,6 +90,10 @@ def _fault(detail: dict[str, Any], root: Node) -> Fault:
         found = describe(detail["input"])
         if kind in ("float_type", "int_type") and _is_number(detail["input"]):
             found += "; take the quotes off"
+        if kind in ("float_type", "int_type") and (share := _per_cent(detail["input"])):
+            found += f"; write {share}"
+        if kind == "tuple_type":
+            found += _as_list(detail["input"])
         if kind == "string_type":
             found += "; put it in quotes if it is meant as text"
         what = "a key that is " if of_key else ""
@@ -109,6 +113,19 @@ def _expected(kind: str, context: dict[str, Any]) -> str:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+", value) is not None
+
+
+def _per_cent(value: object) -> str:
+    """`0.12` for `12%`."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?%", value) if isinstance(value, str) else None
+    return f"{float(match[1]) / 100:g}" if match else ""
+
+
+def _as_list(value: object) -> str:
+    if isinstance(value, dict) and value:
+        return "; begin each item with '- '"
+    short = isinstance(value, str) and _PLAIN_KEY.fullmatch(value) is not None
+    return f"; write [{value}]" if short else ""
 
 
 def _with_path(path: Sequence[str | int], message: str) -> str:

@@ -117,8 +117,9 @@ class _Loader:
         self.faults += reference_faults(root)
         if document is not None:
             profile = self._profile(root)
-            built, faults = build_sets(document.spec.experts, root, profile, self._profiles.named)
-            self.faults += faults
+            if _has_profile(root, profile):
+                built, faults = build_sets(document.spec.experts, root, profile, self._profiles.named)
+                self.faults += faults
         self._foreign.add(root, built)
 
     def build(self) -> list[Policy]:
@@ -128,7 +129,8 @@ class _Loader:
                 continue
             own_faults = [*reference_faults(root), *foreign_faults(root, self._foreign.find)]
             profile = self._profile(root)
-            if document is not None and not own_faults and self._has_sets(root):
+            is_whole = document is not None and not own_faults and _has_profile(root, profile)
+            if document is not None and is_whole and self._has_sets(root):
                 policy, own_faults = build_policy(
                     document, root, profile, self._profiles.named, self._foreign
                 )
@@ -166,6 +168,11 @@ def _says_policy(root: Node) -> bool:
             return kind == POLICY
         case _:
             return True
+
+
+def _has_profile(root: Node, profile: Profile | None) -> bool:
+    """Where spec.profile names one it was read: what needs it says nothing where it was not."""
+    return profile is not None or find(root, ("spec", "profile")) is None
 
 
 class _Profiles:

@@ -113,10 +113,10 @@ class BudgetSpec(Spec):
     """The threshold that benign traffic passes at a rate of `budget`."""
 
     budget: Budget = Field(description="The false-positive rate.")
-    above: Number | None = None
-    at_least: Number | None = None
-    below: Number | None = None
-    at_most: Number | None = None
+    above: Number | None = Field(default=None, description="Benign values are > this at that rate.")
+    at_least: Number | None = Field(default=None, description="The same with >=.")
+    below: Number | None = Field(default=None, description="Benign values are < this at that rate.")
+    at_most: Number | None = Field(default=None, description="The same with <=.")
 
     @classmethod
     def problems(cls, data: Mapping[object, object]) -> Iterator[Problem]:

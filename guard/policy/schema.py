@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from guard.policy.conditions import ONE_KEY, Bare, ExpressionSpec
 from guard.policy.model import (
@@ -58,6 +58,14 @@ KINDS = (POLICY, EXPERT_SETS, POLICY_TEST)
 class MaskSpec(Spec):
     """Experts that a request may not use, or must."""
 
+    HINTS: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("for", "duration", "ttl"),
+            "how long a mask holds is `until`: request-end, clear or a number of tokens",
+        ),
+        "set": "the set is called `experts`",
+    }
+
     experts: SetReference = Field(description="The name of a set in spec.experts.")
     method: MaskMethodWord = Field(
         default=MaskMethod.REROUTE,
@@ -73,6 +81,10 @@ class MaskSpec(Spec):
 class BlockSpec(Spec):
     """End the request."""
 
+    HINTS: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("reason", "msg"), "the text is called `message`"
+    )
+
     message: str = Field(default="", description="What the client and the log are told.")
 
 
@@ -81,6 +93,11 @@ class ActionSpec(Spec):
 
     model_config = ONE_KEY
     BARE = frozenset({"observe", "block"})
+    HINTS: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("deny", "reject", "stop"), "a request is ended with `block: {message: TEXT}`"),
+        **dict.fromkeys(("audit", "warn", "log"), "to count and log is `observe`"),
+        "action": "write the action itself: observe, mask: {experts: SET} or block: {message: TEXT}",
+    }
 
     observe: Bare | None = Field(default=None, description="Count and log; the default.")
     mask: MaskSpec | None = Field(default=None, description="Mask experts for the request.")
@@ -124,6 +141,7 @@ class MatchSpec(RequestMatchSpec):
 class ExceptionMatchSpec(RequestMatchSpec):
     """Which requests an exception is for."""
 
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
     HINTS: ClassVar[Mapping[str, str]] = {
         **RequestMatchSpec.HINTS,
         "phase": "an exception is for whole requests; leave `phase` out",
@@ -158,6 +176,20 @@ class PersistSpec(Spec):
 class RuleSpec(Spec):
     """A condition and what follows from it."""
 
+    HINTS: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("condition", "expr", "if"), "a rule's condition is called `when`"),
+        **dict.fromkeys(
+            ("action", "deny", "effect", "do"),
+            "what a rule does is called `then`: observe, mask: {experts: SET} or "
+            "block: {message: TEXT}",
+        ),
+        **dict.fromkeys(("alert", "rule", "id"), "a rule's name is called `name`"),
+        "for": "how long it must be true is `persist: {hits: m, of: n}`, in evaluations",
+        "severity": "the severity is the policy's: metadata.severity",
+        "mode": "the mode is the policy's: spec.mode; put the rule into a policy of its own",
+        "labels": "which requests it is for is `match: {labels: {NAME: VALUE}}`",
+    }
+
     name: Name = Field(description="Unique in the policy: a-z, 0-9 and '-'.")
     match: MatchSpec = Field(default_factory=MatchSpec, description="Where the rule applies.")
     when: ExpressionSpec = Field(description="The condition.")
@@ -170,6 +202,13 @@ class RuleSpec(Spec):
 
 class ExceptionSpec(Spec):
     """Requests for which rules are evaluated and logged, but do not act."""
+
+    HINTS: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("expires", "expiry", "validUntil"), "its last day is called `until`, such as 2027-03-31"
+        ),
+        "labels": "which requests it is for is `match: {labels: {NAME: VALUE}}`",
+    }
 
     name: Name = Field(description="Unique in the policy: a-z, 0-9 and '-'.")
     match: ExceptionMatchSpec = Field(description="For which requests.")
@@ -239,6 +278,10 @@ class ModelSpec(Spec):
 
 
 class MetadataSpec(Spec):
+    HINTS: ClassVar[Mapping[str, str]] = {
+        "annotations": "free words for people are `labels: {NAME: VALUE}`"
+    }
+
     name: Name = Field(description="Unique in a policy set: a-z, 0-9 and '-'.")
     description: str = Field(default="", description="What the policy is about.")
     severity: SeverityWord = Field(default=Severity.MEDIUM, description="Orders policies.")
@@ -247,6 +290,18 @@ class MetadataSpec(Spec):
 
 
 class PolicySpec(Spec):
+    HINTS: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("validationFailureAction", "enforcementAction", "enforce"),
+            "whether it acts is `mode`: off, audit or enforce",
+        ),
+        **dict.fromkeys(
+            ("failurePolicy", "failMode"), "what a fault does is `onError`: open or closed"
+        ),
+        "sets": "the sets stand under `experts`",
+        **dict.fromkeys(("name", "severity", "description", "maturity"), "it stands under `metadata`"),
+    }
+
     mode: ModeWord = Field(default=Mode.AUDIT, description="off, audit (the default) or enforce.")
     on_error: OnErrorWord = Field(
         default=OnError.OPEN, description="What a fault of the guard does to a request."

@@ -7,6 +7,7 @@ the key at its path, and VALUE_FAULT, which belongs to the value there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
@@ -32,6 +33,10 @@ class Problem(NamedTuple):
     path: tuple[str | int, ...]
     text: str
     at_key: bool = False
+
+
+class _Known(dict[object, object]):
+    """A mapping whose keys have been judged."""
 
 
 class Spec(BaseModel):
@@ -72,17 +77,21 @@ class Spec(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _collect(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(data, _Known):  # pydantic comes twice where a model refers to itself
+            return handler(data)
         if isinstance(data, str) and data in cls.BARE:
             data = {data: {}}
         if not isinstance(data, dict):
             names = ", ".join(cls.key_names())
             keys = f"a mapping with keys of {names}" if names else "{} or true"
-            raise value_fault(f"expected {keys}, found {describe(data)}")
+            space = isinstance(data, str) and re.fullmatch(r"\w+:\S+", data) is not None
+            hint = "; put a space behind the colon" if space else ""
+            raise value_fault(f"expected {keys}, found {describe(data)}{hint}")
         data = {
             key: {} if key in cls.BARE and (value is None or value is True) else value
             for key, value in data.items()
         }
-        known: dict[object, object] = {}
+        known = _Known()
         errors: list[InitErrorDetails] = []
         for key, value in data.items():
             if key not in cls.key_names():

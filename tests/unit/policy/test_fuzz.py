@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guard.policy import PolicyError, PolicySet, parse_policies
+from tools import fuzz_policies
 
 DOCUMENT = """\
 apiVersion: moe-guard/v1
@@ -116,3 +117,18 @@ def test_any_value_where_a_known_one_stood(data: st.DataObject) -> None:
     indent, key = re.match(r"( *(?:- )?)(\w+:)?", lines[number]).groups("")  # type: ignore[union-attr]
     lines[number] = f"{indent}{key} {flow(data.draw(VALUES))}"
     load("\n".join(lines))
+
+
+@given(st.lists(fuzz_policies.EDITS, min_size=1, max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_edits_of_a_policy_a_set_file_and_a_profile_together(edits: list[fuzz_policies.Edit]) -> None:
+    loaded = fuzz_policies.load(*fuzz_policies.edited(edits))
+    if loaded is not None:
+        fuzz_policies.judge(loaded)
+
+
+def test_a_policy_is_not_built_where_a_set_of_another_file_has_faults() -> None:
+    policy, sets, profile = fuzz_policies.DOCUMENTS
+
+    assert fuzz_policies.load(policy, sets, profile) is not None
+    assert fuzz_policies.load(policy, sets.replace("layer: 0", "layer: x"), profile) is None
