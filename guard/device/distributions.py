@@ -98,6 +98,7 @@ class DistributionEvaluator:
         layers = table.topology.layers
         self._num_layers, self._num_experts = len(layers), table.topology.max_experts
         self._top_k = table.topology.max_top_k
+        self._chosen_of_window = self._top_k * int(table.tokens.max(initial=0))
         self._num_experts_L = put([layer.num_experts for layer in layers])
         self._top_k_L = put([layer.top_k for layer in layers])
         self._shares_ZLE = put(table.shares)
@@ -126,7 +127,8 @@ class DistributionEvaluator:
         chosen_TC: of `unpack_experts`; signal_TX: all 0 where a row is not fresh
         """
         step = self._step(chosen_TC, signal_TX, batch, fresh)
-        size = self._group_size(max(len(batch.slots_B), len(chosen_TC) // max(1, self._num_experts)))
+        num_requests, of_request = len(batch.slots_B), max(self._num_experts, self._chosen_of_window)
+        size = self._group_size(max(num_requests * of_request, len(chosen_TC) * self._top_k))
         groups = [
             self._of_layers(slice(first, first + size), step, state)
             for first in range(0, self._num_layers, size)
@@ -160,9 +162,9 @@ class DistributionEvaluator:
             state.recent_position_SQ[slot_T, place_T] = batch.position_T
             state.recent_epoch_SQ[slot_T, place_T] = (seen_TN * self._token_epoch_N).amax(dim=1)
 
-    def _group_size(self, num_rows: int) -> int:
-        per_layer = max(1, num_rows * self._num_experts)
-        return min(self._num_layers, max(1, _NUMBERS_AT_ONCE // per_layer))
+    def _group_size(self, numbers_of_layer: int) -> int:
+        """Layers that are taken at once."""
+        return min(self._num_layers, max(1, _NUMBERS_AT_ONCE // max(1, numbers_of_layer)))
 
     def _step(
         self, chosen_TC: torch.Tensor, signal_TX: torch.Tensor, batch: StepBatch, fresh: FreshRows
@@ -214,7 +216,7 @@ class DistributionEvaluator:
 
     def _counted(self, layers: slice, part: _Step, state: SlotState) -> torch.Tensor:
         """int32 [B, H, layers, 1 + E]: the histograms behind the step's last rows; 0 is nobody."""
-        kept_BHLE = state.histogram_SHLE[part.batch.slots_B, :, layers]
+        kept_BHLE = state.histogram_SHLE[:, :, layers].index_select(0, part.batch.slots_B)
         counts_BHLE = torch.nn.functional.pad(kept_BHLE, (1, 0))
         num_layers, width = counts_BHLE.shape[2:]
         layer_L1 = torch.arange(num_layers, device=self._device)[:, None]
@@ -317,7 +319,7 @@ class DistributionEvaluator:
         return torch.where(self._takes_max_D11, most_DBJ, mean_DBJ).where(num_DBJ > 0, float("nan"))
 
     def _count(self, step: _Step, state: SlotState) -> None:
-        size = self._group_size(len(step.chosen_TLK) // max(1, self._num_experts) + 1)
+        size = self._group_size(len(step.chosen_TLK) * self._top_k)
         histogram = state.histogram_SHLE.view(-1)
         ones = torch.ones((), dtype=torch.int32, device=self._device)
         for first in range(0, self._num_layers, size):
