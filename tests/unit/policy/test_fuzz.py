@@ -120,7 +120,7 @@ def test_any_value_where_a_known_one_stood(data: st.DataObject) -> None:
 
 
 @given(st.lists(fuzz_policies.EDITS, min_size=1, max_size=3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_edits_of_a_policy_a_set_file_and_a_profile_together(edits: list[fuzz_policies.Edit]) -> None:
     loaded = fuzz_policies.load(*fuzz_policies.edited(edits))
     if loaded is not None:

@@ -513,3 +513,11 @@ def test_a_policy_that_is_off_is_read_too_but_meets_no_other() -> None:
 
     assert codes(policy(dead, mode="off")) == ["never-fires"]
     assert only(Code.READS_MASKED, plain(READS, MASKS, mode="off")) == []
+
+
+def test_the_list_of_codes_in_the_documentation_is_whole() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "policy-lint.md").read_text()
+
+    listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+
+    assert listed == [code.value for code in Code]
