@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -66,7 +67,23 @@ spec:
     - name: longer-than-two
       match: {phase: output}
       when: {count: {experts: all, over: output, atLeast: 8}}
+---
+apiVersion: moe-guard/v1
+kind: Policy
+metadata: {name: by-tenant, severity: info}
+spec:
+  mode: enforce
+  experts: {all: [{layers: 0-1, experts: [0-7]}]}
+  rules:
+    - name: first
+      match: {phase: output, labels: {tenant: [blue, red]}}
+      when: {count: {experts: all, over: output, atLeast: 4}}
+      then: {block: {message: Not for blue.}}
+  exceptions:
+    - {name: red-team, match: {labels: {tenant: red}}}
 """
+
+RED_KEY = "sk-of-the-red-team"
 
 START_TIMEOUT_S = 300.0
 
@@ -126,6 +143,7 @@ def serving(
     command = [sys.executable, "-c", "from guard.cli import main; main()", "serve", str(model)]
     command += ["--policies", str(policy_folder), "--decision-log", str(decision_log)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32"]  # a bfloat16 kernel is an illegal instruction on some hosts
     command += ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16", *arguments]
     checkout = (*python_path, _CHECKOUT, _CHECKOUT / "integrations" / "vllm")
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})}
@@ -157,7 +175,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server"), tiny_model) as running:
+    folder = tmp_path_factory.mktemp("server")
+    keys = folder / "keys.yaml"
+    keys.write_text(f"sha256:{hashlib.sha256(RED_KEY.encode()).hexdigest()}: {{tenant: red}}\n")
+    keys.chmod(0o600)
+    labels = ["--label-header", "tenant=X-Tenant", "--api-key-labels", str(keys)]
+    with serving(folder, tiny_model, *labels) as running:
         yield running
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.integration.server.conftest import Server
+from tests.integration.server.conftest import RED_KEY, Server
 from tests.support.support_recorder import SupportRecord
 
 pytestmark = pytest.mark.vllm
@@ -163,9 +163,40 @@ def test_the_guard_shows_itself_live_with_its_revision(server: Server) -> None:
     assert server.metric("moe_guard_up") == 1
     assert server.metric("moe_guard_blind_layers") == 0
     assert (
-        server.metric("moe_guard_program_info", policies="stop-output,stop-prompt,reroute,watch") == 1
+        server.metric(
+            "moe_guard_program_info", policies="stop-output,stop-prompt,reroute,by-tenant,watch"
+        )
+        == 1
     )
     assert server.metric("moe_guard_failures_total") == 0
+
+
+def test_a_rule_acts_on_the_tenants_it_names_and_an_exception_holds_it_back(server: Server) -> None:
+    def ended(tenant: str | None, key: str = "none") -> tuple[str, str | None, list[Any]]:
+        reply: Any = server.client.with_options(api_key=key).completions.create(
+            model="tiny",
+            prompt=PROMPT,
+            max_tokens=4,
+            extra_body=enforcing(),
+            extra_headers={} if tenant is None else {"x-tenant": tenant},
+        )
+        server.wait_for(
+            lambda: (
+                any(d["policy"] == "watch" for d in server.decisions(reply.id))
+                or reply.choices[0].finish_reason == "content_filter"
+            )
+        )
+        fired = [d for d in server.decisions(reply.id) if d["policy"] == "by-tenant"]
+        [choice] = reply.choices
+        outcomes = [(d["exempt"], d["mode"], d["outcome"]) for d in fired]
+        return choice.finish_reason, choice.stop_reason, outcomes
+
+    blocked = ("content_filter", "moe_guard:by-tenant/first")
+    exempt = ("length", None, [(True, "audit", "observed")])
+    assert ended("blue")[:2] == blocked
+    assert ended("red") == exempt
+    assert ended("blue", RED_KEY) == exempt, "the key's label wins"
+    assert ended("green") == ended(None) == ("length", None, [])
 
 
 def test_the_decision_log_says_what_was_decided_and_nothing_of_the_text(server: Server) -> None:
