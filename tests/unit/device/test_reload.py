@@ -300,3 +300,24 @@ def test_a_program_is_refused_in_a_step_and_behind_another_one_than_it_was_made_
     engine.reload(text)
     with pytest.raises(ReloadRefusedError, match="generation 0, but generation 1 is in force"):
         engine.guard.install(late)
+
+
+def test_what_a_request_is_exempt_from_and_what_it_matches_is_derived_anew() -> None:
+    """For requests under way too, from what was known of them when they came."""
+    exception = "  exceptions: [{name: e, match: {labels: {tenant: red}}}]\n"
+    every = rule_text(COUNT, BLOCK)
+    of_blue = rule_text(COUNT, BLOCK, rest=", match: {labels: {tenant: blue}}")
+    engine = ReloadingEngine(policy_text(rule_text(NEVER_TRUE)))
+    engine.guard.add_request("a", 1, RequestFacts("a", {"tenant": "red"}))
+    engine.step({"a": (0, [OTHER])})
+
+    engine.reload(policy_text(every, extra=exception))
+    report = engine.step({"a": (1, [FLAGGED])})
+    assert report.events_V[:, [EventColumn.ENFORCED, EventColumn.EXEMPT]].tolist() == [[0, 1]]
+    assert block_position(report, 1) is None
+
+    engine.reload(policy_text(of_blue))
+    assert not len(engine.step({"a": (2, [FLAGGED])}).events_V)
+
+    engine.reload(policy_text(every))
+    assert block_position(engine.step({"a": (3, [FLAGGED])}), 1) == 3
