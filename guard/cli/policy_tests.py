@@ -38,10 +38,14 @@ def run_policy_tests(
     ] = False,
 ) -> None:
     """Run policy tests. Exits with 1 if a case fails, or a suite or policy cannot be read."""
-    # Torch loads with them, which the other commands need not wait for.
+    # Loaded here, because the other commands need not wait for torch.
+    import torch
+
     from guard.cli.policy_test_report import as_json, as_junit, print_text
     from guard.testing.run import run_suites
     from guard.testing.suite import find_suites
+
+    torch.set_num_threads(1)  # steps are small: more threads would wait for one another
 
     began = time.perf_counter()
     found = find_suites(paths)

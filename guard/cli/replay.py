@@ -39,9 +39,13 @@ def replay(
     ] = None,
 ) -> None:
     """Evaluate policies over recorded routing, which is taken as given whatever would be masked."""
-    # Torch loads with them, which the other commands need not wait for.
+    # Loaded here, because the other commands need not wait for torch.
+    import torch
+
     from guard.cli.replay_report import print_json, print_jsonl, print_text
     from guard.cli.replay_run import Replay
+
+    torch.set_num_threads(1)  # steps are small: more threads would wait for one another
 
     try:
         run = Replay.start(traces, policies, sweep or [], enforce or [])

@@ -30,7 +30,10 @@ class NamedRule(NamedTuple):
 
 
 class Words:
-    """The names of one policy set, and which experts of a model they mean."""
+    """The names of one policy set, and which experts of a model they mean.
+
+    read, quiet: by row of a layer, the experts that a rule reads, and the others; probes do not count
+    """
 
     def __init__(self, policies: PolicySet, topology: Topology) -> None:
         self._policies = policies
@@ -43,9 +46,13 @@ class Words:
             for condition in rule.conditions():
                 if condition.experts is not None and condition.kind is not ConditionKind.PROBE:
                     read.update(condition.experts.weights)
-        self.quiet = [
-            [id_ for id_ in range(layer.num_experts) if Expert(layer.number, id_) not in read]
+        self.read = [
+            [id_ for id_ in range(layer.num_experts) if Expert(layer.number, id_) in read]
             for layer in topology.layers
+        ]
+        self.quiet = [
+            sorted(set(range(layer.num_experts)) - set(ids))
+            for layer, ids in zip(topology.layers, self.read, strict=True)
         ]
 
     def rule(self, reference: str, key: str = "rule") -> NamedRule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -72,6 +72,7 @@ class _Finder:
     faults: list[Fault] = field(default_factory=list)
     _loaded: dict[tuple[str, ...], PolicySet | None] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)
+    _suites_alone: set[str] = field(default_factory=set)
 
     def add(self, path: Path) -> PolicySet | None:
         """The policies there, if they load: a file of suites alone has none."""
@@ -92,7 +93,7 @@ class _Finder:
 
     def _add_beside(self, policy: Path) -> None:
         """The suites in a policy file's folder that test it."""
-        others = _Finder(_loaded=self._loaded)
+        others = _Finder(_loaded=self._loaded, _suites_alone=self._suites_alone)
         for file in policy_files(policy.parent, []):
             if file.parent == policy.parent:
                 others._add_file(file)
@@ -117,12 +118,14 @@ class _Finder:
         if text is None:
             return
         roots, yaml_faults = read_documents(text, str(file))
-        for root in roots:
-            match find(root, ("kind",)):
-                case ScalarNode(kind) if kind == POLICY_TEST:
-                    self._seen.add(str(file))
-                    self.faults += yaml_faults
-                    self._add_suite(file, root)
+        suites = [root for root in roots if _is_suite(root)]
+        if suites:
+            self._seen.add(str(file))
+            self.faults += yaml_faults
+        if len(suites) == len(roots) and not yaml_faults:
+            self._suites_alone.add(str(file))
+        for root in suites:
+            self._add_suite(file, root)
 
     def _add_suite(self, file: Path, root: Node) -> None:
         try:
@@ -158,7 +161,7 @@ class _Finder:
         if paths not in self._loaded:
             self._loaded[paths] = None
             try:
-                self._loaded[paths] = load_texts(_read_all(paths))
+                self._loaded[paths] = load_texts(_read_all(paths, self._suites_alone))
             except PolicyError as error:
                 self.faults += error.faults
         return self._loaded[paths]
@@ -172,10 +175,22 @@ def find_suites(paths: Iterable[Path]) -> Found:
     return Found(tuple(suites), tuple(sorted(set(finder.faults))), tuple(tested))
 
 
-def _read_all(paths: Sequence[str]) -> PolicyTexts:
-    """As one policy set; a file that two paths reach is read once."""
+def _is_suite(root: Node) -> bool:
+    match find(root, ("kind",)):
+        case ScalarNode(kind):
+            return kind == POLICY_TEST
+    return False
+
+
+def _read_all(paths: Sequence[str], suites_alone: Collection[str]) -> PolicyTexts:
+    """As one policy set; a file that two paths reach is read once.
+
+    suites_alone: files that hold no policy, which need not be parsed again
+    """
     parts = [read_policies(path) for path in paths]
-    texts: dict[str, Text] = {text.file: text for part in parts for text in part.policies}
+    texts: dict[str, Text] = {
+        text.file: text for part in parts for text in part.policies if text.file not in suites_alone
+    }
     faults = [fault for part in parts for fault in part.faults]
     return with_profiles(texts.values(), read_profile, faults)
 

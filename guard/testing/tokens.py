@@ -135,12 +135,14 @@ class TokenMaker:
             if rest == BASELINE:
                 filler = _Baseline(self._rates(layer.number), out_of_bounds)
             else:
-                quiet = self._words.quiet[index]
-                others = [id_ for id_ in range(layer.num_experts) if id_ not in set(quiet)]
                 filler = _Quiet(
-                    [id_ for id_ in quiet if id_ not in out_of_bounds],
-                    [id_ for id_ in others if id_ not in out_of_bounds],
+                    [id_ for id_ in self._words.quiet[index] if id_ not in out_of_bounds],
+                    [id_ for id_ in self._words.read[index] if id_ not in out_of_bounds],
                 )
+                if not any(token[index] for token in tokens):
+                    topk_ids[:, index, : layer.top_k] = filler.rows(len(tokens), layer.top_k)
+                    topk_weights[:, index, : layer.top_k] = 1 / layer.top_k
+                    continue
             given = (gate_weights or {}).get(index)
             share = (shares or {}).get(index)
             for row, token in enumerate(tokens):
@@ -315,6 +317,14 @@ class _Quiet:
 
     def __init__(self, quiet: Sequence[int], others: Sequence[int]) -> None:
         self._queue, self._others = deque(quiet), deque(others)
+
+    def rows(self, tokens: int, number: int) -> Ids:
+        """[tokens, number]: as `take` again and again, with nothing chosen."""
+        pool = [*self._queue] if len(self._queue) >= number else [*self._queue, *self._others]
+        if len(pool) < number:
+            raise SuiteError("", "the layer has too few other experts to fill its top-k")
+        turn = np.arange(tokens * number).reshape(tokens, number) % len(pool)
+        return np.array(pool, dtype=np.int32)[turn]
 
     def take(self, number: int, chosen: Collection[int]) -> list[int]:
         taken: list[int] = []
