@@ -26,6 +26,7 @@ class Stage(StrEnum):
     DECISION_LOG = "decision_log"
     EVENT_BUFFER = "event_buffer"
     RELOAD = "reload"
+    RECORD = "record"
 
 
 class Failures:

@@ -46,6 +46,16 @@ def serve(
     api_key_labels: Annotated[
         Path | None, typer.Option(help="A YAML or JSON file that maps API keys to labels.")
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder that gets a trace of every request's routing, for `moe-guard replay`. It is "
+            "as sensitive as text."
+        ),
+    ] = None,
+    record_sample: Annotated[
+        float, typer.Option(help="Record this share of requests only, above 0 and up to 1.")
+    ] = 1.0,
 ) -> None:
     """Serve MODEL with vLLM, guarded by policies. Any other option goes to vLLM as it is."""
     if model.startswith("-"):
@@ -62,6 +72,8 @@ def serve(
         decision_log=decision_log,
         label_headers=headers,
         api_key_labels=api_key_labels,
+        record=record,
+        record_sample=record_sample,
         vllm_args=tuple(context.args),
     )
     try:

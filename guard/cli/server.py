@@ -51,6 +51,8 @@ class ServerSettings:
     decision_log: Path | None = None
     label_headers: Mapping[str, str] = field(default_factory=dict)
     api_key_labels: Path | None = None
+    record: Path | None = None
+    record_sample: float = 1.0
     vllm_args: tuple[str, ...] = ()
 
     def check(self) -> None:
@@ -111,6 +113,9 @@ class ServerSettings:
             "redact_reasons": self.redact_reasons,
             "decision_log": None if log is None else str(log.resolve()),
         }
+        if self.record is not None:
+            section["record"] = str(self.record.resolve())
+            section["record_sample"] = self.record_sample
         if self.label_headers:
             section["label_headers"] = dict(self.label_headers)
         if self.api_key_labels is not None:

@@ -324,7 +324,8 @@ class _Quiet:
         if len(pool) < number:
             raise SuiteError("", "the layer has too few other experts to fill its top-k")
         turn = np.arange(tokens * number).reshape(tokens, number) % len(pool)
-        return np.array(pool, dtype=np.int32)[turn]
+        rows: Ids = np.array(pool, dtype=np.int32)[turn]
+        return rows
 
     def take(self, number: int, chosen: Collection[int]) -> list[int]:
         taken: list[int] = []

@@ -25,6 +25,13 @@ LAYERS: dict[str, set[str]] = {
     "guard.device": {"guard.policy", "guard.program"},
     "guard.trace": {"guard.policy", "guard.program"},
     "guard.offline": {"guard.policy", "guard.program", "guard.device", "guard.trace"},
+    "guard.record": {
+        "guard.failures",
+        "guard.policy",
+        "guard.program",
+        "guard.device",
+        "guard.trace",
+    },
     "guard.testing": {"guard.policy", "guard.program", "guard.offline"},
     "guard.events": {"guard.failures", "guard.policy", "guard.program"},
     "guard.source": {"guard.failures", "guard.policy"},

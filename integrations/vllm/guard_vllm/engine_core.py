@@ -33,6 +33,7 @@ from guard_vllm.client import MESSAGE_CALL_ID, deliver
 from guard_vllm.core_reload import CoreReload
 from guard_vllm.kv_blocks import KVBlocks, step_starts
 from guard_vllm.parallel import reports_for_all
+from guard_vllm.recording import RequestEnds
 from guard_vllm.request_facts import rules_of_request, send_day
 from guard_vllm.settings import Settings
 from guard_vllm.steps import REPORT_ATTRIBUTE, wrap
@@ -67,6 +68,8 @@ class EngineCoreGuard:
         self._hooked = False
         self._kept_group = status.kept_group
         self._kv_blocks: KVBlocks | None = None
+        self._records = settings.record is not None
+        self._ends: RequestEnds | None = None
         self._can_confirm = False
         self._unruled_steps = 0  # handed to the workers before there were rules
         self._isolation = kv_isolation.Isolation(status) if status.masking else None
@@ -153,6 +156,8 @@ class EngineCoreGuard:
             wrap(scheduler, "_update_request_with_output", self._update_request_with_output)
             wrap(scheduler, "_free_request", self._free_request)
             self._hook_kv_blocks(scheduler)
+            if self._records:
+                self._ends = RequestEnds(scheduler)
         send_day(request)
         if self._isolation is not None:
             self._isolation.admit(request)
@@ -255,6 +260,11 @@ class EngineCoreGuard:
             self._ledger.accept(request.request_id, last_position)
 
     def _free_request(self, stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._ends is not None:
+            with self._failures.caught(Stage.RECORD):
+                ending = self._blocked.get(request.request_id)
+                blocked = ending is not None and request.stop_reason == ending.reason
+                self._ends.note(request, blocked=blocked)
         with self._failures.caught(Stage.LEDGER):
             self._ledger.finish(request.request_id)
             if self._kv_blocks is not None:

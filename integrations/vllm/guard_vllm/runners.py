@@ -31,7 +31,7 @@ def _hook_v2(runner: Any, hooks: StepHooks) -> None:
         if hooks.armed:
             # On the device: under adaptive verification the host does not know the rows.
             with hooks.guard.failures.caught(Stage.BEGIN_STEP):
-                hooks.guard.begin_step(
+                hooks.begin_step(
                     batch.req_ids,
                     batch.query_start_loc[: batch.num_reqs + 1],
                     batch.positions[: batch.num_tokens],
@@ -46,7 +46,7 @@ def _hook_v2(runner: Any, hooks: StepHooks) -> None:
     def sample(stock: Any, *args: Any, **kwargs: Any) -> Any:
         sampler_output, num_sampled, num_rejected = stock(*args, **kwargs)
         if hooks.armed:
-            hooks.pending = hooks.guard.end_step(num_rejected)
+            hooks.end_step(num_rejected)
         return sampler_output, num_sampled, num_rejected
 
     wrap(runner, "prepare_inputs", prepare_inputs)
@@ -60,7 +60,7 @@ def _hook_v1(runner: Any, hooks: StepHooks) -> None:
         if hooks.armed:
             with hooks.guard.failures.caught(Stage.BEGIN_STEP):
                 num_reqs = runner.input_batch.num_reqs
-                hooks.guard.begin_step(
+                hooks.begin_step(
                     runner.input_batch.req_ids[:num_reqs],
                     runner.query_start_loc.gpu[: num_reqs + 1],
                     runner.positions[: scheduler_output.total_num_scheduled_tokens],
@@ -78,7 +78,7 @@ def _hook_v1(runner: Any, hooks: StepHooks) -> None:
                     drafts.cu_num_draft_tokens,
                     runner.input_batch.vocab_size,
                 )
-            hooks.pending = hooks.guard.end_step(rejected_B)
+            hooks.end_step(rejected_B)
         return sampler_output
 
     wrap(runner, "_prepare_inputs", prepare_inputs)

@@ -14,6 +14,7 @@ from guard.program.program import WORD_BITS
 CONFIG_KEY = "moe_guard"
 POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
 MIN_SECONDS, MAX_SECONDS = 0.1, 86_400
+RECORD_WEIGHTS = ("float32", "float16", "none")
 FORMAT = 2
 """Part of vLLM's compile key, by way of `additional_config`: raise it when the traced code changes."""
 
@@ -43,6 +44,11 @@ class Settings:
     bundle_allow_http: take a bundle unencrypted from other hosts than this one
     label_headers: by label, the header that gives it to a request
     api_key_labels: file that maps API keys to labels
+    record: folder that gets a trace of all routing, for `moe-guard replay`. It is as sensitive
+        as text: the files are their owner's alone
+    record_sample: record this share of requests only
+    record_weights: how to keep gate weights: float32, float16 or none
+    record_max_gib: a trace that is so large takes no more
     mask_words, format: filled in by the plugin; they decide the shape of the compiled graph
     """
 
@@ -61,6 +67,10 @@ class Settings:
     bundle_allow_http: bool = False
     label_headers: dict[str, str] | None = None
     api_key_labels: str | None = None
+    record: str | None = None
+    record_sample: float = 1.0
+    record_weights: str = "float32"
+    record_max_gib: float = 10.0
     mask_words: int = 0
     format: int = FORMAT
 
@@ -108,6 +118,10 @@ class Settings:
             "bundle_allow_http": flag,
             "label_headers": (dict, "a mapping of labels to headers"),
             "api_key_labels": path,
+            "record": path,
+            "record_sample": ((int, float), "a number"),
+            "record_weights": word,
+            "record_max_gib": ((int, float), "a number of GiB"),
             "mask_words": number,
             "format": number,
         }
@@ -119,6 +133,21 @@ class Settings:
                 raise SettingsError(
                     f"additional_config.{CONFIG_KEY}.{name} is {value!r}; it must be {words}"
                 )
+        if not 0 < self.record_sample <= 1:
+            raise SettingsError(
+                f"additional_config.{CONFIG_KEY}.record_sample is {self.record_sample}; it must be "
+                "above 0 and up to 1"
+            )
+        if self.record_weights not in RECORD_WEIGHTS:
+            raise SettingsError(
+                f"additional_config.{CONFIG_KEY}.record_weights is {self.record_weights!r}; it must be "
+                f"{' or '.join(RECORD_WEIGHTS)}"
+            )
+        if self.record_max_gib <= 0:
+            raise SettingsError(
+                f"additional_config.{CONFIG_KEY}.record_max_gib is {self.record_max_gib}; it must be "
+                "above 0"
+            )
         if self.mask_actions < 0:
             raise SettingsError(
                 f"additional_config.{CONFIG_KEY}.mask_actions is {self.mask_actions}; it must be 0 or "

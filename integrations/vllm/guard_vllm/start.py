@@ -17,6 +17,7 @@ from guard_vllm.frontend.refusals import refuse_unguarded_frontends
 from guard_vllm.host import check_host
 from guard_vllm.labels import LabelSources
 from guard_vllm.policies import find_policies
+from guard_vllm.recording import check_recording
 from guard_vllm.settings import Settings
 
 
@@ -28,6 +29,7 @@ def resolve(config: Any, settings: Settings) -> Settings:
     """
     refuse_unguarded_frontends(sys.argv, os.environ)
     check_host(config)
+    check_recording(config, settings)
     label_sources(settings)
     policies, keep = find_policies(settings)
     if settings.observe_only and (faults := check_observe_only(policies)):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from guard.device.readback import Readback
 from guard.failures import Stage
 from guard.program.step_report import StepReport
+from guard.record.recorder import TraceRecorder
 from guard.runtime import Guard
 from guard_vllm.compat import seam
 from guard_vllm.prefix_evidence import PrefixEvidence
 from guard_vllm.request_facts import facts_of
 
 REPORT_ATTRIBUTE = "moe_guard_report"
+ENDS_ATTRIBUTE = "moe_guard_ends"
+"""Of a scheduler's output, where requests are recorded: how many positions of ended ones count."""
 
 
 class StepHooks:
@@ -26,6 +30,7 @@ class StepHooks:
         self.armed = False
         self.pending: Readback | StepReport | None = None
         self.prefixes: PrefixEvidence | None = None
+        self.recorder: TraceRecorder | None = None
 
     def install(self, runner: Any) -> None:
         """Wrap the parts that the runners have in common."""
@@ -54,8 +59,23 @@ class StepHooks:
         runner.sample_tokens = guarded_sample_tokens
         runner._dummy_run = guarded_dummy_run
 
+    def begin_step(
+        self, req_ids: Sequence[str], query_start_B1: torch.Tensor, position_T: torch.Tensor
+    ) -> None:
+        self.guard.begin_step(req_ids, query_start_B1, position_T)
+        if self.recorder is not None:
+            self.recorder.begin_step(req_ids, query_start_B1, position_T)
+
+    def end_step(self, rejected_B: torch.Tensor | None = None) -> None:
+        if self.recorder is not None:
+            self.recorder.end_step(rejected_B)
+        self.pending = self.guard.end_step(rejected_B)
+
     def admit(self, scheduler_output: Any) -> None:
         self.guard.finish_requests(scheduler_output.finished_req_ids)
+        if self.recorder is not None:
+            with self.guard.failures.caught(Stage.RECORD):
+                self._admit_to_trace(self.recorder, scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             self.guard.add_request(
                 request.req_id,
@@ -68,6 +88,12 @@ class StepHooks:
             if attempt.failed:
                 with self.guard.failures.caught(Stage.ADMIT):
                     self.prefixes.lose_track()
+
+    def _admit_to_trace(self, recorder: TraceRecorder, scheduler_output: Any) -> None:
+        ends = getattr(scheduler_output, ENDS_ATTRIBUTE, None)
+        recorder.finish_requests(scheduler_output.finished_req_ids, ends)
+        for request in scheduler_output.scheduled_new_reqs:
+            recorder.add_request(request.req_id, len(request.prompt_token_ids or ()))
 
     def place_rows(self, slot_mappings: Callable[[int], Any]) -> None:
         """slot_mappings: of a KV cache group, where the step writes the KV of its rows."""

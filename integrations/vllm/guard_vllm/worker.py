@@ -25,6 +25,7 @@ from guard_vllm.pipeline import hook_pipeline, layers_of_pipeline, make_stage, p
 from guard_vllm.policies import load_in_worker
 from guard_vllm.prefix_evidence import KeptGroup, PrefixEvidence, kept_group, memory_share
 from guard_vllm.proof import PROBE_ROWS, Proof, prove, require
+from guard_vllm.recording import open_recorder
 from guard_vllm.routers import RoutedLayer, attach, routed_layers, topology_of
 from guard_vllm.runners import hook_runner, run_probe_rows
 from guard_vllm.settings import Settings
@@ -183,6 +184,8 @@ class WorkerGuard:
         if self._settings.strict:
             require(self._proof)
         self._hooks.guard.blind = not self._proof.holds
+        if self._proof.holds:
+            self._hooks.recorder = open_recorder(self._worker, self._hooks.guard, self._settings)
         self._hooks.armed = True
         logger.info(
             "MoE Guard is %s: %d MoE layers, %d rules, revision %s",

@@ -94,6 +94,10 @@ class Engines:
         """What a group's process wrote, of all its engines and ranks."""
         return (self.folder / f"{group}.log").read_text(encoding="utf-8")
 
+    def traces(self, group: str) -> Path:
+        """The folder that a group's `main` engine records into."""
+        return self.folder / f"{group}-traces"
+
     def _run(self, group: str) -> dict[str, Any]:
         return self._results_of(group, self._start(group, self._engines(group)))
 
@@ -205,7 +209,11 @@ class Engines:
             main, more["enable_return_routed_experts"] = [*main, cases.LONG_PROMPTS], True
         if mode == "eager":
             main = [*main, cases.LONG_PROMPTS]
-        engines.append(self._engine("main", "main", main, **more))
+        recorded = self._engine("main", "main", main, **more)
+        if mode != "compiled":
+            section = recorded["engine"]["additional_config"]["moe_guard"]
+            section["record"] = str(self.traces(group))
+        engines.append(recorded)
         if mode == "eager":
             unseen = self._engine("unseen", "main", [cases.PREFIX, cases.PREFIX_CLOSED])
             unseen["engine"]["additional_config"]["moe_guard"]["prefix_evidence"] = False
