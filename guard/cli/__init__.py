@@ -8,6 +8,7 @@ from guard.cli.check import check
 from guard.cli.demo import demo
 from guard.cli.diff import diff
 from guard.cli.policy_tests import run_policy_tests
+from guard.cli.record import record
 from guard.cli.replay import replay
 from guard.cli.serve import serve
 
@@ -24,6 +25,7 @@ app.command()(demo)
 app.command()(diff)
 app.command("test")(run_policy_tests)
 app.command()(replay)
+app.command()(record)
 
 
 def main() -> None:
