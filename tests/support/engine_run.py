@@ -10,7 +10,8 @@ has for its experts and no other; both optional,
 "continues": [batch, request] whose whole text goes before the prompt, "salt": keeps its KV apart;
 optional}]], "before_batch": of each batch a worker method with its arguments, or null; "chunk_tokens":
 of each batch the most tokens of a step, for it and those behind it; both optional,
-"stepped": true where requests have what `tests.support.stepping` adds; optional}]}]}.
+"stepped": true where requests have what `tests.support.stepping` adds; "policies": by step, as text,
+the folder of policies that is in force from then on; optional}]}]}.
 The batches of a case run one after another; the prefix cache is emptied before each case.
 
 Result: by engine name, "error" or "compile_key" and, by case name, what `run_case` returns. All
@@ -114,8 +115,11 @@ def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, A
             scheduler = llm.llm_engine.engine_core.engine_core.scheduler
             scheduler.max_num_scheduled_tokens = chunk_tokens
         requests = [prompt_of(request, batches) for request in requests]
-        run = run_stepped if case.get("stepped") else run_batch
-        batches.append(run(llm, requests, batches, decisions))
+        if case.get("stepped"):
+            changes = case.get("policies", {})
+            batches.append(run_stepped(llm, requests, batches, decisions, changes))
+        else:
+            batches.append(run_batch(llm, requests))
         gauges.append(read_series("moe_guard_up", "moe_guard_blind_layers"))
     num_requests = sum(
         request["sampling"].get("n", 1) for requests in case["batches"] for request in requests
@@ -139,12 +143,7 @@ def prompt_of(request: dict[str, Any], batches: list[list[dict[str, Any]]]) -> d
     return request | {"prompt": text + request["prompt"]}
 
 
-def run_batch(
-    llm: Any,
-    requests: list[dict[str, Any]],
-    _earlier: list[list[dict[str, Any]]],
-    _decisions: NewDecisions,
-) -> list[dict[str, Any]]:
+def run_batch(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     outputs = llm.generate(
         [
             {"prompt_token_ids": request["prompt"]}
@@ -162,6 +161,7 @@ def run_stepped(
     requests: list[dict[str, Any]],
     earlier: list[list[dict[str, Any]]],
     decisions: NewDecisions,
+    policies: dict[str, str],
 ) -> list[dict[str, Any]]:
     """As `run_batch`, from an empty prefix cache; each request has also the worker's slots behind the
     batch, and what was known of it as it was cancelled, if it was."""
@@ -178,7 +178,14 @@ def run_stepped(
         return int(position) - len(output["prompt"]) + 1
 
     llm.reset_prefix_cache()
-    stepped = SteppedBatch(llm, requests, sampling_params, fires_after, after_step=decisions.collect)
+    stepped = SteppedBatch(
+        llm,
+        requests,
+        sampling_params,
+        fires_after,
+        after_step=decisions.collect,
+        before_step=lambda step: put_in_force(llm, policies.get(str(step))),
+    )
     outputs = stepped.run()
     slots = llm.collective_rpc("slots")[0]
     return [
@@ -192,6 +199,14 @@ def run_stepped(
             zip(requests, outputs, stepped.external_ids(), strict=True)
         )
     ]
+
+
+def put_in_force(llm: Any, policies: str | None) -> None:
+    if policies is not None:
+        from guard_vllm.reload import reload_policies
+
+        result = reload_policies(llm, policies)
+        assert result.fault is None, result.fault
 
 
 def sampling_params(request: dict[str, Any]) -> Any:

@@ -46,6 +46,7 @@ class SteppedBatch:
         make_params: Callable[[dict[str, Any]], Any],
         fires_after: Callable[[list[Any]], int],
         after_step: Callable[[], Any],
+        before_step: Callable[[int], Any] = lambda _: None,
     ) -> None:
         """fires_after: how many tokens a client has as the step of an `at_decision` begins"""
         self._engine = llm.llm_engine
@@ -54,6 +55,7 @@ class SteppedBatch:
         self._make_params = make_params
         self._fires_after = fires_after
         self._after_step = after_step
+        self._before_step = before_step
         self._internal: dict[int, str] = {}
         self._external: dict[int, str] = {}
         self._latest: dict[str, Any] = {}
@@ -66,6 +68,7 @@ class SteppedBatch:
         for step in range(MAX_STEPS):
             self._add(step)
             self._cancel()
+            self._before_step(step)
             if step >= last_arrival and not self._engine.has_unfinished_requests():
                 break
             self._step()

@@ -92,6 +92,17 @@ def blocks(enforce: Sequence[str] = ()) -> Case:
     )
 
 
+ENFORCED_FROM, ENFORCED_UNTIL = 4, 12
+"""Steps before which the policies of `reloads` change, and change back."""
+
+
+def reloads(enforced: str, before: str) -> Case:
+    """Two requests under way while the folder of policies is `enforced` and then again `before`."""
+    requests = [request(tokens(700 + i, 20), max_tokens=20) for i in range(2)]
+    changes = {str(ENFORCED_FROM): enforced, str(ENFORCED_UNTIL): before}
+    return case("reloads", requests) | {"stepped": True, "policies": changes}
+
+
 def _shared(own: int, enforce: Sequence[str] = ()) -> list[Request]:
     prompt = tokens(300, SHARED_TOKENS) + tokens(own, 8)
     return [request(prompt, max_tokens=2, enforce=enforce)]

@@ -171,6 +171,7 @@ class Engines:
             return self._starts()
         if group == "tp2":
             cases_of_tp2 = [*_ENFORCING, cases.mask_midway(["late"]), cases.blocks(["stop"])]
+            cases_of_tp2.append(self._reloads())
             two = {"tensor_parallel_size": 2, "worker_extension_cls": RANKED_RECORDER}
             return [
                 self._engine("main", "main", cases_of_tp2, **two),
@@ -209,6 +210,8 @@ class Engines:
             main, more["enable_return_routed_experts"] = [*main, cases.LONG_PROMPTS], True
         if mode == "eager":
             main = [*main, cases.LONG_PROMPTS]
+        if mode != "compiled":
+            main = [*main, self._reloads()]
         recorded = self._engine("main", "main", main, **more)
         if mode != "compiled":
             section = recorded["engine"]["additional_config"]["moe_guard"]
@@ -230,6 +233,9 @@ class Engines:
             tight = {"num_gpu_blocks_override": cases.CROWDED_BLOCKS}
             engines.append(self._engine("crowded", "main", [cases.CROWD], **tight))
         return engines
+
+    def _reloads(self) -> cases.Case:
+        return cases.reloads(str(self.folder / "isolating"), str(self.folder / "main"))
 
     def _stage_faults(self) -> dict[str, Any]:
         """Behind the first engine of a process no decision log is opened."""
@@ -300,6 +306,7 @@ def write_inputs(folder: Path) -> None:
     (folder / "empty").mkdir()
     (folder / "profile.json").write_text(json.dumps(policies.PROFILE), encoding="utf-8")
     policies.write(folder / "main", policies.MAIN)
+    policies.write(folder / "isolating", policies.ISOLATING)
     policies.write(folder / "never", policies.NEVER_FIRES)
     policies.write(folder / "labelled", policies.LABELLED)
     policies.write(folder / "faults", policies.FAULTS)

@@ -136,6 +136,16 @@ NEVER_FIRES = [
 for _never in NEVER_FIRES:
     _never["spec"]["mode"] = "enforce"
 
+
+def _enforcing(name: str) -> list[dict[str, Any]]:
+    """`MAIN` with one policy enforced."""
+    made = json.loads(json.dumps(MAIN))
+    next(p for p in made if p["metadata"]["name"] == name)["spec"]["mode"] = "enforce"
+    return list(made)
+
+
+ISOLATING = _enforcing("isolate")
+
 OUT_OF_RANGE = [
     policy(
         "range",
