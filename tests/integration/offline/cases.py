@@ -98,7 +98,7 @@ ENFORCED_FROM, ENFORCED_UNTIL = 4, 12
 
 def reloads(enforced: str, before: str) -> Case:
     """Two requests under way while the folder of policies is `enforced` and then again `before`."""
-    requests = [request(tokens(700 + i, 20), max_tokens=20) for i in range(2)]
+    requests = [request(tokens(700 + i, 12), max_tokens=20) for i in range(2)]
     changes = {str(ENFORCED_FROM): enforced, str(ENFORCED_UNTIL): before}
     return case("reloads", requests) | {"stepped": True, "policies": changes}
 

@@ -210,8 +210,6 @@ class Engines:
             main, more["enable_return_routed_experts"] = [*main, cases.LONG_PROMPTS], True
         if mode == "eager":
             main = [*main, cases.LONG_PROMPTS]
-        if mode != "compiled":
-            main = [*main, self._reloads()]
         recorded = self._engine("main", "main", main, **more)
         if mode != "compiled":
             section = recorded["engine"]["additional_config"]["moe_guard"]
@@ -224,7 +222,7 @@ class Engines:
         if mode != "compiled":
             chunks = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True}
             chunked = [cases.LONG_PROMPTS, cases.PREFIX, cases.PREFIX_IN_STEP]
-            chunked_more = [*chunked, cases.EVERY_CHUNK]
+            chunked_more = [*chunked, self._reloads(), cases.EVERY_CHUNK]
             engines.append(self._engine("chunked", "main", chunked_more, **chunks))
             odd = chunks | {"max_num_batched_tokens": 23}
             engines.append(self._engine("chunked-oddly", "main", chunked[1:], **odd))

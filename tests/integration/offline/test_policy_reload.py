@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.integration.offline.cases import ENFORCED_FROM, ENFORCED_UNTIL
@@ -14,11 +16,15 @@ pytestmark = pytest.mark.vllm
 GROUPS = ("eager-guarded", "v2-guarded", "tp2")
 
 
+def reloads(engines: Engines, group: str) -> dict[str, Any]:
+    return engines.case(group, "main" if group == "tp2" else "chunked", "reloads")
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_mask_holds_in_the_very_steps_in_which_its_policy_is_enforced(
     engines: Engines, group: str
 ) -> None:
-    case = engines.case(group, "main", "reloads")
+    case = reloads(engines, group)
     for output in case["batches"][0]:
         prompt = len(output["prompt"])
         masked = range(prompt + ENFORCED_FROM - 1, prompt + ENFORCED_UNTIL - 1)
@@ -32,7 +38,7 @@ def test_a_mask_holds_in_the_very_steps_in_which_its_policy_is_enforced(
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_each_decision_names_the_revision_that_made_it(engines: Engines, group: str) -> None:
-    case = engines.case(group, "main", "reloads")
+    case = reloads(engines, group)
     for output in case["batches"][0]:
         first, second = decisions(case, output, "isolate")
         prompt = len(output["prompt"])
@@ -50,7 +56,7 @@ def test_each_decision_names_the_revision_that_made_it(engines: Engines, group: 
 def test_two_ranks_change_between_the_same_two_steps_as_one_worker(engines: Engines) -> None:
     """A rank that had another revision than the other in some step would differ from it there, which
     counts as a failure and makes its requests unjudged."""
-    alone, two = (engines.case(group, "main", "reloads") for group in ("eager-guarded", "tp2"))
+    alone, two = (reloads(engines, group) for group in ("eager-guarded", "tp2"))
     assert [s["tokens"] for s in samples(two)] == [s["tokens"] for s in samples(alone)]
     assert facts(two) == facts(alone)
     assert two["counters"] == alone["counters"]
