@@ -37,13 +37,15 @@ class Driver:
         rows: dict[str, range],
         rejected: Sequence[int] | None = None,
         silent_layer: int | None = None,
+        shift: int = 0,
     ) -> None:
-        """rows: of each request, the positions that the step computes."""
+        """rows: of each request, the positions that the step computes; shift: other experts than at
+        other times."""
         starts = np.cumsum([0, *map(len, rows.values())])
         positions = torch.tensor([p for span in rows.values() for p in span])
         self.recorder.begin_step(list(rows), torch.from_numpy(starts), positions)
         self.tap.clear_rows(len(positions))
-        owners = [expert_of(req_id, p) for req_id, span in rows.items() for p in span]
+        owners = [expert_of(req_id, p + shift) for req_id, span in rows.items() for p in span]
         for layer in range(2):
             if layer != silent_layer:
                 ids = torch.tensor([[owner, 63] for owner in owners])
@@ -96,7 +98,8 @@ def test_a_recompute_after_preemption_is_recorded_once(driver: Driver) -> None:
     driver.step({"a": range(3)})
     driver.step({"a": range(3, 4)})
     driver.recorder.add_request("a", 3)
-    driver.step({"a": range(6)})
+    driver.step({"a": range(4)}, shift=5)
+    driver.step({"a": range(4, 6)})
     driver.recorder.finish_requests(["a"])
     assert_whole(driver.read()["a"], range(6))
 
@@ -106,8 +109,9 @@ def test_rejected_drafts_are_not_recorded_and_come_again(driver: Driver) -> None
     driver.step({"a": range(2)})
     driver.step({"a": range(2, 6)}, rejected=[3])
     driver.step({"a": range(3, 6)}, rejected=[0])
+    driver.step({"a": range(6, 9)}, rejected=[2])
     driver.recorder.finish_requests(["a"])
-    assert_whole(driver.read()["a"], range(6))
+    assert_whole(driver.read()["a"], range(7))
 
 
 def test_positions_behind_the_end_are_cut(driver: Driver) -> None:

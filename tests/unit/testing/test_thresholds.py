@@ -99,6 +99,13 @@ RULES = {
         "+",
     ),
     "mass above": ("any", "{mass: {experts: flagged, over: request, above: 0.3}}", 1, ALL_THREE, "+"),
+    "mass of four digits": (
+        "output",
+        "{mass: {experts: flagged, over: 4, atLeast: 0.1234}}",
+        1,
+        ALL_THREE,
+        "=+",
+    ),
     "mass atMost": ("output", "{mass: {experts: flagged, over: 4, atMost: 0.25}}", 1, ALL_THREE, "-="),
     "score": (
         "output",
