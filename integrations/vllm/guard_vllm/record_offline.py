@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm import LLM, SamplingParams
-
 from guard.trace.format import TracedRequest
 from guard.trace.reader import TraceReader, trace_files
 from guard.trace.writer import TraceWriter
+from guard_vllm.compat import seam
 from guard_vllm.recording import FLUSH_METHOD
 from guard_vllm.settings import CONFIG_KEY
 
@@ -49,7 +48,7 @@ def main() -> None:
             "record_weights": job.weights,
             "reload": False,
         }
-        llm = LLM(
+        llm = seam("vllm.entrypoints.llm", "LLM")(
             **{
                 # A prefix from the cache would be unseen.
                 "enable_prefix_caching": False,
@@ -64,9 +63,11 @@ def main() -> None:
         _keep(trace_files(traces), Path(job.out), labels)
 
 
-def _run(llm: LLM, job: Job) -> dict[str, tuple[int, Mapping[str, str]]]:
+def _run(llm: Any, job: Job) -> dict[str, tuple[int, Mapping[str, str]]]:
     """By vLLM's number of a request, its place among the prompts and its labels."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=job.max_tokens)
+    sampling = seam("vllm.sampling_params", "SamplingParams")(
+        temperature=0.0, max_tokens=job.max_tokens
+    )
     numbers: dict[str, tuple[int, Mapping[str, str]]] = {}
     for is_chat in (False, True):
         places = [n for n, one in enumerate(job.prompts) if ("messages" in one) is is_chat]

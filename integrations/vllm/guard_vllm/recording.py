@@ -8,8 +8,6 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import vllm
-
 from guard.errors import GuardError, UnsupportedHostError
 from guard.record.recorder import TraceRecorder
 from guard.runtime import Guard
@@ -59,7 +57,7 @@ def open_recorder(worker: Any, guard: Guard, settings: Settings) -> TraceRecorde
         model=served[0] if isinstance(served, list) else str(served),
         topology=guard.program.topology,
         weights=_WEIGHTS[settings.record_weights],
-        engine=f"vllm {vllm.__version__}",
+        engine="vllm " + seam("vllm.version", "__version__"),
         created=round(now, 3),
     )
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))

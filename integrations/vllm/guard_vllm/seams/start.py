@@ -15,7 +15,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam("vllm.v1.worker.worker_base", "WorkerBase.__init__", "the guard hangs on it"),
     Seam("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", "workers are up, no scheduler yet"),
-    Seam("vllm.entrypoints.llm", "LLM", "reloads policies", has=("llm_engine",)),
+    Seam("vllm.entrypoints.llm", "LLM", "reloads policies, records", has=("llm_engine",)),
     Seam("vllm.v1.engine.llm_engine", "LLMEngine", "reloads policies", has=("engine_core",)),
     Seam("vllm.v1.engine.async_llm", "AsyncLLM", "reloads policies", has=("engine_core",)),
     Seam("vllm.v1.engine.core_client", "AsyncMPClient", "the first reloads", has=("client_index",)),

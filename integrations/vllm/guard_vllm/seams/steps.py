@@ -128,7 +128,10 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam("vllm.lora.request", "LoRARequest", "which adapter a request uses", has=("lora_name",)),
     Seam(
-        "vllm.sampling_params", "SamplingParams", "what a caller asks", has=("extra_args", "n", "stop")
+        "vllm.sampling_params",
+        "SamplingParams",
+        "what a caller asks",
+        has=("extra_args", "max_tokens", "n", "stop", "temperature"),
     ),
     Seam("vllm.v1.outputs", "ModelRunnerOutput", "carries the report"),
     Seam("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output", "carries the report"),
