@@ -48,6 +48,7 @@ class Guard:
     `idle` before a forward of dummy rows. Nothing here waits for the device.
 
     blind: set it where not every layer reports: then nothing is judged, and every step says so
+    is_split: other ranks run another program, so that nothing ends the blindness but a restart
     tap: routing of the step, written by the model's routers
     agreement: of several ranks that compute the same rows (`agree_with`); None where one rank does
     mask: what the routers must exclude; None where the server was started to observe only, and then
@@ -62,6 +63,7 @@ class Guard:
         self.device = device
         self.failures = Failures()
         self.blind = False
+        self.is_split = False
         self.agreement: RankAgreement | None = None
         self.tap = RoutingTap(program.topology, capacity, device)
         self.mask = ExpertMask(program.topology, capacity, device) if masking else None
@@ -186,6 +188,8 @@ class Guard:
             raise ReloadRefusedError("a step is under way; a program takes effect between two of them")
         check_follows(prepared.program, self.program)
         judged = self.judges
+        while prepared.state.num_slots < self._state.num_slots:
+            prepared.state.grow()  # slots keep their numbers, free ones too
         if judged and prepared.evaluator is not None:
             self._carry_over(prepared)
         self.program, self._evaluator = prepared.program, prepared.evaluator
@@ -207,8 +211,6 @@ class Guard:
 
     def _carry_over(self, prepared: PreparedProgram) -> None:
         before, after = self._state, prepared.state
-        while after.num_slots < before.num_slots:
-            after.grow()
         if not self._slot_of:
             return
         before.apply_staged_writes()

@@ -90,7 +90,6 @@ class StepActions:
             [named.signal for named in program.sets], dtype=torch.int64, device=device
         )
         self._newest_tokens_R = torch.from_numpy(program.rule_table.newest_tokens).to(device)
-        self._newest_tokens = int(program.rule_table.newest_tokens.max(initial=TOKEN_SIGNAL))
         self._masks = MaskSchedule(program.masks, device) if program.masks.num_actions else None
 
     def apply(
@@ -126,14 +125,17 @@ class StepActions:
         state.next_position_S[slots_B] = fresh.after_B
         judged_B = (slots_B != NULL_SLOT).to(torch.int64)
         columns: list[torch.Tensor] = [torch.empty(0)] * RequestColumn.NUM
-        columns[RequestColumn.BLOCK_KEY] = state.block_key_S[slots_B]
+        columns[RequestColumn.BLOCK_KEY] = self._block_keys(state.block_at_SR[slots_B])
         columns[RequestColumn.MASK_FROM] = self._first_masked(slots_B, state)
         columns[RequestColumn.PROMPT_TOKENS] = prompt_tokens_B
         columns[RequestColumn.OUTPUT_TOKENS] = output_tokens_B
         columns[RequestColumn.UNSEEN] = state.unseen_S[slots_B] * judged_B
         columns[RequestColumn.JUDGED] = judged_B
-        seen_B = state.sum_SX[slots_B, self._newest_tokens]
-        columns[RequestColumn.LATE] = (fresh.after_B - seen_B) * judged_B
+        applies_BR = state.applies_SR[slots_B]
+        newest_BR = self._newest_tokens_R.where(applies_BR, TOKEN_SIGNAL)
+        seen_B = state.sum_SX[slots_B].gather(1, newest_BR.amax(dim=1, keepdim=True))[:, 0]
+        is_asked_B = applies_BR.any(dim=1)
+        columns[RequestColumn.LATE] = (fresh.after_B - seen_B) * judged_B * is_asked_B
         requests_B = torch.cat([torch.stack(columns, dim=1), seen_BX[:, self._set_signal_N]], dim=1)
         extremes_BC = state.extreme_SC[slots_B].to(torch.float32)
         masked_BW = pack_bits(state.masks_at(slots_B, fresh.after_B))
@@ -151,8 +153,15 @@ class StepActions:
     ) -> None:
         """The least (position, rule) wins; a block decided in the prompt acts at its last position."""
         acts_at_T1 = torch.maximum(batch.position_T, fresh.prompt_T - 1)[:, None]
-        key_TR = (acts_at_T1 * self._num_rules + self._rule_R).where(fired_TR, NEVER)
-        state.block_key_S.scatter_reduce_(0, fresh.slot_T, key_TR.amin(dim=1), "amin")
+        acts_at_TR = acts_at_T1.where(fired_TR, NEVER)
+        slot_TR = fresh.slot_T[:, None].expand_as(acts_at_TR)
+        state.block_at_SR.scatter_reduce_(0, slot_TR, acts_at_TR, "amin")
+
+    def _block_keys(self, block_at_BR: torch.Tensor) -> torch.Tensor:
+        """int64 [B]: the first block as position·R + rule, or NEVER."""
+        is_decided_BR = block_at_BR < NEVER
+        key_BR = block_at_BR.where(is_decided_BR, 0) * self._num_rules + self._rule_R
+        return key_BR.where(is_decided_BR, NEVER).amin(dim=1)
 
     def _first_masked(self, slots_B: torch.Tensor, state: SlotState) -> torch.Tensor:
         if self._masks is None:

@@ -31,16 +31,12 @@ class CarryOver:
         self._rule_R = put(succession.rule)
         self._condition_C = put(succession.condition)
         self._action_A = put(succession.action)
-        self._rule_after = put(succession.rule_after)
-        self._num_rules_before = len(earlier.rules)
-        self._num_rules = len(later.rules)
         self._mask_rule_A = put(later.masks.rule)
         self._static_A = torch.from_numpy(later.masks.static).to(device)
         self._tokens_A = put(later.masks.tokens)
         self._mask_in_prompt_A = torch.from_numpy(later.rule_table.in_prompt[later.masks.rule]).to(
             device
         )
-        self._blocks_R = torch.from_numpy(later.rule_table.blocks).to(device)
         acts = [rule.action is not ActionKind.OBSERVE for rule in later.rules]
         self._acts_R = torch.tensor(acts, dtype=torch.bool, device=device)
 
@@ -77,26 +73,11 @@ class CarryOver:
         new.extreme_SC[slots_N] = _taken(old.extreme_SC[slots_N], self._condition_C, float("nan"))
         was_enforced_NR = _taken(old.enforced_SR[slots_N], self._rule_R, False)
         newly_NR = enforced_NR & ~was_enforced_NR & self._acts_R
-        active_NR = _taken(old.active_SR[slots_N], self._rule_R, False) & ~newly_NR
-        block_key_N, has_lost_N = self._block_keys(old.block_key_S[slots_N], enforced_NR)
-        # Of several blocks only the first was kept: those that still hold fire again.
-        new.active_SR[slots_N] = active_NR & ~(has_lost_N[:, None] & self._blocks_R)
-        new.block_key_S[slots_N] = block_key_N
+        new.active_SR[slots_N] = _taken(old.active_SR[slots_N], self._rule_R, False) & ~newly_NR
+        # Blocks that were decided and have not taken place yet.
+        block_at_NR = _taken(old.block_at_SR[slots_N], self._rule_R, NEVER)
+        new.block_at_SR[slots_N] = block_at_NR.where(enforced_NR, NEVER)
         self._carry_masks(old, new, slots_N, was_enforced_NR, enforced_NR)
-
-    def _block_keys(
-        self, key_N: torch.Tensor, enforced_NR: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks that were decided and have not taken place yet, and whether one is none any more."""
-        is_decided_N = key_N < NEVER
-        if not self._num_rules:
-            return torch.full_like(key_N, NEVER), is_decided_N
-        position_N = key_N // self._num_rules_before
-        rule_N = self._rule_after[key_N.remainder(self._num_rules_before)]
-        rule_N1 = rule_N.clamp(min=0)[:, None]
-        stands_N = is_decided_N & (rule_N >= 0) & enforced_NR.gather(1, rule_N1)[:, 0]
-        translated_N = position_N * self._num_rules + rule_N
-        return translated_N.where(stands_N, NEVER), is_decided_N & ~stands_N
 
     def _carry_masks(
         self,

@@ -47,7 +47,7 @@ class SlotState:
     recent_chosen_SQC, recent_position_SQ, recent_epoch_SQ   for distributions over so many tokens: the
                       experts of position p at p % Q, each as its id + 1, p itself, and the latest epoch
                       that has seen it
-    block_key_S       (position, rule) of the first block as position·R + rule
+    block_at_SR       where a rule that fired blocks the request, the earliest; NEVER: it does not
     extreme_SC        each condition's value nearest to, or furthest beyond, its threshold; NaN: none
     """
 
@@ -85,7 +85,7 @@ class SlotState:
         self.exempt_SR = full(False, num_rules, dtype=torch.bool)
         self.mask_from_SIA = full(NEVER, MASK_INTERVALS, num_actions)
         self.mask_to_SIA = full(NEVER, MASK_INTERVALS, num_actions)
-        self.block_key_S = full(NEVER)
+        self.block_at_SR = full(NEVER, num_rules)
         self.extreme_SC = full(float("nan"), program.conditions.num_conditions, dtype=torch.float64)
         distributions = program.distributions
         layers, experts = len(program.topology.layers), program.topology.max_experts
@@ -136,10 +136,10 @@ class SlotState:
         ):
             zeroed.index_fill_(0, slots, 0)
         self.recent_position_SQ.index_fill_(0, slots, -1)
-        self.block_key_S.index_fill_(0, slots, NEVER)
+        self.block_at_SR.index_fill_(0, slots, NEVER)
         self.extreme_SC.index_fill_(0, slots, float("nan"))
         self.next_position_S[slots] = self._to_device(next_position_np)
-        self.unseen_S[slots] = self.next_position_S[slots]
+        self.unseen_S.index_fill_(0, slots, 0)  # what was computed before there were rules is no fault
         self.prompt_tokens_S[slots] = self._to_device(prompt_tokens_np)
         self.applies_SR[slots] = self._to_device(np.stack([a.rules.applies_R for a in staged]))
         self.enforced_SR[slots] = self._to_device(enforced_np)

@@ -189,6 +189,9 @@ class Ledger:
     def take(self, *, idle: bool) -> Delta | None:
         """What is due for delivery, if anything; where revisions changed there may be more behind it.
         idle: no request is left, so nothing may wait."""
+        current = self._books.current
+        if not current.rules and self._tally.revision != current.revision:
+            self._tally.turn_to(current, self._masked_requests())  # no report will say so
         return self._tally.take(self._masked_requests, idle=idle)
 
     def put_back(self, delta: Delta) -> None:

@@ -21,7 +21,6 @@ class Succession:
     rule: [R]; equal in all but mode, and what people read
     condition: [C]; those of rules that go on
     action: [A]; those of rules that go on
-    rule_after: [earlier R] the way back: the later rule, or `NEW` where there is none
     """
 
     signal: Ints
@@ -29,7 +28,6 @@ class Succession:
     rule: Ints
     condition: Ints
     action: Ints
-    rule_after: Ints
 
     @staticmethod
     def of(earlier: Program, later: Program) -> Succession:
@@ -40,8 +38,6 @@ class Succession:
                 columns = later.rule_table.conditions[number]
                 of_rule = earlier.rule_table.conditions[before]
                 condition[columns[columns >= 0]] = of_rule[of_rule >= 0]
-        rule_after = np.full(len(earlier.rules), NEW, dtype=np.int64)
-        rule_after[rule[rule != NEW]] = np.flatnonzero(rule != NEW)
         return Succession(
             signal=_places(earlier.signals.keys, later.signals.keys),
             histogram=_places(earlier.distributions.named_keys, later.distributions.named_keys),
@@ -51,7 +47,6 @@ class Succession:
                 [earlier.rules[r].key for r in earlier.masks.rule],
                 [later.rules[r].key for r in later.masks.rule],
             ),
-            rule_after=rule_after,
         )
 
 

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from guard.errors import ReloadRefusedError
+from guard.failures import Failures, Stage
 from guard_vllm.worker import WorkerStatus
 from guard_vllm.worker_reload import (
     ABANDON_METHOD,
@@ -20,6 +22,8 @@ from guard_vllm.worker_reload import (
 )
 
 logger = logging.getLogger(__name__)
+
+_BROKEN = "an earlier reload left the workers with different policies; restart the server"
 
 CORE_PROGRAM_METHOD = "moe_guard_program"
 CORE_PREPARE_METHOD = "moe_guard_prepare_reload"
@@ -38,8 +42,10 @@ class CoreReload:
         core: Any,
         take: Callable[[list[WorkerStatus]], None],
         computed: Callable[[], dict[str, int]],
+        failures: Failures,
     ) -> None:
         self._core = core
+        self._failures = failures
         self._take = take
         self._computed = computed
         self._prepared: list[WorkerStatus] | None = None
@@ -49,6 +55,9 @@ class CoreReload:
         setattr(core, CORE_COMMIT_METHOD, self.commit)
 
     def program(self) -> bytes:
+        """Raises ReloadRefusedError where the workers do not have the same one."""
+        if self._broken:
+            raise ReloadRefusedError(_BROKEN)
         found: bytes = self._rpc(PROGRAM_METHOD)[0]
         return found
 
@@ -86,13 +95,18 @@ class CoreReload:
             )
         if faults:
             return faults[0]
-        self._take(prepared)
+        with self._failures.caught(Stage.RELOAD) as attempt:
+            self._take(prepared)
+        if attempt.failed:
+            self._broken = True
+            self._rpc(ABANDON_METHOD, True)
+            return "the engine core could not follow its workers; its log says why"
         return ""
 
     def _fault_of_host(self) -> str | None:
         parallel = self._core.vllm_config.parallel_config
         if self._broken:
-            return "an earlier reload left the workers with different policies; restart the server"
+            return _BROKEN
         if int(getattr(parallel, "data_parallel_size", 1) or 1) > 1:
             return (
                 "policies are not reloaded under data parallelism yet: the masks of all engines travel "

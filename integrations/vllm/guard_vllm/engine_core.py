@@ -86,7 +86,7 @@ class EngineCoreGuard:
         )
         wrap(core, "add_request", self._add_request)
         wrap(core, "post_step", self._post_step)
-        CoreReload(core, self._follow, self._computed)
+        CoreReload(core, self._follow, self._computed, self._failures)
         if self._isolation is not None:
             self._isolation.install()
         self._broadcast(hello)

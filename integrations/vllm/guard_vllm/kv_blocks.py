@@ -57,6 +57,7 @@ class KVBlocks:
         self._in_flight: dict[int, dict[int, _Registered]] = {}  # by serial of the step
         self._confirmed: set[int] = set()
         self._holes: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._requests = scheduler.requests
         self._manager = scheduler.kv_cache_manager
         pool = self._manager.block_pool
         wrap(pool, "get_new_blocks", self._get_new_blocks)
@@ -155,6 +156,8 @@ class KVBlocks:
             # A worker that had a fault may have lost what it kept.
             self._confirmed.clear()
             for req_id, start in step_starts(scheduler_output).items():
+                if req_id not in self._requests:
+                    continue  # it has ended; the step was ahead
                 self._holes[req_id].append((start, start + scheduled.get(req_id, 0)))
         self._confirmed.update(
             block_id

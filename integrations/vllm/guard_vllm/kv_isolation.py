@@ -31,24 +31,22 @@ class Isolation:
     def follow(self, status: WorkerStatus, scheduler: Any) -> None:
         """Other policies are in force, from the next position of each request on.
 
-        Blocks that a request has not computed yet are named anew. Where static masks of its own changed
-        on the way, what it computes from there on is its own; and all of it where it could be computed
-        again without a mask that is not known any more.
+        The blocks of a request that has computed none are named anew. Where the rules of its static
+        masks changed on the way, its blocks are its own: workers go by rules, and may compute again
+        without a mask what was computed under it.
         """
         self._before, self._masks = self._masks, _Masks(status)
         for request in scheduler.requests.values():
             old, new = self._before.in_force(request), self._masks.in_force(request)
-            if old == new:
+            same_rules = self._before.static_rules(request) == self._masks.static_rules(request)
+            if old == new and same_rules:
                 continue
             if not (
                 request.num_computed_tokens or request.num_output_tokens or request.num_preemptions
             ):
                 self.hash_anew(request)
                 continue
-            position = max(request.num_computed_tokens - request.num_in_flight_tokens, 0)
-            if not self._masks.knows(self._before, request):
-                position = 0
-            self._make_own(request, position, position // scheduler.hash_block_size)
+            self._make_own(request, 0, 0)
 
     def hash_anew(self, request: Any) -> None:
         """Name the blocks of a request that has computed none."""
@@ -166,15 +164,12 @@ class _Masks:
         enforced_R = self._enforced(request)
         return frozenset((key, in_output) for rule, key, in_output in self.static if enforced_R[rule])
 
-    def knows(self, before: _Masks, request: Any) -> bool:
-        """Whether what static masks of an earlier revision masked is masked again in a recompute."""
-        if not before.static:
-            return True
-        rules = {rule.key for rule in self._status.rules}
-        enforced_R = before._enforced(request)
-        return all(
-            before._status.rules[rule].key in rules for rule, _, _ in before.static if enforced_R[rule]
-        )
+    def static_rules(self, request: Any) -> frozenset[str]:
+        """The keys of the rules whose static masks act on a request."""
+        if not self.static:
+            return frozenset()
+        enforced_R = self._enforced(request)
+        return frozenset(self._status.rules[rule].key for rule, _, _ in self.static if enforced_R[rule])
 
     def key(self, request: Any, end_token_idx: int) -> tuple[str, str] | None:
         """Of a block that ends there; None where it holds no masked position."""

@@ -114,6 +114,7 @@ def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwa
     if settings is None or bus is None:
         return
     get_supported_tasks = seam(engine, "get_supported_tasks")
+    is_up = False
 
     async def guarded_get_supported_tasks() -> Any:
         """What an API server asks its engines before it serves. An engine's hello is ahead of its
@@ -122,10 +123,14 @@ def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwa
         from guard_vllm.reload import reload_in_server
         from guard_vllm.watching import watch_policies
 
+        nonlocal is_up
         tasks = await get_supported_tasks()
+        if is_up:
+            return tasks  # vLLM asks again with each request
         require_hellos(bus, num_engines(engine.engine_core), timeout_s=0)
         reload_in_server(engine, settings, bus)
         watch_policies(engine, Settings.of(vllm_config.additional_config), bus)
+        is_up = True
         return tasks
 
     engine.get_supported_tasks = guarded_get_supported_tasks

@@ -217,7 +217,7 @@ class WorkerGuard:
             proof = self._prove(hooks.guard)
         finally:
             hooks.armed = True
-        hooks.guard.blind = not proof.holds
+        hooks.guard.blind = hooks.guard.is_split or not proof.holds
         if not proof.holds:
             logger.error(
                 "MoE Guard is blind since weights were reloaded: %s; every request is unjudged until "

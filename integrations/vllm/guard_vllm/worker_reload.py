@@ -91,4 +91,4 @@ class WorkerReload(Generic[Status]):
         self._prepared = None
         if blind:
             self._guard.agreement = None  # ranks that differ would wait for each other
-            self._guard.blind = True
+            self._guard.is_split = self._guard.blind = True

@@ -217,6 +217,36 @@ def test_the_second_of_two_blocks_acts_where_the_first_ones_rule_is_removed() ->
     assert block_position(report, 1) == 5
 
 
+def test_a_block_that_is_decided_stands_though_another_rules_earlier_one_goes() -> None:
+    token = "{count: {experts: f, over: token, atLeast: 1}}"
+    goes, stays = rule_text(COUNT, BLOCK, name="goes"), rule_text(token, BLOCK, name="stays")
+    engine = started(policy_text(goes + stays), prompt=6)
+    engine.step({"a": (0, [FLAGGED, OTHER, OTHER])})
+    engine.reload(policy_text(stays))
+    report = engine.step({"a": (3, [OTHER, OTHER, OTHER])})
+
+    assert (fired(report), block_position(report, 1)) == ([], 5)
+
+
+def test_a_new_rule_that_does_not_apply_to_a_request_leaves_it_judged() -> None:
+    engine = started(policy_text(rule_text(NEVER_TRUE)))
+    engine.step({"a": (0, [FLAGGED])})
+    new = rule_text(REQUEST).replace("name: ", "match: {labels: {tenant: x}}, name: ", 1)
+    engine.reload(policy_text(new).replace("[3]", "[3, 4]"))
+
+    assert engine.output("a", 1, FLAGGED).requests_B[0, RequestColumn.LATE] == 0
+
+
+def test_slots_that_were_added_are_there_after_a_time_without_rules() -> None:
+    engine = started(policy_text(rule_text(COUNT)), max_slots=1)
+    engine.guard.add_request("b", 1)  # one more than there is room for
+    engine.reload(EMPTY)
+    engine.reload(policy_text(rule_text(COUNT)), {"a": 0, "b": 0})
+    report = engine.step({"a": (0, [FLAGGED]), "b": (0, [FLAGGED])})
+
+    assert fired(report) == [("a", 0), ("b", 0)]
+
+
 def test_a_guard_that_started_without_rules_follows_what_was_under_way() -> None:
     engine = started(EMPTY, prompt=2)
     for position in range(4):
@@ -228,7 +258,8 @@ def test_a_guard_that_started_without_rules_follows_what_was_under_way() -> None
     report = engine.output("a", 4, FLAGGED)
 
     assert (fired(report), unseen(report)) == ([("a", 4)], [4])
-    assert report.requests_B[0, RequestColumn.UNSEEN] == 4
+    assert report.requests_B[0, RequestColumn.LATE] == 4
+    assert report.requests_B[0, RequestColumn.UNSEEN] == 0  # no fault, for which one would block
     engine.output("a", 5, OTHER)
     assert engine.masked_rows(1) == [True]
 

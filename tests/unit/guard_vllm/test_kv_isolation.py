@@ -240,8 +240,7 @@ def test_blocks_that_are_not_computed_yet_are_named_after_the_masks_in_force(key
 
     assert masked is not None
     assert waiting.block_hashes == [masked] * 4
-    own = (("moe_guard", "r"),)
-    assert running.block_hashes == [None, None, own, own], "masked from position 9 on"
+    assert running.block_hashes == [(("moe_guard", "r"),)] * 4
     isolation.admit(late)  # it was hashed as it came in, and admitted behind the change
     assert late.block_hashes == [masked] * 4
 
@@ -266,12 +265,24 @@ def test_what_is_computed_behind_the_end_of_a_static_mask_is_the_requests_own(
     isolation = Isolation(status(STATIC))
     of = keys(isolation)
     running = Hashed("r", of, num_computed_tokens=9)
-    masked, own = running.block_hashes[0], (("moe_guard", "r"),)
     isolation.follow(status(STATIC, mode) if mode else status(LATE), scheduler_of(running))
 
-    # A rule that is known masks again in a recompute; of one that is not, nothing may be found.
-    assert running.block_hashes == ([masked, masked, own, own] if mode else [own] * 4)
+    assert running.block_hashes == [(("moe_guard", "r"),)] * 4
     assert of(request("new", 8), 4) is None
+
+
+def test_a_request_under_an_equal_mask_of_another_rule_shares_no_blocks(keys: Any) -> None:
+    """Its worker goes by rules: positions from before the reload are computed again without a mask."""
+    isolation = Isolation(status(STATIC))
+    of = keys(isolation)
+    running = Hashed("r", of, num_computed_tokens=9)
+    masked = running.block_hashes[0]
+    renamed = STATIC.replace("name: r", "name: renamed")
+    assert renamed != STATIC
+    isolation.follow(status(renamed), scheduler_of(running))
+
+    assert running.block_hashes == [(("moe_guard", "r"),)] * 4
+    assert of(request("new", 8), 4) == masked
 
 
 def test_a_step_of_the_policies_before_may_still_have_begun_one_of_their_masks(keys: Any) -> None:
