@@ -60,6 +60,8 @@ def run_policy_tests(
             soft_wrap=True,
             markup=False,
         )
+    elif wanted is not None and not results.cases and not faults:
+        err.print(f"no case matches --filter {wanted}", soft_wrap=True, markup=False)
     uncovered = results.uncovered if require_coverage else ()
     match output:
         case Format.JSON:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +17,7 @@ from guard.cli.replay_run import Replay
 from guard.offline.evaluator import result_of
 from guard.offline.replay import Replayed, Summary, Sweep, SweepPoint
 from guard.program.program import Program
+from guard.program.verdict import Firing
 
 QUANTILES = (0.1, 0.5, 0.9)
 
@@ -52,6 +54,8 @@ def print_text(console: Console, run: Replay, summary: Summary, sweeps: Sweeps) 
     console.print(table)
     for sweep, points in sweeps:
         _print_sweep(console, sweep, points)
+    if sweeps:
+        console.print("A sweep looks at its rule alone: what other rules would block is not cut off.")
 
 
 def _print_sweep(console: Console, sweep: Sweep, points: Sequence[SweepPoint]) -> None:
@@ -113,6 +117,12 @@ def print_jsonl(console: Console, run: Replay) -> None:
             console.out(json.dumps(line), highlight=False)
 
 
+def _decision_id(program: Program, request_id: str, firing: Firing) -> str:
+    """The same whenever the trace is replayed under equal policies."""
+    what = f"{program.revision}/{request_id}/{firing.policy}/{firing.rule}/{firing.position}"
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"moe-guard:{what}"))
+
+
 def decisions(program: Program, model: str, replayed: Replayed) -> list[dict[str, Any]]:
     """One request's decisions."""
     request, outcome = replayed
@@ -126,6 +136,7 @@ def decisions(program: Program, model: str, replayed: Replayed) -> list[dict[str
         done = {"mask": "masked", "block": "blocked"}.get(action, "observed")
         lines.append(
             {
+                "decision_id": _decision_id(program, request.request_id, firing),
                 "time": datetime.fromtimestamp(request.time, UTC).isoformat(timespec="milliseconds"),
                 "revision": program.revision,
                 "policy": firing.policy,

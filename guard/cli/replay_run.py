@@ -15,6 +15,8 @@ from guard.offline.evaluator import OfflineEvaluator, result_of
 from guard.offline.replay import Replayed, Summary, Sweep, SweepPoint, replay, without_mass
 from guard.offline.sample import Sample
 from guard.policy import PolicySet, load_policies
+from guard.policy.model import Mode
+from guard.policy.scalars import MAX_NUMBER
 from guard.policy.suggest import did_you_mean, one_of, quote
 from guard.program.compile import compile_policies
 from guard.program.program import Program
@@ -70,10 +72,13 @@ class Replay:
                     f"{', '.join(left_out)}; record with weights to replay them"
                 )
         names = [policy.name for policy in policies.policies]
+        off = {policy.name for policy in policies.policies if policy.mode is Mode.OFF}
         for name in enforce:
             if name not in names:
                 hint = did_you_mean(name, names) or f"; there is {one_of(names, 'and')}"
                 raise ReplayError(f"--enforce: there is no policy {quote(name)}{hint}")
+            if name in off:
+                raise ReplayError(f"--enforce: the policy {quote(name)} is off; set its mode to audit")
         program = compile_policies(policies, first.topology)
         wanted = [_wanted(text, policies, program) for text in sweeps]
         return Replay(policies, program, traces, enforce, wanted, warnings)
@@ -156,9 +161,9 @@ def _wanted(text: str, policies: PolicySet, program: Program) -> Wanted:
         try:
             thresholds = [float(value) for value in values.split(",")]
         except ValueError:
-            raise ReplayError(
-                f"--sweep: {quote(values)} is no list of numbers such as 0.1,0.2"
-            ) from None
+            thresholds = [math.nan]
+        if not all(abs(threshold) <= MAX_NUMBER for threshold in thresholds):
+            raise ReplayError(f"--sweep: {quote(values)} is no list of numbers such as 0.1,0.2")
     sweep = Sweep(policies, program.topology, rule.policy, rule.rule, label)
     column = program.rule_table.conditions[number][rule.condition_labels.index(label)]
     if label == "always":

@@ -97,6 +97,7 @@ class SetBuilder:
 
 class _ForeignSet(NamedTuple):
     file: Path
+    location: Location
     experts: ExpertSet | None  # None: it has faults of its own
 
 
@@ -110,9 +111,13 @@ class ForeignSets:
         """root: the document, of which perhaps only the names can be read."""
         file = Path(root.location.file)
         sets = find(root, ("spec", "experts"))
-        for name in sets.entries if isinstance(sets, MapNode) else ():
+        if not isinstance(sets, MapNode):
+            return
+        for name in sets.entries:
             key = f"{file.stem}/{name}"
-            self._sets.setdefault(key, []).append(_ForeignSet(file, built.get(str(name))))
+            self._sets.setdefault(key, []).append(
+                _ForeignSet(file, sets.entries[name].key_location, built.get(str(name)))
+            )
 
     def find(self, name: str, file: str) -> ExpertSet | None:
         """The set that a document of `file` means; None where it has faults of its own.
@@ -125,8 +130,12 @@ class ForeignSets:
         if len(found) == 1:
             return found[0].experts
         if found:
-            files = one_of(dict.fromkeys(str(one.file) for one in found), "and")
+            files = one_of([str(one.location) for one in found], "and")
             raise KeyError(f"the set {quote(name)} is in {files}; rename one of the files or sets")
         hint = did_you_mean(name, self._sets)
-        known = f"known: {', '.join(self._sets)}" if self._sets else "no ExpertSets were loaded with it"
+        known = (
+            f"known: {', '.join(self._sets)}"
+            if self._sets
+            else "no ExpertSets were loaded with it; give the folder that holds both files"
+        )
         raise KeyError(f"there is no set {quote(name)}{hint or f'; {known}'}")

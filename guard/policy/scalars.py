@@ -43,6 +43,7 @@ NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 SET_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 LABEL_PATTERN: Final = r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$"
 
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _RANGE = re.compile(r"(?P<first>[0-9]{1,9}) *- *(?P<last>[0-9]{1,9})|(?P<only>[0-9]{1,9})")
 
 
@@ -68,7 +69,7 @@ def _ids(what: str, largest: int) -> Callable[[object], range]:
 
 
 def _one_layer(value: object) -> object:
-    if isinstance(value, str) and _RANGE.fullmatch(value):
+    if isinstance(value, str) and "-" in value and _RANGE.fullmatch(value):
         raise value_fault(f"expected one layer number, found {describe(value)}; write `layers`")
     return value
 
@@ -88,7 +89,7 @@ def _set_reference(value: object) -> object:
 
 
 def _day(value: object) -> date:
-    if isinstance(value, str):
+    if isinstance(value, str) and _DAY.fullmatch(value):
         with suppress(ValueError):
             return date.fromisoformat(value)
     raise value_fault(f"expected a day such as 2027-03-31, found {describe(value)}")

@@ -87,7 +87,7 @@ class TracedRequest:
     lora_adapter: str | None = None
 
 
-class RequestFactsOnFile(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class RequestFactsOnFile(msgspec.Struct, omit_defaults=True):
     """A block's JSON. unseen: [start, stop) of positions without routing, rising."""
 
     prompt: int
@@ -99,7 +99,7 @@ class RequestFactsOnFile(msgspec.Struct, forbid_unknown_fields=True, omit_defaul
     lora_adapter: str | None = None
 
 
-class _LayerOnFile(msgspec.Struct, forbid_unknown_fields=True):
+class _LayerOnFile(msgspec.Struct):
     number: int
     experts: int
     top_k: int

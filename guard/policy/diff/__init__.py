@@ -15,7 +15,6 @@ from guard.policy.model import (
     Mask,
     MaskMethod,
     Mode,
-    Observe,
     Policy,
     PolicySet,
     Rule,
@@ -67,8 +66,8 @@ def _content(policy: Policy) -> str:
 
 
 def _acts(policy: Policy) -> bool:
-    acting = any(not isinstance(rule.then, Observe) for rule in policy.rules)
-    return policy.mode is Mode.ENFORCE and acting
+    """It finds something, or does."""
+    return policy.mode is not Mode.OFF and bool(policy.rules)
 
 
 def _policy_changes(old: Policy, new: Policy) -> Iterator[Change]:
@@ -131,11 +130,16 @@ def _rule_changes(old: Policy, new: Policy) -> Iterator[Change]:
             yield Change(Effect.OTHER, new.name, same.name, "renamed", text)
     for rule in gone:
         yield _rule_change(
-            new, rule, "removed", Effect.LOOSER, f"rule removed: no longer {_does(rule)}"
+            new,
+            rule,
+            "removed",
+            Effect.OTHER if old.mode is Mode.OFF else Effect.LOOSER,
+            f"rule removed: no longer {_does(rule)}",
         )
     for rule in come:
         text = f"rule added: {_does(rule)}{wording.withheld(new.mode)}"
-        yield _rule_change(new, rule, "added", Effect.STRICTER, text)
+        effect = Effect.OTHER if new.mode is Mode.OFF else Effect.STRICTER
+        yield _rule_change(new, rule, "added", effect, text)
     for name in (name for name in before if name in after):
         for effect, what, message in rule_steps(before[name], after[name]):
             yield Change(effect, new.name, name, what, message)

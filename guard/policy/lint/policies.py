@@ -111,7 +111,7 @@ def _exception_findings(policy: Policy, exception: PolicyException, today: date)
         days = (exception.until - today).days
         text = (
             f"{what} expires on {exception.until}, {'today' if not days else f'in {days} day(s)'}: "
-            "from then on its requests are treated like all others; extend it or tell whom it is for"
+            "after that day its requests are treated like all others; extend it or tell whom it is for"
         )
         yield Finding(exception.location, Code.EXPIRING_EXCEPTION, text)
     covered = [rule for rule in policy.rules if exception.covers(rule.name)]

@@ -141,6 +141,7 @@ def measure_key(condition: Condition) -> object:
         condition.reduce,
         condition.bias if condition.kind is ConditionKind.PROBE else 0.0,
         None if experts is None else frozenset(experts.weights.items()),
+        condition.baselines and tuple(sorted(condition.baselines.rates.items())),
     )
 
 

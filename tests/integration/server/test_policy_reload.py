@@ -108,7 +108,7 @@ def test_bad_policies_are_refused_counted_and_logged_and_the_old_ones_stay(serve
     put(server, POLICIES + LATE.replace("atLeast", "atleast"), result="failure")
 
     assert in_force(server, POLICIES) == 1
-    assert "policies not reloaded" in server.log.read_text()
+    server.wait_for(lambda: "policies not reloaded" in server.log.read_text())
     assert "did you mean" in server.log.read_text()
     [answer] = server.client.completions.create(model="tiny", prompt=[5], max_tokens=3).choices
     assert answer.finish_reason == "length"
@@ -124,7 +124,8 @@ def test_masks_that_there_is_no_room_for_are_refused_by_the_number(server: Serve
     text = LATE.partition("  rules:\n")[0].replace("[0-6]", "[0-4]") + "  rules:\n" + rules
     put(server, POLICIES + text, result="failure")
 
-    assert "have 66 mask actions, but the server was started with room for 64" in server.log.read_text()
+    said = "have 66 mask actions, but the server was started with room for 64"
+    server.wait_for(lambda: said in server.log.read_text())
     assert in_force(server, POLICIES) == 1
 
 

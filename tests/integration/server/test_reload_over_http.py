@@ -93,7 +93,7 @@ def test_a_changed_file_is_in_force_within_seconds_and_a_bad_one_never(operator:
     server.wait_for(lambda: operator.runs(added))
     assert not operator.runs(before)
     said = f"policies reloaded: revision {before} -> {added} (5 policies)"
-    assert said in server.log.read_text(errors="replace")
+    server.wait_for(lambda: said in server.log.read_text(errors="replace"))
     reply = complete(server, "added")
     assert reply.choices[0].stop_reason == "moe_guard:added/any"
     server.wait_for(lambda: bool(server.decisions(reply.id)))
@@ -103,7 +103,7 @@ def test_a_changed_file_is_in_force_within_seconds_and_a_bad_one_never(operator:
     server.wait_for(lambda: operator.reloads("failure") == bad + 1)
     assert operator.runs(added)
     assert complete(server, "added").choices[0].stop_reason == "moe_guard:added/any"
-    assert f"{operator.file}:1:" in server.log.read_text(errors="replace")
+    server.wait_for(lambda: f"{operator.file}:1:" in server.log.read_text(errors="replace"))
 
 
 def test_a_hangup_asks_for_a_look_and_is_answered(operator: Operator) -> None:

@@ -200,12 +200,12 @@ def test_policies_that_come_go_and_are_renamed() -> None:
     assert (renamed.effect, renamed.what, renamed.subject) == (OTHER, "renamed", "z")
 
 
-def test_a_policy_in_audit_that_comes_makes_nothing_stricter() -> None:
+def test_a_policy_in_audit_that_comes_finds_more() -> None:
     (added,) = compare(
         parse_policies(BASE), parse_policies(f"{BASE}---\n{BASE.replace('name: p,', 'name: q,')}")
     )
 
-    assert added.effect is OTHER
+    assert added.effect is STRICTER
     assert added.message.endswith("(audit: withheld)")
 
 
