@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import openai
 import pytest
 
 from tests.integration.frontend.tiny_model import write_tiny_model
+from tests.support.ports import free_ports
 
 _HERE = Path(__file__).parent
 _CHECKOUT = _HERE.parents[2]
@@ -77,9 +77,7 @@ def server(
     model_path: Path, vllm_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """The server's address, without the /v1."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports()
     log = tmp_path_factory.mktemp("server") / "log.txt"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model_path), "--served-model-name", "tiny", "--enforce-eager"]

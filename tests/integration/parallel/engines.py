@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from tests.integration.offline import cases
 from tests.integration.offline.engines import Engines
+from tests.support.ports import free_ports
 
 RANKS = 2
+_PORTS_OF_A_PAIR = 16
 SHIM = Path(__file__).parents[2] / "support" / "parallel_on_cpu"
 
 _BATCH = cases.batch_of_16(["isolate"])
@@ -41,20 +42,14 @@ class EnginePairs(Engines):
     def _run(self, group: str) -> dict[str, Any]:
         if group in ("eager-alone", "tensor-experts"):
             return super()._run(group)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         if group == "launched":
-            return self._run_launched(port)
-        processes = {f"rank{rank}": self._start_rank(group, rank, port) for rank in range(RANKS)}
-        try:
-            return {
-                name: self._results_of(f"{group}-{name}", process)["main"]
-                for name, process in processes.items()
-            }
-        finally:
-            for process in processes.values():  # one waits for ever if the other failed
-                process.kill()
+            return self._run_launched(free_ports())
+        port = free_ports(_PORTS_OF_A_PAIR)
+        processes = {
+            f"{group}-rank{rank}": self._start_rank(group, rank, port) for rank in range(RANKS)
+        }
+        self._wait_for_all(processes)
+        return {f"rank{rank}": self._read(f"{group}-rank{rank}")["main"] for rank in range(RANKS)}
 
     def _run_launched(self, port: int) -> dict[str, Any]:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", f"--master-port={port}"]

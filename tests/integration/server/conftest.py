@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import openai
 import pytest
 
 from tests.integration.frontend.tiny_model import write_tiny_model
+from tests.support.ports import free_ports
 
 POLICIES = """\
 apiVersion: moe-guard/v1
@@ -113,7 +113,7 @@ class Server:
         rows = [json.loads(line) for line in lines]
         return [row for row in rows if row["request_id"].startswith(request_id)]
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         """Events travel beside the answers; they may come a little later."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -134,9 +134,7 @@ def serving(
     policy_folder = folder / "policies"
     policy_folder.mkdir(parents=True)
     (policy_folder / "all.yaml").write_text(policies)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_ports()
     address = f"http://127.0.0.1:{port}"
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
     decision_log, log_path = folder / "decisions.jsonl", folder / "server.log"

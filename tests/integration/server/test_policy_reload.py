@@ -110,7 +110,9 @@ def test_bad_policies_are_refused_counted_and_logged_and_the_old_ones_stay(serve
     assert in_force(server, POLICIES) == 1
     server.wait_for(lambda: "policies not reloaded" in server.log.read_text())
     assert "did you mean" in server.log.read_text()
-    [answer] = server.client.completions.create(model="tiny", prompt=[5], max_tokens=3).choices
+    [answer] = server.client.completions.create(
+        model="tiny", prompt=[5], max_tokens=3, extra_body={"ignore_eos": True}
+    ).choices
     assert answer.finish_reason == "length"
 
 

@@ -100,7 +100,7 @@ def _run(server: Server, runner: Runner) -> Ran:
 
 
 def _wait_until_counted(server: Server, ended: int) -> None:
-    server.wait_for(lambda: server.metric("moe_guard_requests_total") >= ended, timeout_s=30)
+    server.wait_for(lambda: server.metric("moe_guard_requests_total") >= ended, timeout_s=120)
 
 
 def test_the_workload_is_as_mixed_as_it_claims(ran: Ran) -> None:
