@@ -30,7 +30,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-DELIVERY_SECONDS = 60.0
+DELIVERY_SECONDS = 10.0
 
 
 def main() -> None:

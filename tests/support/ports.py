@@ -12,20 +12,20 @@ these by chance between the look and the start."""
 _TRIES = 100
 
 
-def free_ports(count: int = 1) -> int:
-    """The first of so many free ports in a row. vLLM's data-parallel engines take those behind the one
-    that they are given."""
+def free_port(*, in_a_row: int = 1) -> int:
+    """The first of so many free ports: vLLM's data-parallel engines take those behind the one that they
+    are given."""
     for _ in range(_TRIES):
-        first = random.SystemRandom().randrange(_FIRST, _LAST - count)
-        if all(_is_free(port) for port in range(first, first + count)):
+        first = random.SystemRandom().randrange(_FIRST, _LAST - in_a_row)
+        if all(_is_free(port) for port in range(first, first + in_a_row)):
             return first
-    raise RuntimeError(f"no {count} free ports in a row between {_FIRST} and {_LAST}")
+    raise RuntimeError(f"no {in_a_row} free ports in a row between {_FIRST} and {_LAST}")
 
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("", port))
         except OSError:
             return False
     return True

@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from tests.integration.frontend.tiny_model import write_tiny_model
-from tests.support.ports import free_ports
+from tests.support.ports import free_port
 
 _HERE = Path(__file__).parent
 _CHECKOUT = _HERE.parents[2]
@@ -77,7 +77,7 @@ def server(
     model_path: Path, vllm_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """The server's address, without the /v1."""
-    port = free_ports()
+    port = free_port()
     log = tmp_path_factory.mktemp("server") / "log.txt"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model_path), "--served-model-name", "tiny", "--enforce-eager"]

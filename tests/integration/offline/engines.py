@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +14,12 @@ from typing import Any
 import pytest
 
 from tests.integration.offline import cases, policies
+from tests.support.partners import wait_for_all
 from tests.support.support_facts import Mode, Runner
 
 _CHECKOUT = Path(__file__).parents[3]
 _SUPPORT = _CHECKOUT / "tests" / "support"
 _TIMEOUT_SECONDS = 600
-_DUMP_SECONDS = 30
-_POLL_SECONDS = 0.1
 
 _STAGE_FAULTS_ON = {"worker_extension_cls": "tests.support.stage_faults.StageFaults"}
 _FAULTS_ON = {"worker_extension_cls": "tests.support.routing_faults.RoutingFaults"}
@@ -103,7 +100,8 @@ class Engines:
         return self.folder / f"{group}-traces"
 
     def _run(self, group: str) -> dict[str, Any]:
-        return self._results_of(group, self._start(group, self._engines(group)))
+        self._wait_for_all({group: self._start(group, self._engines(group))})
+        return self._read(group)
 
     def _start(
         self,
@@ -126,44 +124,13 @@ class Engines:
                 stderr=output,
             )
 
-    def _results_of(self, name: str, process: subprocess.Popen[bytes]) -> dict[str, Any]:
-        self._wait(name, process)
-        return self._read(name)
-
-    def _wait(self, name: str, process: subprocess.Popen[bytes]) -> None:
-        self._wait_for_all({name: process})
-
     def _wait_for_all(self, processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
-        """By name. Where one fails, its partners would wait for it for ever, so all end."""
-        deadline = time.monotonic() + _TIMEOUT_SECONDS
-        waiting = dict(processes)
-        try:
-            while waiting:
-                for name, process in tuple(waiting.items()):
-                    returncode = process.poll()
-                    if returncode is None:
-                        continue
-                    del waiting[name]
-                    if returncode != 0:
-                        pytest.fail(f"{name} ended with {returncode}:\n{self._end_of_log(name)}")
-                    if waiting:
-                        self._check_started(name)
-                if time.monotonic() > deadline:
-                    for process in waiting.values():
-                        process.send_signal(signal.SIGABRT)  # faulthandler writes where it stands
-                        process.wait(_DUMP_SECONDS)
-                    logs = "\n".join(f"{name}:\n{self._end_of_log(name)}" for name in waiting)
-                    pytest.fail(f"{', '.join(waiting)} did not end in {_TIMEOUT_SECONDS} s\n{logs}")
-                time.sleep(_POLL_SECONDS)
-        finally:
-            for process in processes.values():
-                process.kill()
+        """By the names of their files."""
+        wait_for_all(processes, _TIMEOUT_SECONDS, log_of=self._end_of_log, fault_of=self._start_error)
 
-    def _check_started(self, name: str) -> None:
-        """Of a process that others wait for."""
-        for engine, result in self._read(name).items():
-            if "error" in result:
-                pytest.fail(f"{name}/{engine} did not start:\n{result['error'][-4000:]}")
+    def _start_error(self, name: str) -> str | None:
+        errors = [result["error"] for result in self._read(name).values() if "error" in result]
+        return errors[0][-4000:] if errors else None
 
     def _end_of_log(self, name: str) -> str:
         _, _, log = self._files(name)
@@ -182,7 +149,7 @@ class Engines:
         paths = [str(_CHECKOUT), str(_CHECKOUT / "integrations" / "vllm")]
         env = {k: v for k, v in os.environ.items() if not k.startswith(("MOE_GUARD_", "VLLM_"))}
         env |= {
-            "PYTHONFAULTHANDLER": "1",  # `_wait_for_all` asks for stacks
+            "PYTHONFAULTHANDLER": "1",  # `wait_for_all` asks for stacks
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # one thread each, see tests/conftest.py
             "VLLM_CPU_KVCACHE_SPACE": "1",

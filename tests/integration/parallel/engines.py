@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.integration.offline import cases
 from tests.integration.offline.engines import Engines
-from tests.support.ports import free_ports
+from tests.support.ports import free_port
 
 RANKS = 2
 _PORTS_OF_A_PAIR = 16
@@ -43,8 +43,8 @@ class EnginePairs(Engines):
         if group in ("eager-alone", "tensor-experts"):
             return super()._run(group)
         if group == "launched":
-            return self._run_launched(free_ports())
-        port = free_ports(_PORTS_OF_A_PAIR)
+            return self._run_launched(free_port())
+        port = free_port(in_a_row=_PORTS_OF_A_PAIR)
         processes = {
             f"{group}-rank{rank}": self._start_rank(group, rank, port) for rank in range(RANKS)
         }
@@ -54,7 +54,7 @@ class EnginePairs(Engines):
     def _run_launched(self, port: int) -> dict[str, Any]:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", f"--master-port={port}"]
         process = self._start("launched", self._engines("launched"), "launched-$RANK", launcher)
-        self._wait("launched-$RANK", process)
+        self._wait_for_all({"launched-$RANK": process})
         return {f"rank{rank}": self._read(f"launched-{rank}")["main"] for rank in range(RANKS)}
 
     def _start_rank(self, group: str, rank: int, port: int) -> subprocess.Popen[bytes]:

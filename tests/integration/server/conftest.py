@@ -20,7 +20,7 @@ import openai
 import pytest
 
 from tests.integration.frontend.tiny_model import write_tiny_model
-from tests.support.ports import free_ports
+from tests.support.ports import free_port
 
 POLICIES = """\
 apiVersion: moe-guard/v1
@@ -134,7 +134,7 @@ def serving(
     policy_folder = folder / "policies"
     policy_folder.mkdir(parents=True)
     (policy_folder / "all.yaml").write_text(policies)
-    port = free_ports()
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
     decision_log, log_path = folder / "decisions.jsonl", folder / "server.log"
