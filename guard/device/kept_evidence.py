@@ -62,6 +62,11 @@ class KeptEvidence:
         return torch.int32.itemsize + widths.num_narrow * widths.narrow.itemsize + widths.num_wide * 8
 
     @property
+    def columns(self) -> KeptColumns:
+        """Where the signals of the program in force are."""
+        return self._columns
+
+    @property
     def num_bytes(self) -> int:
         return self.written_K.nbytes + self.narrow_KX.nbytes + self.wide_KX.nbytes
 

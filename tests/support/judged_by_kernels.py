@@ -1,0 +1,110 @@
+"""A pytest plugin: guards judge by the Triton kernels, under its interpreter, and by their twin beside.
+
+Every step is decided twice from the same state, and both must say and leave the same, bit for bit but
+for logarithms and exponentials. Run in a process of its own, with `TRITON_INTERPRET=1` from its start:
+what Triton's own functions are is settled when it is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+
+import guard.prepared
+import guard.runtime
+from guard.device.kernels.triton_judge import judge, reducer
+from guard.device.layout import Capacity
+from guard.device.readback import StepDecisions
+from guard.device.rows import StepBatch
+from guard.device.state import SlotState
+from guard.device.tap import RoutingTap
+from guard.program.program import Program
+
+judged = Counter[str]()
+"""Steps by who decided them: `kernel` or `twin`."""
+
+
+class CheckedJudge(judge.TritonJudge):
+    """Goes on from what the kernels left in one step, and from what their twin left in the next."""
+
+    def __init__(self, program: Program, device: torch.device, max_draft_tokens: int = 0) -> None:
+        super().__init__(program, device, max_draft_tokens)
+        self._is_twins_turn = itertools.cycle([False, True])
+
+    def signals(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
+        evidence_TX = super().signals(tap, num_rows)
+        assert torch.equal(evidence_TX, self.twin.signals(tap, num_rows))
+        return evidence_TX
+
+    def evaluate(
+        self,
+        evidence_TX: torch.Tensor,
+        batch: StepBatch,
+        state: SlotState,
+        rejected_B: torch.Tensor | None = None,
+        *,
+        computed_B: torch.Tensor | None = None,
+    ) -> StepDecisions:
+        args = (evidence_TX, batch)
+        if not self.covers(batch):
+            judged["twin"] += 1
+            return super().evaluate(*args, state, rejected_B, computed_B=computed_B)
+        judged["kernel"] += 1
+        twins = _copy_of(state)
+        expected = self.twin.evaluate(*args, twins, rejected_B, computed_B=computed_B)
+        decisions = super().evaluate(*args, state, rejected_B, computed_B=computed_B)
+        _assert_equal(decisions, expected)
+        for name, tensor in _tensors(state).items():
+            _assert_close(f"state.{name}", tensor[1:], getattr(twins, name)[1:])
+            if next(self._is_twins_turn):
+                tensor.copy_(getattr(twins, name))
+        return decisions
+
+
+def _copy_of(state: SlotState) -> SlotState:
+    copied = copy.copy(state)
+    for name, tensor in _tensors(state).items():
+        setattr(copied, name, tensor.clone())
+    return copied
+
+
+def _tensors(state: SlotState) -> dict[str, torch.Tensor]:
+    return {n: value for n, value in vars(state).items() if isinstance(value, torch.Tensor)}
+
+
+def _assert_equal(decisions: StepDecisions, expected: StepDecisions) -> None:
+    num_events = int(expected.num_events)
+    assert int(decisions.num_events) == num_events
+    assert decisions.drafts is None
+    for name in ("requests_B", "masked_BW", "extremes_BC", "events_V", "values_V"):
+        ours, twins = getattr(decisions, name), getattr(expected, name)
+        assert ours.shape == twins.shape
+        if name in ("events_V", "values_V"):
+            ours, twins = ours[:num_events], twins[:num_events]
+        _assert_close(name, ours, twins)
+
+
+def _assert_close(name: str, ours: torch.Tensor, twins: torch.Tensor) -> None:
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6}.get(ours.dtype, 0.0)
+    torch.testing.assert_close(
+        ours, twins, rtol=tolerance, atol=0.0, equal_nan=True, msg=lambda said: f"{name}: {said}"
+    )
+
+
+def _make_evaluator(program: Program, capacity: Capacity, device: torch.device) -> CheckedJudge | None:
+    if not program.rules:
+        return None
+    checked = CheckedJudge(program, device, capacity.max_draft_tokens)
+    checked.warm_up()
+    return checked
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for module in (guard.runtime, guard.prepared):
+        vars(module)["make_evaluator"] = _make_evaluator
+    for kernels in (judge, reducer):  # so that even small programs are several blocks
+        vars(kernels)["_BLOCK"] = 4

@@ -1,0 +1,41 @@
+"""Run by `test_triton_judge.py` in a process whose guards are `judged_by_kernels`."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from guard.program.applicability import RequestFacts
+from guard.program.reference import evaluate
+from tests.conformance.drive import (
+    Driven,
+    device_outcome,
+    prompt_chunks,
+    reference_outcome,
+    run,
+)
+from tests.conformance.strategies import Case, cases, routings
+from tests.support.judged_by_kernels import judged
+
+_CHUNKS = st.lists(st.integers(1, 6), min_size=12, max_size=12)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(cases(), _CHUNKS, st.data())
+def test_kernels_and_twin_decide_alike_in_any_batch_and_chunking(
+    case: Case, chunk_sizes: list[int], data: st.DataObject
+) -> None:
+    other = data.draw(routings(case.topology))
+    requests = [
+        Driven("a", case.routing, prompt_chunks(case.routing, iter(chunk_sizes)), case.facts),
+        Driven("b", other, [1] * other.num_prompt_tokens, RequestFacts("b")),
+    ]
+    run(case.policies, case.topology, requests, padding_rows=3)
+    ordered = list(case.policies.ordered_rules())
+    for request in requests:
+        verdict = evaluate(case.policies, case.topology, request.routing, facts=request.facts)
+        assert device_outcome(request, ordered) == reference_outcome(verdict, request.routing)
+
+
+def test_the_kernels_decided_most_steps() -> None:
+    assert judged["kernel"] > 50, judged
