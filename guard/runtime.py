@@ -17,6 +17,7 @@ from guard.device.findings import CheckFindings
 from guard.device.kept_evidence import KeptEvidence
 from guard.device.layout import NULL_SLOT, Capacity
 from guard.device.mask import ExpertMask
+from guard.device.packed import PinnedPool
 from guard.device.readback import Readback, ReplayedDecisions, StepDecisions, StepFacts
 from guard.device.replay import CachedPrefix, replay_chunks
 from guard.device.rows import StepBatch, last_rows
@@ -83,6 +84,7 @@ class Guard:
         self._cached: dict[str, tuple[Sequence[int], int]] = {}  # prefixes that await their step
         self._kv_slot_T: torch.Tensor | None = None
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pool = PinnedPool()
         if self.mask is not None:
             self.mask.install(program.masks)
 
@@ -316,6 +318,7 @@ class Guard:
                 self.failures.take(),
                 replayed,
                 self._layers,
+                self._pool,
             )
         if attempt.failed:
             if not evaluated:

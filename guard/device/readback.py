@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from guard.device.drafts import DraftDecisions
 from guard.device.findings import CheckFindings
+from guard.device.packed import PackedDecisions, PinnedPool
 from guard.program.step_report import DraftReport, EventColumn, RequestColumn, RoutingCheck, StepReport
 
 _ADDED = np.array([RequestColumn.PROMPT_TOKENS, RequestColumn.OUTPUT_TOKENS])
@@ -29,6 +30,7 @@ class StepDecisions(NamedTuple):
     values_V: torch.Tensor
     num_events: torch.Tensor
     drafts: DraftDecisions | None = None
+    packed: PackedDecisions | None = None  # the same, where one buffer holds them
 
 
 class ReplayedDecisions(NamedTuple):
@@ -52,8 +54,8 @@ class Readback:
     revision: of the program that decided
     req_ids: the requests of the step
 
-    On CUDA it runs on a stream of its own behind the decisions, into pinned memory of its own, so
-    the next step can begin before the host looks.
+    On CUDA it runs on a stream of its own behind the decisions, into pinned memory that no other copy
+    under way has, so the next step can begin before the host looks.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Readback:
         failures: Mapping[str, int],
         replayed: Sequence[ReplayedDecisions] = (),
         layers: tuple[int, ...] = (),
+        pool: PinnedPool | None = None,
     ) -> None:
         """layers: the model's own numbers of the MoE layers, for what the check found"""
         self.revision = revision
@@ -75,6 +78,8 @@ class Readback:
         self._keep_alive: CheckFindings | None = None
         self._copy_stream = copy_stream
         self._replayed_requests = [part.requests_np for part in replayed]
+        self._pool = PinnedPool() if pool is None else pool
+        self._borrowed: list[torch.Tensor] = []
         parts = self._parts = [*(part.decisions for part in replayed), facts.decisions]
         if copy_stream is None:
             self._host, self._findings = parts, facts.findings
@@ -82,12 +87,19 @@ class Readback:
         self._keep_alive = facts.findings  # until the copy stream has read them
         copy_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(copy_stream):
-            self._host = [_pinned(part) for part in parts]
+            self._host = [self._copied(part) for part in parts]
             self._findings = (
                 None if facts.findings is None else CheckFindings(*map(_to_pinned, facts.findings))
             )
             self._done = torch.cuda.Event(blocking=True)
             self._done.record(copy_stream)
+
+    def _copied(self, part: StepDecisions) -> StepDecisions:
+        if part.packed is None:
+            return _pinned(part)
+        host, buffer = copy_packed(part, part.packed, self._pool)
+        self._borrowed.append(buffer)
+        return host
 
     def result(self) -> StepReport:
         if self._done is not None:
@@ -114,12 +126,16 @@ class Readback:
         events_V, values_V = np.concatenate(events), np.concatenate(values)
         columns = (EventColumn.RULE, EventColumn.POSITION, EventColumn.REQUEST)
         order = np.lexsort([events_V[:, column] for column in columns])
-        return StepReport(
+        masked_BW, extremes_BC = own.masked_BW.numpy(), own.extremes_BC.numpy()
+        if self._borrowed:
+            requests_B, masked_BW = requests_B.copy(), masked_BW.copy()
+            extremes_BC = extremes_BC.copy()
+        report = StepReport(
             self.revision,
             self.req_ids,
             requests_B,
-            own.masked_BW.numpy(),
-            own.extremes_BC.numpy(),
+            masked_BW,
+            extremes_BC,
             events_V[order],
             values_V[order],
             num_events,
@@ -128,6 +144,9 @@ class Readback:
             drafts=None if own.drafts is None else DraftReport(*(a.numpy() for a in own.drafts)),
             check=self._check(),
         )
+        while self._borrowed:
+            self._pool.give_back(self._borrowed.pop())
+        return report
 
     def _events_without_values(self) -> NDArray[np.int64]:
         """Firings for which the copy has no room. There are seldom any: they are fetched now."""
@@ -153,9 +172,22 @@ class Readback:
 
 def _pinned(decisions: StepDecisions) -> StepDecisions:
     first_events_V = decisions.events_V[: len(decisions.values_V)]
-    *tensors, drafts = decisions._replace(events_V=first_events_V)
+    *tensors, drafts, _ = decisions._replace(events_V=first_events_V)
     pinned_drafts = None if drafts is None else DraftDecisions(*map(_to_pinned, drafts))
     return StepDecisions._make([*map(_to_pinned, tensors), pinned_drafts])
+
+
+def copy_packed(
+    decisions: StepDecisions, packed: PackedDecisions, pool: PinnedPool
+) -> tuple[StepDecisions, torch.Tensor]:
+    """On the host once the copy is done, as views of a buffer of `pool`, which is returned beside."""
+    num_words = packed.packing.head_words
+    buffer = pool.take(num_words)
+    head = buffer[:num_words].copy_(packed.buffer[:num_words], non_blocking=True)
+    host = StepDecisions(*packed.packing.views(head))
+    if decisions.requests_B is not packed.requests_B:  # other ranks had a say in it
+        host = host._replace(requests_B=_to_pinned(decisions.requests_B))
+    return host, buffer
 
 
 def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:

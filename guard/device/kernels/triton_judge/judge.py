@@ -7,9 +7,9 @@ import torch
 from guard.device.evaluate import StepEvaluator
 from guard.device.kernels.triton_judge.decide import decide_kernel
 from guard.device.kernels.triton_judge.flat_tables import flat_tables
-from guard.device.kernels.triton_judge.packed import PackedDecisions
 from guard.device.kernels.triton_judge.reducer import TritonReducer
 from guard.device.layout import MAX_EVENTS_PER_STEP, NULL_SLOT, Capacity
+from guard.device.packed import PackedDecisions, Packing
 from guard.device.readback import StepDecisions
 from guard.device.rows import StepBatch
 from guard.device.state import SlotState
@@ -38,7 +38,6 @@ class TritonJudge:
         self._covers = not program.distributions.num_conditions and not max_draft_tokens
         self._tables = flat_tables(program, device)
         self._reducer = TritonReducer(program, device)
-        self._packed = PackedDecisions(program, MAX_EVENTS_PER_STEP)
         self._scratch = torch.empty(0, dtype=torch.int64, device=device)
         self._counters = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -83,7 +82,9 @@ class TritonJudge:
         num_rows, num_requests = len(batch.position_T), len(batch.slots_B)
         if not self.covers(batch):
             return self.twin.evaluate(evidence_TX, batch, state, rejected_B, computed_B=computed_B)
-        decisions = self._packed.room_for(num_rows, num_requests, evidence_TX.device)
+        packing = Packing.of(self._program, num_rows, num_requests, MAX_EVENTS_PER_STEP)
+        buffer = torch.empty(packing.all_words, dtype=torch.int64, device=evidence_TX.device)
+        decisions = StepDecisions(*packing.views(buffer))
         decide_kernel[(num_requests,)](
             evidence_TX.contiguous(),
             batch.slots_B,
@@ -128,7 +129,7 @@ class TritonJudge:
             num_warps=_WARPS,
             enable_fp_fusion=False,
         )
-        return decisions
+        return decisions._replace(packed=PackedDecisions(buffer, packing, decisions.requests_B))
 
     def _scratch_for(self, num_rows: int) -> torch.Tensor:
         """Grows with the largest step so far; the steps of one stream follow one another."""
