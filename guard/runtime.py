@@ -13,8 +13,9 @@ import torch.distributed as dist
 from guard.device.agreement import RankAgreement
 from guard.device.carry_over import CarryOver
 from guard.device.check import LivenessCheck
+from guard.device.evaluate import KeepsSignals
 from guard.device.findings import CheckFindings
-from guard.device.kept_evidence import KeptEvidence
+from guard.device.kept_evidence import KeepRows, KeptEvidence
 from guard.device.layout import NULL_SLOT, Capacity
 from guard.device.mask import ExpertMask
 from guard.device.packed import PinnedPool
@@ -55,6 +56,8 @@ class Guard:
     mask: what the routers must exclude; None where the server was started to observe only, and then
         the rules that mask are in audit for every request
     """
+
+    _has_all_layers = True
 
     def __init__(
         self, program: Program, capacity: Capacity, device: torch.device, *, masking: bool = True
@@ -300,8 +303,7 @@ class Guard:
             return self._failed_step(req_ids) if req_ids else None
         readback, evaluated = None, False
         with self.failures.caught(Stage.EVALUATE) as attempt:
-            signal_TX = self._signals(batch)
-            self._keep(signal_TX, batch, rejected_B)
+            signal_TX = self._kept_signals(batch, rejected_B)
             # Behind it: a prefix may lie in blocks that this very step computes.
             replayed = self._replay(prefixes, batch, rejected_B)
             decisions = self._judge(req_ids, batch, signal_TX, rejected_B)
@@ -329,6 +331,24 @@ class Guard:
 
     def _catch_up(self, req_ids: Collection[str]) -> None:
         """Decide what a step with these requests depends on, and this rank does not know yet."""
+
+    def _kept_signals(self, batch: StepBatch, rejected_B: torch.Tensor | None) -> torch.Tensor:
+        """int64 [T, X]: the step's signals, which are kept beside the KV from now on."""
+        num_rows, keep = len(batch.position_T), None
+        if self.kept is not None:
+            if self._kv_slot_T is None:
+                raise RuntimeError(
+                    "where the step's KV is written was not said: `place_rows` is missing"
+                )
+            keep = KeepRows(self.kept, self._kv_slot_T[:num_rows], batch, rejected_B)
+        evaluator: object = self._evaluator
+        if self._has_all_layers and isinstance(evaluator, KeepsSignals):
+            self._findings, trusted_T1 = self._check.check(self.tap, batch, self._in_force_TA)
+            return evaluator.kept_signals(self.tap, num_rows, trusted_T1, keep)
+        signal_TX = self._signals(batch)
+        if keep is not None:
+            keep.write(signal_TX)
+        return signal_TX
 
     def _signals(self, batch: StepBatch) -> torch.Tensor:
         """int64 [T, X]: the step's signals, of all layers."""
@@ -372,21 +392,6 @@ class Guard:
             for row, req_id, prefix in taken
             if prefix is not None and req_id in self._slot_of
         ]
-
-    def _keep(self, signal_TX: torch.Tensor, batch: StepBatch, rejected_B: torch.Tensor | None) -> None:
-        if self.kept is None:
-            return
-        if self._kv_slot_T is None:
-            raise RuntimeError("where the step's KV is written was not said: `place_rows` is missing")
-        num_rows = len(signal_TX)
-        kv_slot_T = self._kv_slot_T[:num_rows]
-        if rejected_B is not None:
-            accepted_T = (
-                torch.arange(num_rows, device=self.device)
-                <= (last_rows(batch, rejected_B)[batch.request_T])
-            )
-            kv_slot_T = kv_slot_T.where(accepted_T, -1)
-        self.kept.write(kv_slot_T, signal_TX)
 
     def _replay(
         self,

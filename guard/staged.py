@@ -28,6 +28,8 @@ class StagedGuard(Guard):
     its step unjudged, and one that leaves a rank's slots behind leaves them so until they end.
     """
 
+    _has_all_layers = False
+
     def __init__(
         self,
         program: Program,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 
 from guard.device.actions import StepActions
@@ -9,6 +11,7 @@ from guard.device.conditions import ConditionEvaluator, ConditionValues, Express
 from guard.device.distributions import DistributionEvaluator, unpack_experts
 from guard.device.drafts import DraftDecisions, split_drafts
 from guard.device.evidence import SignalReducer
+from guard.device.kept_evidence import KeepRows
 from guard.device.layout import MAX_EVENTS_PER_STEP
 from guard.device.readback import StepDecisions
 from guard.device.rows import FreshRows, StepBatch
@@ -17,6 +20,20 @@ from guard.device.state import SlotState
 from guard.device.tap import RoutingTap
 from guard.device.windows import RunningSums, WindowReader
 from guard.program.program import TOKEN_SIGNAL, Program
+
+
+@runtime_checkable
+class KeepsSignals(Protocol):
+    """An evaluator that keeps the evidence beside the KV while it makes it."""
+
+    def kept_signals(
+        self, tap: RoutingTap, num_rows: int, trusted_T1: torch.Tensor, keep: KeepRows | None
+    ) -> torch.Tensor:
+        """int64 [T, columns]: the evidence of the tap's first `num_rows` rows, 0 in those that are not
+        trusted.
+
+        trusted_T1: bool [T, 1], or one for all rows
+        """
 
 
 class StepEvaluator:

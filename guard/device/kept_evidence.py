@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from guard.device.rows import StepBatch, last_rows
 from guard.device.state import host_to_device
 from guard.program.program import TOKEN_SIGNAL, SignalTable
 from guard.program.topology import Topology
@@ -192,6 +193,27 @@ class KeptEvidence:
             dim=1,
         )
         return signal_TX * seen_TN[:, columns.token_signal]
+
+
+class KeepRows(NamedTuple):
+    """Where the evidence of a step's rows is kept.
+
+    kv_slot_T: [T] as in `KeptEvidence.write`
+    rejected_B: [B] draft rows at the end of each request, of which nothing is kept; None: none
+    """
+
+    kept: KeptEvidence
+    kv_slot_T: torch.Tensor
+    batch: StepBatch
+    rejected_B: torch.Tensor | None
+
+    def write(self, signal_TX: torch.Tensor) -> None:
+        kv_slot_T = self.kv_slot_T
+        if self.rejected_B is not None:
+            last_row_T = last_rows(self.batch, self.rejected_B)[self.batch.request_T]
+            row_T = torch.arange(len(signal_TX), device=signal_TX.device)
+            kv_slot_T = kv_slot_T.where(row_T <= last_row_T, -1)
+        self.kept.write(kv_slot_T, signal_TX)
 
 
 @dataclass(frozen=True, slots=True)

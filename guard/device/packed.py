@@ -56,7 +56,9 @@ class Packing(NamedTuple):
     def all_words(self) -> int:
         return sum(self._sizes) + self.most_events * EventColumn.NUM
 
-    def views(self, buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def views(
+        self, buffer: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The first six of `StepDecisions`, with as many events as the buffer holds."""
         sizes = self._sizes
         num_events, requests, masked, extremes, values, events = buffer.split(

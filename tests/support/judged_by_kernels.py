@@ -17,6 +17,7 @@ import torch
 
 import guard.prepared
 import guard.runtime
+from guard.device.kept_evidence import KeepRows, KeptEvidence
 from guard.device.kernels.triton_judge import judge, reducer
 from guard.device.layout import Capacity
 from guard.device.packed import PinnedPool
@@ -43,6 +44,20 @@ class CheckedJudge(judge.TritonJudge):
     def signals(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
         evidence_TX = super().signals(tap, num_rows)
         assert torch.equal(evidence_TX, self.twin.signals(tap, num_rows))
+        return evidence_TX
+
+    def kept_signals(
+        self, tap: RoutingTap, num_rows: int, trusted_T1: torch.Tensor, keep: KeepRows | None
+    ) -> torch.Tensor:
+        twins = None if keep is None else keep._replace(kept=_copy_of_kept(keep.kept))
+        evidence_TX = super().kept_signals(tap, num_rows, trusted_T1, keep)
+        expected_TX = self.twin.signals(tap, num_rows) * trusted_T1
+        assert torch.equal(evidence_TX, expected_TX)
+        if keep is not None and twins is not None:
+            twins.write(expected_TX)
+            all_K = torch.arange(len(keep.kept.written_K) - 1)  # the last one is anybody's
+            assert torch.equal(keep.kept.read(all_K), twins.kept.read(all_K))
+            judged["kept"] += int((keep.kv_slot_T >= 0).sum())
         return evidence_TX
 
     def evaluate(
@@ -75,6 +90,13 @@ class CheckedJudge(judge.TritonJudge):
         return decisions
 
 
+def _copy_of_kept(kept: KeptEvidence) -> KeptEvidence:
+    copied = copy.copy(kept)
+    for name in ("written_K", "narrow_KX", "wide_KX"):
+        setattr(copied, name, getattr(kept, name).clone())
+    return copied
+
+
 def _copy_of(state: SlotState) -> SlotState:
     copied = copy.copy(state)
     for name, tensor in _tensors(state).items():
@@ -93,8 +115,8 @@ def _assert_equal(decisions: StepDecisions, expected: StepDecisions) -> None:
     for name in ("requests_B", "masked_BW", "extremes_BC", "events_V", "values_V"):
         ours, twins = getattr(decisions, name), getattr(expected, name)
         if name in ("events_V", "values_V"):
-            num_valued = min(num_events, len(expected.values_V))
-            ours, twins = ours[:num_valued], twins[:num_valued]
+            used = min(num_events, len(ours))
+            ours, twins = ours[:used], twins[:used]
         _assert_close(name, ours, twins)
 
 

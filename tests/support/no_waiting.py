@@ -36,7 +36,7 @@ class NoWaiting(TorchDispatchMode):  # type: ignore[misc, unused-ignore]
     """count: operations by name, of which each is a launch or more on a GPU, views apart"""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = Counter[str]()
 
     def __torch_dispatch__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from guard.device.evaluate import StepEvaluator
+from guard.device.kept_evidence import KeepRows
 from guard.device.kernels.triton_judge.decide import decide_kernel
 from guard.device.kernels.triton_judge.flat_tables import flat_tables
 from guard.device.kernels.triton_judge.reducer import TritonReducer
@@ -63,6 +64,17 @@ class TritonJudge:
         if not self._reducer.covers:
             return self.twin.signals(tap, num_rows)
         return self._reducer.reduce(tap, num_rows)
+
+    def kept_signals(
+        self, tap: RoutingTap, num_rows: int, trusted_T1: torch.Tensor, keep: KeepRows | None
+    ) -> torch.Tensor:
+        """As `KeepsSignals.kept_signals`."""
+        if self._reducer.covers:
+            return self._reducer.reduce(tap, num_rows, trusted_T1, keep)
+        signal_TX = self.twin.signals(tap, num_rows) * trusted_T1
+        if keep is not None:
+            keep.write(signal_TX)
+        return signal_TX
 
     def covers(self, batch: StepBatch) -> bool:
         """Whether a step's rows are the kernels' to decide on."""

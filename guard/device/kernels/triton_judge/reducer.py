@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
-from guard.device.kept_evidence import KeptColumns, KeptEvidence
+from guard.device.kept_evidence import KeepRows, KeptColumns
 from guard.device.kernels.triton_judge.reduce import reduce_kernel
-from guard.device.rows import StepBatch
 from guard.device.tap import RoutingTap
 from guard.program.program import Program
 
@@ -18,19 +15,6 @@ MOST_TABLE_BYTES = 64 << 20
 
 _BLOCK = 128
 _WARPS = 4
-
-
-class KeepRows(NamedTuple):
-    """Where a step's evidence is kept.
-
-    kv_slot_T: as in `KeptEvidence.write`
-    rejected_B: [B] rows at the end of each request that are not kept
-    """
-
-    kept: KeptEvidence
-    kv_slot_T: torch.Tensor
-    batch: StepBatch
-    rejected_B: torch.Tensor | None
 
 
 class TritonReducer:
