@@ -22,6 +22,7 @@ from guard.device.packed import PinnedPool
 from guard.device.readback import Readback, ReplayedDecisions, StepDecisions, StepFacts
 from guard.device.replay import CachedPrefix, replay_chunks
 from guard.device.rows import StepBatch, last_rows
+from guard.device.start import make_start
 from guard.device.state import Admission, SlotState, host_to_device
 from guard.device.tap import RoutingTap
 from guard.errors import ReloadRefusedError
@@ -74,6 +75,7 @@ class Guard:
         self._check = LivenessCheck(program.topology, program.masks, device)
         self._layers = tuple(layer.number for layer in program.topology.layers)
         self._state = SlotState(program, capacity, device)
+        self._start = make_start(self.tap, self.mask, self._state)
         self._evaluator = make_evaluator(program, capacity, device)
         self._requests: dict[str, LiveRequest] = {}
         self._slot_of: dict[str, int] = {}
@@ -268,17 +270,18 @@ class Guard:
         self._req_ids = tuple(req_ids)
         self._check.begin_step()
         with self.failures.caught(Stage.BEGIN_STEP):
-            self.tap.clear_rows(len(position_T))
             self._catch_up(req_ids)
             self._state.apply_staged_writes()
             slots_np = np.fromiter(
                 (self._slot_of.get(req_id, NULL_SLOT) for req_id in req_ids), np.int64, len(req_ids)
             )
             slots_B = host_to_device(slots_np, self.device)
-            batch = StepBatch.of(slots_B, query_start_B1, position_T)
-            if self.mask is not None and self.program.masks.num_actions:
+            batch, self._in_force_TA = self._start.begin(
+                slots_B, query_start_B1, position_T, self._state
+            )
+            is_masking = self.mask is not None and self.program.masks.num_actions > 0
+            if is_masking and self._in_force_TA is None and self._check.is_due:
                 self._in_force_TA = self._state.masks_at(batch.slot_T, batch.position_T)
-                self.mask.set_rows(self._in_force_TA)
             if self.kept is not None:
                 self.kept.apply_staged_writes()
             self._batch = batch

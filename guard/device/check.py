@@ -70,6 +70,11 @@ class LivenessCheck:
         """Counted on the host, for steps that fail too: all ranks check the same ones."""
         self._steps += 1
 
+    @property
+    def is_due(self) -> bool:
+        """The step that was begun is checked."""
+        return not (self._steps - 1) % CHECK_EVERY_STEPS
+
     def check(
         self, tap: RoutingTap, batch: StepBatch, in_force_TA: torch.Tensor | None
     ) -> tuple[CheckFindings | None, torch.Tensor]:
@@ -80,7 +85,7 @@ class LivenessCheck:
 
         in_force_TA: bool, the mask actions that each row was to obey; None where there are none
         """
-        if (self._steps - 1) % CHECK_EVERY_STEPS:
+        if not self.is_due:
             return None, self._sees
         findings, sound_T1 = self._find(tap, batch, in_force_TA)
         self.hear(findings)

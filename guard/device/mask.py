@@ -95,6 +95,11 @@ class ExpertMask:
         self.row_bits_TW[:num_rows, :num_words] = words_TW
         self._rows_in_use = num_rows
 
+    def take_rows(self, num_rows: int) -> int:
+        """For whoever writes the rows of a step, and zeros behind them: how many to write at least."""
+        before, self._rows_in_use = self._rows_in_use, num_rows
+        return before
+
     def clear_rows(self) -> None:
         """No row is masked: for dummy runs, and before a step."""
         self.row_bits_TW[: self._rows_in_use].zero_()

@@ -19,10 +19,13 @@ import guard.prepared
 import guard.runtime
 from guard.device.kept_evidence import KeepRows, KeptEvidence
 from guard.device.kernels.triton_judge import judge, reducer
+from guard.device.kernels.triton_judge.start import TritonStart
 from guard.device.layout import Capacity
+from guard.device.mask import ExpertMask
 from guard.device.packed import PinnedPool
 from guard.device.readback import StepDecisions, copy_packed
 from guard.device.rows import StepBatch
+from guard.device.start import Started, TorchStart
 from guard.device.state import SlotState
 from guard.device.tap import RoutingTap
 from guard.program.program import Program
@@ -90,6 +93,41 @@ class CheckedJudge(judge.TritonJudge):
         return decisions
 
 
+class CheckedStart(TritonStart):
+    """Compares what a step begins with with what it would begin with on its twin."""
+
+    def __init__(self, tap: RoutingTap, mask: ExpertMask | None, state: SlotState) -> None:
+        super().__init__(tap, mask)
+        self._buffers = [tap.topk_ids_TLK] if mask is None else [tap.topk_ids_TLK, mask.row_bits_TW]
+        self._twin = TorchStart(tap, mask)
+        self._own_mask = mask
+
+    def begin(
+        self,
+        slots_B: torch.Tensor,
+        query_start_B1: torch.Tensor,
+        position_T: torch.Tensor,
+        state: SlotState,
+    ) -> Started:
+        before = [buffer.clone() for buffer in self._buffers]
+        rows_before = 0 if self._own_mask is None else self._own_mask.take_rows(0)
+        if self._own_mask is not None:
+            self._own_mask.take_rows(rows_before)
+        expected = self._twin.begin(slots_B, query_start_B1, position_T, state).batch
+        left = [buffer.clone() for buffer in self._buffers]
+        for buffer, stood in zip(self._buffers, before, strict=True):
+            buffer.copy_(stood)
+        if self._own_mask is not None:
+            self._own_mask.take_rows(rows_before)
+        started = super().begin(slots_B, query_start_B1, position_T, state)
+        for name, ours, twins in zip(expected._fields, started.batch, expected, strict=True):
+            assert torch.equal(ours, twins), name
+        for buffer, twins in zip(self._buffers, left, strict=True):
+            assert torch.equal(buffer, twins)
+        judged["begun"] += 1
+        return started
+
+
 def _copy_of_kept(kept: KeptEvidence) -> KeptEvidence:
     copied = copy.copy(kept)
     for name in ("written_K", "narrow_KX", "wide_KX"):
@@ -130,13 +168,12 @@ def _assert_close(name: str, ours: torch.Tensor, twins: torch.Tensor) -> None:
 def _make_evaluator(program: Program, capacity: Capacity, device: torch.device) -> CheckedJudge | None:
     if not program.rules:
         return None
-    checked = CheckedJudge(program, device, capacity.max_draft_tokens)
-    checked.warm_up()
-    return checked
+    return CheckedJudge(program, device, capacity.max_draft_tokens)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for module in (guard.runtime, guard.prepared):
         vars(module)["make_evaluator"] = _make_evaluator
+    vars(guard.runtime)["make_start"] = CheckedStart
     for kernels in (judge, reducer):  # so that even small programs are several blocks
         vars(kernels)["_BLOCK"] = 4

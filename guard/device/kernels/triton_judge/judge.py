@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from guard.device.evaluate import StepEvaluator
-from guard.device.kept_evidence import KeepRows
+from guard.device.kept_evidence import KeepRows, KeptEvidence
 from guard.device.kernels.triton_judge.decide import decide_kernel
 from guard.device.kernels.triton_judge.flat_tables import flat_tables
 from guard.device.kernels.triton_judge.reducer import TritonReducer
@@ -54,6 +54,11 @@ class TritonJudge:
         )
         nobody_B = torch.full((1,), NULL_SLOT, device=device)
         batch = StepBatch.of(nobody_B, torch.arange(2, device=device), torch.zeros_like(nobody_B))
+        kept = KeptEvidence(self._program.signals, self._program.topology, 1, 1, device)
+        trusted = torch.ones((), dtype=torch.bool, device=device)
+        for rejected_B in (None, nobody_B.to(torch.int32)):
+            keep = KeepRows(kept, nobody_B, batch, rejected_B)
+            self.kept_signals(tap, 1, trusted, keep)
         evidence_TX = self.signals(tap, 1)
         for rejected_B in (None, nobody_B, nobody_B.to(torch.int32)):
             self.evaluate(evidence_TX, batch, state, rejected_B)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from guard.device.kernels.triton_judge.judge import TritonJudge
+from guard.device.kernels.triton_judge.start import TritonStart
 from guard.program.applicability import RequestFacts
 from guard.program.reference import evaluate
 from tests.conformance.drive import (
@@ -16,6 +19,15 @@ from tests.conformance.drive import (
 )
 from tests.conformance.strategies import Case, cases, routings
 from tests.support.judged_by_kernels import judged
+from tests.unit.device.driving import (
+    BLOCK,
+    COUNT,
+    FLAGGED,
+    MASK,
+    Engine,
+    policy_text,
+    rule_text,
+)
 
 _CHUNKS = st.lists(st.integers(1, 6), min_size=12, max_size=12)
 
@@ -37,6 +49,18 @@ def test_kernels_and_twin_decide_alike_in_any_batch_and_chunking(
         assert device_outcome(request, ordered) == reference_outcome(verdict, request.routing)
 
 
+def test_warming_up_leaves_nothing_behind() -> None:
+    engine = Engine(policy_text(rule_text(COUNT, MASK) + rule_text(COUNT, BLOCK, name="b")))
+    program, device = engine.program, torch.device("cpu")
+    before = engine.step({"a": (0, [FLAGGED])})
+    TritonJudge(program, device).warm_up()
+    TritonStart(engine.guard.tap, engine.guard.mask).warm_up(engine.guard._state)
+    after = engine.step({"a": (0, [FLAGGED])})
+    assert after.requests_B.tolist() == before.requests_B.tolist()
+    assert not any(engine.masked_rows(4))
+
+
 def test_the_kernels_decided_steps_and_kept_rows() -> None:
     assert judged["kernel"] > 100, judged
     assert judged["kept"] > 20, judged
+    assert judged["begun"] > 100, judged
