@@ -134,6 +134,10 @@ class StepEvaluator:
         known_TC = evaluated_TC & ~values.value_TC.isnan()
         return (values.value_TC * self._sign_C).where(known_TC, float("-inf"))
 
+    def _signed_extremes(self, extreme_NC: torch.Tensor) -> torch.Tensor:
+        signed_NC = extreme_NC * self._sign_C
+        return signed_NC.where(~signed_NC.isnan(), float("-inf"))
+
     def _split_drafts(
         self,
         signal_TX: torch.Tensor,
@@ -142,7 +146,9 @@ class StepEvaluator:
         fresh: FreshRows,
         state: SlotState,
     ) -> DraftDecisions:
-        before_BC = (state.extreme_SC[batch.slots_B] * self._sign_C).nan_to_num_(nan=float("-inf"))
+        before_BC = (state.extreme_SC[batch.slots_B] * self._sign_C).nan_to_num_(
+            float("-inf"), float("inf"), float("-inf")
+        )
         sets_TN = signal_TX[:, self._set_signal_N]
         drafts = split_drafts(self._max_draft_tokens, sets_TN, signed_TC, before_BC, batch, fresh)
         signed_BKC = drafts.extremes_BKC
@@ -150,7 +156,9 @@ class StepEvaluator:
         return drafts._replace(extremes_BKC=extremes_BKC.to(torch.float32))
 
     def _keep_extremes(self, signed_TC: torch.Tensor, fresh: FreshRows, state: SlotState) -> None:
-        signed_SC = (state.extreme_SC * self._sign_C).nan_to_num_(nan=float("-inf"))
+        signed_SC = (state.extreme_SC * self._sign_C).nan_to_num_(
+            float("-inf"), float("inf"), float("-inf")
+        )
         signed_SC.scatter_reduce_(0, fresh.slot_T[:, None].expand_as(signed_TC), signed_TC, "amax")
         state.extreme_SC.copy_(
             (signed_SC * self._sign_C).where(signed_SC != float("-inf"), float("nan"))

@@ -1,0 +1,117 @@
+"""Guards that judge by the kernels and by their twin: each step by both, from the same state.
+
+Both must say and leave the same, bit for bit but for logarithms and exponentials. What the next step
+goes on from is in turns what the one left and what the other did.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+
+import guard.prepared
+from guard.device.evaluate import StepEvaluator
+from guard.device.kernels.backends import Judge, make_judge
+from guard.device.kernels.numba_judge.judge import NumbaJudge
+from guard.device.layout import NULL_SLOT, Capacity
+from guard.device.readback import StepDecisions
+from guard.device.rows import StepBatch
+from guard.device.state import SlotState
+from guard.device.tap import RoutingTap
+from guard.program.program import Program
+
+judged = Counter[str]()
+"""Steps by who could decide them: `both`, or the `twin` alone."""
+
+
+class JudgedTwice:
+    def __init__(self, kernels: NumbaJudge, twin: StepEvaluator) -> None:
+        self._kernels, self._twin = kernels, twin
+        self._is_twins_turn = itertools.cycle([False, True])
+
+    def signals(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
+        evidence_TX = self._kernels.signals(tap, num_rows)
+        assert torch.equal(evidence_TX, self._twin.signals(tap, num_rows))
+        return evidence_TX
+
+    def evaluate(
+        self,
+        evidence_TX: torch.Tensor,
+        batch: StepBatch,
+        state: SlotState,
+        rejected_B: torch.Tensor | None = None,
+        *,
+        computed_B: torch.Tensor | None = None,
+    ) -> StepDecisions:
+        judged["both"] += 1
+        rows = (evidence_TX, batch)
+        twins = _copy_of(state)
+        expected = self._twin.evaluate(*rows, twins, rejected_B, computed_B=computed_B)
+        decisions = self._kernels.evaluate(*rows, state, rejected_B, computed_B=computed_B)
+        _assert_same_decisions(decisions, expected)
+        takes_twins = next(self._is_twins_turn)
+        for name, tensor in _tensors(state).items():
+            _assert_same(
+                f"state.{name}", tensor[NULL_SLOT + 1 :], getattr(twins, name)[NULL_SLOT + 1 :]
+            )
+            if takes_twins:
+                tensor.copy_(getattr(twins, name))
+        return decisions
+
+
+@contextmanager
+def judging_twice() -> Iterator[None]:
+    """In here, whatever guard is made. What the kernels do not cover is judged by the twin alone."""
+    if guard.prepared.make_evaluator.__module__ != "guard.prepared":
+        yield  # other kernels are compared in this process
+        return
+    with (
+        mock.patch("guard.prepared.make_evaluator", _make_evaluator),
+        mock.patch("guard.runtime.make_evaluator", _make_evaluator),
+    ):
+        yield
+
+
+def _make_evaluator(program: Program, capacity: Capacity, device: torch.device) -> Judge | None:
+    if not program.rules:
+        return None
+    judge = make_judge(program, capacity, device)
+    if isinstance(judge, NumbaJudge):
+        return JudgedTwice(judge, StepEvaluator(program, device))
+    judged["twin"] += 1
+    return judge
+
+
+def _copy_of(state: SlotState) -> SlotState:
+    copied = copy.copy(state)
+    for name, tensor in _tensors(state).items():
+        setattr(copied, name, tensor.clone())
+    return copied
+
+
+def _tensors(state: SlotState) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in vars(state).items() if isinstance(value, torch.Tensor)}
+
+
+def _assert_same_decisions(decisions: StepDecisions, expected: StepDecisions) -> None:
+    num_events = int(expected.num_events)
+    assert int(decisions.num_events) == num_events
+    assert decisions.drafts is None
+    assert expected.drafts is None
+    for name in ("requests_B", "masked_BW", "extremes_BC"):
+        _assert_same(name, getattr(decisions, name), getattr(expected, name))
+    _assert_same("events_V", decisions.events_V, expected.events_V[:num_events])
+    _assert_same("values_V", decisions.values_V, expected.values_V[:num_events])
+
+
+def _assert_same(name: str, ours: torch.Tensor, twins: torch.Tensor) -> None:
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6}.get(ours.dtype, 0.0)
+    torch.testing.assert_close(
+        ours, twins, rtol=tolerance, atol=0.0, equal_nan=True, msg=lambda said: f"{name}: {said}"
+    )
