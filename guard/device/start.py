@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple, Protocol
 
 import torch
 
+from guard.device.kernels.choice import has_kernels
 from guard.device.mask import ExpertMask
 from guard.device.rows import StepBatch
 from guard.device.state import SlotState
@@ -55,10 +55,14 @@ class TorchStart:
 
 def make_start(tap: RoutingTap, mask: ExpertMask | None, state: SlotState) -> StepStart:
     device = tap.topk_ids_TLK.device
-    if device.type == "cuda" and find_spec("triton") is not None:
+    if device.type == "cuda" and has_kernels(device):
         from guard.device.kernels.triton_judge.start import TritonStart
 
         start = TritonStart(tap, mask)
         start.warm_up(state)
         return start
+    if device.type == "cpu" and has_kernels(device):
+        from guard.device.kernels.numba_judge.start import NumbaStart
+
+        return NumbaStart(tap, mask, state)
     return TorchStart(tap, mask)

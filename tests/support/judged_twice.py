@@ -17,17 +17,24 @@ import torch
 
 import guard.prepared
 from guard.device.evaluate import StepEvaluator
+from guard.device.kept_evidence import KeepRows
 from guard.device.kernels.backends import Judge, make_judge
 from guard.device.kernels.numba_judge.judge import NumbaJudge
+from guard.device.kernels.numba_judge.start import NumbaStart
 from guard.device.layout import NULL_SLOT, Capacity
+from guard.device.mask import ExpertMask
 from guard.device.readback import StepDecisions
 from guard.device.rows import StepBatch
+from guard.device.start import Started, TorchStart
 from guard.device.state import SlotState
 from guard.device.tap import RoutingTap
 from guard.program.program import Program
 
 judged = Counter[str]()
 """Steps by who could decide them: `both`, or the `twin` alone."""
+
+
+_KEPT = ("written_K", "narrow_KX", "wide_KX")
 
 
 class JudgedTwice:
@@ -38,6 +45,22 @@ class JudgedTwice:
     def signals(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
         evidence_TX = self._kernels.signals(tap, num_rows)
         assert torch.equal(evidence_TX, self._twin.signals(tap, num_rows))
+        return evidence_TX
+
+    def kept_signals(
+        self, tap: RoutingTap, num_rows: int, trusted_T1: torch.Tensor, keep: KeepRows | None
+    ) -> torch.Tensor:
+        expected_TX = self._twin.signals(tap, num_rows) * trusted_T1
+        twins = None if keep is None else copy.copy(keep.kept)
+        if keep is not None and twins is not None:
+            for name in _KEPT:
+                setattr(twins, name, getattr(keep.kept, name).clone())
+            keep._replace(kept=twins).write(expected_TX)
+        evidence_TX = self._kernels.kept_signals(tap, num_rows, trusted_T1, keep)
+        assert torch.equal(evidence_TX, expected_TX)
+        for name in _KEPT if keep is not None else ():
+            assert keep is not None
+            assert torch.equal(getattr(keep.kept, name)[:-1], getattr(twins, name)[:-1]), name
         return evidence_TX
 
     def evaluate(
@@ -65,6 +88,37 @@ class JudgedTwice:
         return decisions
 
 
+class BegunTwice:
+    """What a step begins with, in the same way."""
+
+    def __init__(self, tap: RoutingTap, mask: ExpertMask | None, state: SlotState) -> None:
+        self._tap, self._mask = tap, mask
+        self._kernels, self._twin = NumbaStart(tap, mask, state), TorchStart(tap, mask)
+
+    def begin(
+        self,
+        slots_B: torch.Tensor,
+        query_start_B1: torch.Tensor,
+        position_T: torch.Tensor,
+        state: SlotState,
+    ) -> Started:
+        rows = (slots_B, query_start_B1, position_T, state)
+        tap_TLK = self._tap.topk_ids_TLK.clone()
+        expected = self._twin.begin(*rows)
+        expected_bits_TW = None if self._mask is None else self._mask.row_bits_TW.clone()
+        emptied_TLK = self._tap.topk_ids_TLK.clone()
+        self._tap.topk_ids_TLK.copy_(tap_TLK)
+        if self._mask is not None and state.program.masks.num_actions:
+            self._mask.row_bits_TW[: len(position_T)].fill_(-1)  # as a step before left it
+        started = self._kernels.begin(*rows)
+        for ours, twins in zip(started.batch, expected.batch, strict=True):
+            assert torch.equal(ours, twins)
+        assert torch.equal(self._tap.topk_ids_TLK, emptied_TLK)
+        if self._mask is not None and expected_bits_TW is not None:
+            assert torch.equal(self._mask.row_bits_TW, expected_bits_TW)
+        return started
+
+
 @contextmanager
 def judging_twice() -> Iterator[None]:
     """In here, whatever guard is made. What the kernels do not cover is judged by the twin alone."""
@@ -74,6 +128,7 @@ def judging_twice() -> Iterator[None]:
     with (
         mock.patch("guard.prepared.make_evaluator", _make_evaluator),
         mock.patch("guard.runtime.make_evaluator", _make_evaluator),
+        mock.patch("guard.runtime.make_start", BegunTwice),
     ):
         yield
 

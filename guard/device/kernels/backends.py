@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from functools import cache
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 
 from guard.device.evaluate import StepEvaluator
-from guard.device.kernels.numba_judge import compiled
+from guard.device.kernels.choice import Kernels, has_kernels
 from guard.device.kernels.numba_judge.judge import NumbaJudge
 from guard.device.layout import Capacity
 from guard.device.readback import StepDecisions
 from guard.device.rows import StepBatch
 from guard.device.state import SlotState
 from guard.device.tap import RoutingTap
-from guard.errors import GuardError
 from guard.program.program import Program
-
-logger = logging.getLogger(__name__)
-
-KERNELS_VARIABLE = "MOE_GUARD_KERNELS"
-"""`auto`, or `torch` for those who do not trust the kernels: then torch alone judges."""
-
-Kernels = Literal["auto", "torch"]
 
 
 class Judge(Protocol):
@@ -52,21 +41,13 @@ def make_judge(
 ) -> Judge:
     """kernels: None: as the environment variable `MOE_GUARD_KERNELS` says, else `auto`"""
     drafts = capacity.max_draft_tokens
-    if (kernels or _chosen_kernels()) == "auto" and device.type == "cpu":
-        if not compiled.IS_AVAILABLE:
-            _say_that_numba_is_missing()
-        elif NumbaJudge.covers(program, drafts):
+    if has_kernels(device, kernels):
+        if device.type == "cuda":
+            from guard.device.kernels.triton_judge.judge import TritonJudge
+
+            judge = TritonJudge(program, device, drafts)
+            judge.warm_up()
+            return judge
+        if NumbaJudge.covers(program, drafts):
             return NumbaJudge(program)
     return StepEvaluator(program, device, drafts)
-
-
-def _chosen_kernels() -> str:
-    chosen = os.environ.get(KERNELS_VARIABLE) or "auto"
-    if chosen not in get_args(Kernels):
-        raise GuardError(f"{KERNELS_VARIABLE}={chosen} is not known; set it to auto or to torch")
-    return chosen
-
-
-@cache
-def _say_that_numba_is_missing() -> None:
-    logger.info("numba is not installed, so torch judges each step, which takes longer")

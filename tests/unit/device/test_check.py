@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -264,7 +265,14 @@ def test_a_mask_that_is_lost_before_the_forward_is_seen_to_be_violated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     running = engine()
-    monkeypatch.setattr(running.guard.mask, "set_rows", lambda _: None)
+    mask, stock = running.guard.mask, running.guard.begin_step
+    assert mask is not None
+
+    def begin_step(*args: Any) -> None:
+        stock(*args)
+        mask.clear_rows()
+
+    monkeypatch.setattr(running.guard, "begin_step", begin_step)
     assert running.until_checked(FLAGGED).violations_BA.tolist() == [[1]]
 
 

@@ -14,6 +14,7 @@ import guard.device.state
 import guard.runtime
 from guard.device.evaluate import StepEvaluator
 from guard.device.layout import Capacity
+from guard.device.start import TorchStart
 from guard.device.state import host_to_device
 from guard.program.program import Program
 from tests.conformance.drive import Driven, prompt_chunks, run
@@ -48,6 +49,7 @@ def test_no_operation_of_a_step_waits_for_its_numbers(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tests.conformance.drive.Guard", _Watched)
         patch.setattr(guard.runtime, "make_evaluator", _twin)
+        patch.setattr(guard.runtime, "make_start", lambda tap, mask, _: TorchStart(tap, mask))
         for module in (guard.runtime, guard.device.state):
             patch.setattr(module, "host_to_device", _pinned)
         run(case.policies, case.topology, requests, padding_rows=2)

@@ -18,8 +18,6 @@ logger = logging.getLogger(__name__)
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-IS_AVAILABLE = numba is not None
-
 
 def inlined(function: _Function) -> _Function:
     """Lets kernels call it. It stays what it is for everybody else."""

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from guard.device.kept_evidence import KeepRows
 from guard.device.kernels.numba_judge.compiled import compiled
 from guard.device.kernels.numba_judge.decide import decide
+from guard.device.kernels.numba_judge.keep import keep
 from guard.device.kernels.numba_judge.reduce import reduce
 from guard.device.kernels.program_tables import decision_tables, signal_tables
 from guard.device.layout import MAX_EVENTS_PER_STEP, NULL_SLOT, Capacity
@@ -40,6 +42,7 @@ _STATE = (
 """Of `SlotState`, in the order in which `decide` takes them."""
 
 _NOTHING_B = np.zeros(0, dtype=np.int64)
+_ALL_TRUSTED = np.ones(1, dtype=np.bool_)
 
 
 class NumbaJudge:
@@ -73,7 +76,21 @@ class NumbaJudge:
         device, one = torch.device("cpu"), Capacity(max_rows=1, max_slots=1)
         state, tap = SlotState(program, one, device), RoutingTap(program.topology, one, device)
         evidence_TX = np.zeros((1, self._num_evidence), dtype=np.int64)
-        self._reduce = compiled(reduce, self._reduce_arguments(tap, evidence_TX))
+        self._reduce = compiled(reduce, self._reduce_arguments(tap, evidence_TX, _ALL_TRUSTED))
+        self._keep = {
+            dtype: compiled(
+                keep,
+                (
+                    evidence_TX,
+                    *(np.zeros(1, dtype=np.int64) for _ in range(5)),
+                    1,
+                    np.zeros(1, dtype=np.int32),
+                    np.zeros((1, 1), dtype=dtype),
+                    np.zeros((1, 1), dtype=np.int64),
+                ),
+            )
+            for dtype in (np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.int64))
+        }
         nobody_B = np.full(1, NULL_SLOT)
         arguments = self._decide_arguments(
             evidence_TX, (nobody_B, np.arange(2), nobody_B, _NOTHING_B, _NOTHING_B), state, 1
@@ -83,15 +100,43 @@ class NumbaJudge:
 
     def signals(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
         """int64 [T, columns]: the evidence of the tap's first `num_rows` rows."""
-        evidence_TX = np.empty((num_rows, self._num_evidence), dtype=np.int64)
-        self._reduce(*self._reduce_arguments(tap, evidence_TX))
+        return torch.from_numpy(self._evidence(tap, num_rows, _ALL_TRUSTED))
+
+    def kept_signals(
+        self, tap: RoutingTap, num_rows: int, trusted_T1: torch.Tensor, keep: KeepRows | None
+    ) -> torch.Tensor:
+        """As `KeepsSignals.kept_signals`."""
+        evidence_TX = self._evidence(tap, num_rows, trusted_T1.reshape(-1).numpy())
+        if keep is not None:
+            kept, columns = keep.kept, keep.kept.columns
+            narrow_KX = kept.narrow_KX.numpy()
+            self._keep[narrow_KX.dtype](
+                evidence_TX,
+                _array(keep.batch.query_start_B1),
+                _NOTHING_B if keep.rejected_B is None else _array(keep.rejected_B),
+                _array(keep.kv_slot_T),
+                columns.narrow_source.numpy(),
+                columns.wide_source.numpy(),
+                columns.tag,
+                kept.written_K.numpy(),
+                narrow_KX,
+                kept.wide_KX.numpy(),
+            )
         return torch.from_numpy(evidence_TX)
 
-    def _reduce_arguments(self, tap: RoutingTap, evidence_TX: np.ndarray) -> tuple[Any, ...]:
+    def _evidence(self, tap: RoutingTap, num_rows: int, trusted_T: np.ndarray) -> np.ndarray:
+        evidence_TX = np.empty((num_rows, self._num_evidence), dtype=np.int64)
+        self._reduce(*self._reduce_arguments(tap, evidence_TX, trusted_T))
+        return evidence_TX
+
+    def _reduce_arguments(
+        self, tap: RoutingTap, evidence_TX: np.ndarray, trusted_T: np.ndarray
+    ) -> tuple[Any, ...]:
         return (
             tap.topk_ids_TLK.numpy(),
             tap.topk_weights_TLK.numpy(),
             *self._signal_tables,
+            trusted_T,
             evidence_TX,
         )
 

@@ -27,9 +27,13 @@ def reduce(
     layer_signal: Any,
     layer_value: Any,
     sizes: Any,
+    trusted_T: Any,
     evidence_TX: Any,
 ) -> None:
-    """Write all of `evidence_TX`, int64 [T, columns]; see `SignalTables` for the others."""
+    """Write all of `evidence_TX`, int64 [T, columns]; see `SignalTables` for the others.
+
+    trusted_T: bool [T], or [1] for all rows; the others' evidence is 0
+    """
     num_rows = evidence_TX.shape[0]
     num_layers, top_k = ids_TLK.shape[1], ids_TLK.shape[2]
     num_tokens, first_spread, first_mass, max_experts = sizes[0], sizes[1], sizes[2], sizes[3]
@@ -37,6 +41,9 @@ def reduce(
     masses = np.zeros(num_columns - first_mass, dtype=np.float64)
     last_layer = np.full(first_mass - first_spread, -1, dtype=np.int64)
     for row in range(num_rows):
+        if not trusted_T[row if len(trusted_T) > 1 else 0]:
+            evidence_TX[row] = 0
+            continue
         evidence_TX[row, :num_tokens] = 1
         evidence_TX[row, num_tokens:] = 0
         masses[:] = 0.0
