@@ -65,5 +65,6 @@ class TritonStart:
             ROWS=_ROWS,
             FILL=_FILL,
             num_warps=_WARPS,
+            enable_fp_fusion=False,
         )
         return Started(StepBatch(slots_B, query_start, position, request), None)

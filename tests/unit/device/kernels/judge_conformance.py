@@ -6,8 +6,12 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from guard.device.evaluate import StepEvaluator
 from guard.device.kernels.triton_judge.judge import TritonJudge
 from guard.device.kernels.triton_judge.start import TritonStart
+from guard.device.layout import Capacity
+from guard.device.tap import RoutingTap
+from guard.policy import parse_policies
 from guard.program.applicability import RequestFacts
 from guard.program.compile import compile_policies
 from guard.program.reference import evaluate
@@ -25,6 +29,7 @@ from tests.unit.device.driving import (
     COUNT,
     FLAGGED,
     MASK,
+    TOPOLOGY,
     Engine,
     policy_text,
     rule_text,
@@ -50,6 +55,25 @@ def test_kernels_and_twin_decide_alike_in_any_batch_and_chunking(
     for request in requests:
         verdict = evaluate(case.policies, case.topology, request.routing, facts=request.facts)
         assert device_outcome(request, ordered) == reference_outcome(verdict, request.routing)
+
+
+def test_ids_that_are_no_expert_and_weights_that_are_no_number_count_as_the_twin_says() -> None:
+    text = policy_text(
+        rule_text("{count: {experts: f, over: request, atLeast: 1}}")
+        + rule_text("{mass: {experts: f, over: request, above: 0.1}}", name="mass")
+        + rule_text("{coactivation: {experts: f, layers: 1, over: request, atLeast: 1}}", name="c")
+    )
+    program = compile_policies(parse_policies(text), TOPOLOGY)
+    device, num_rows = torch.device("cpu"), 24
+    tap = RoutingTap(TOPOLOGY, Capacity(num_rows, 1), device)
+    seeded = torch.Generator().manual_seed(0)
+    shape = tap.topk_ids_TLK.shape
+    tap.topk_ids_TLK[:] = torch.randint(-2, 10, shape, generator=seeded, dtype=torch.int32)
+    weights = torch.tensor([0.0, -0.0, 0.25, 0.1, 1.0, float("nan"), float("inf"), -float("inf")])
+    tap.topk_weights_TLK[:] = weights[torch.randint(0, 8, shape, generator=seeded)]
+    evidence_TX = TritonJudge(program, device).signals(tap, num_rows)
+    assert torch.equal(evidence_TX, StepEvaluator(program, device).signals(tap, num_rows))
+    assert (evidence_TX.amax(dim=0) > 0).all()
 
 
 def test_warming_up_leaves_nothing_behind() -> None:
