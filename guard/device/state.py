@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from guard.device.kernels.choice import has_kernels
 from guard.device.layout import MASK_INTERVALS, NULL_SLOT, Capacity
 from guard.program.applicability import RulesFor
 from guard.program.program import Program, WindowKind
@@ -98,6 +99,8 @@ class SlotState:
             dtype=getattr(torch, distributions.expert_type.name),
             device=device,
         )
+        has_none = not distributions.num_histograms and not kept
+        self.admits_by_kernel = device.type == "cuda" and has_none and has_kernels(device)
         self._staged: dict[int, Admission] = {}  # by slot, which may change hands between steps
 
     def grow(self) -> range:
@@ -120,11 +123,32 @@ class SlotState:
         if not self._staged:
             return
         staged = list(self._staged.values())
-        slots = self._to_device(np.array([a.slot for a in staged], dtype=np.int64))
+        slots_np = np.array([a.slot for a in staged], dtype=np.int64)
         prompt_tokens_np = np.array([a.prompt_tokens for a in staged], dtype=np.int64)
         enforced_np = np.stack([a.rules.enforced_R for a in staged])
         next_position_np = np.array([a.next_position for a in staged], dtype=np.int64)
         mask_from_np, mask_to_np = self._static_masks(prompt_tokens_np, enforced_np, next_position_np)
+        if self.admits_by_kernel:
+            from guard.device.kernels.triton_judge.admission import write_slots
+
+            applies_np = np.stack([a.rules.applies_R for a in staged])
+            exempt_np = np.stack([a.rules.exempt_R for a in staged])
+            facts_np = np.concatenate(
+                [
+                    np.stack([slots_np, prompt_tokens_np, next_position_np], axis=1),
+                    applies_np,
+                    enforced_np,
+                    exempt_np,
+                    mask_from_np,
+                    mask_to_np,
+                ],
+                axis=1,
+                dtype=np.int64,
+            )
+            write_slots(self, self._to_device(facts_np))
+            self._staged.clear()
+            return
+        slots = self._to_device(slots_np)
         for zeroed in (
             self.sum_SX,
             self.prompt_sum_SX,

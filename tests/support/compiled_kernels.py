@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from guard.device.kernels.triton_judge.admit import admit_kernel
 from guard.device.kernels.triton_judge.begin import begin_kernel
 from guard.device.kernels.triton_judge.decide import decide_kernel
 from guard.device.kernels.triton_judge.reduce import reduce_kernel
@@ -33,6 +34,7 @@ _KERNELS: dict[str, tuple[Any, dict[str, int | bool]]] = {
     ),
     "reduce": (reduce_kernel, {"TOP_K": 8, "KEEPS": True, "HAS_REJECTED": True, "BLOCK": 128}),
     "begin": (begin_kernel, {"ROWS": 16, "FILL": 512}),
+    "admit": (admit_kernel, {"BLOCK": 128}),
 }
 
 

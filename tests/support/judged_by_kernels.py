@@ -15,6 +15,7 @@ from typing import Final
 import pytest
 import torch
 
+import guard.device.state
 import guard.prepared
 import guard.runtime
 from guard.device.kept_evidence import KeepRows, KeptEvidence
@@ -171,7 +172,23 @@ def _make_evaluator(program: Program, capacity: Capacity, device: torch.device) 
     return CheckedJudge(program, device, capacity.max_draft_tokens)
 
 
+def _apply_staged_writes(state: SlotState) -> None:
+    """Both ways, with the same outcome."""
+    twins = _copy_of(state)
+    twins._staged = dict(state._staged)
+    _stock_writes(twins)
+    state.admits_by_kernel = not len(state.histogram_SHLE[0]) and not len(state.recent_position_SQ[0])
+    judged["admitted"] += len(state._staged) if state.admits_by_kernel else 0
+    _stock_writes(state)
+    for name, tensor in _tensors(state).items():
+        _assert_close(f"state.{name}", tensor, getattr(twins, name))
+
+
+_stock_writes = SlotState.apply_staged_writes
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    vars(guard.device.state)["SlotState"].apply_staged_writes = _apply_staged_writes
     for module in (guard.runtime, guard.prepared):
         vars(module)["make_evaluator"] = _make_evaluator
     vars(guard.runtime)["make_start"] = CheckedStart

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from guard.device.kernels.triton_judge.admission import write_slots
 from guard.device.kernels.triton_judge.begin import begin_kernel
 from guard.device.layout import NULL_SLOT
 from guard.device.mask import ExpertMask
 from guard.device.rows import StepBatch
 from guard.device.start import Started
-from guard.device.state import SlotState
+from guard.device.state import SlotState, host_to_device
 from guard.device.tap import RoutingTap
+from guard.program.step_report import NEVER
 
 _ROWS = 16
 _FILL = 512
@@ -29,6 +32,10 @@ class TritonStart:
         for dtype in (torch.int32, torch.int64):
             start_B1 = torch.arange(2, dtype=dtype, device=nobody_B.device)
             self.begin(nobody_B, start_B1, torch.zeros_like(nobody_B), state)
+        num_rules, num_actions = state.hits_SR.shape[1], state.mask_from_SIA.shape[2]
+        facts_np = np.zeros((1, 3 + 3 * num_rules + 2 * num_actions), dtype=np.int64)
+        facts_np[:, 3 + 3 * num_rules :] = NEVER
+        write_slots(state, host_to_device(facts_np, nobody_B.device))
 
     def begin(
         self,

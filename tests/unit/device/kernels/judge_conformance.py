@@ -64,13 +64,16 @@ def test_ids_that_are_no_expert_and_weights_that_are_no_number_count_as_the_twin
         + rule_text("{coactivation: {experts: f, layers: 1, over: request, atLeast: 1}}", name="c")
     )
     program = compile_policies(parse_policies(text), TOPOLOGY)
-    device, num_rows = torch.device("cpu"), 24
+    device, num_rows = torch.device("cpu"), 64
     tap = RoutingTap(TOPOLOGY, Capacity(num_rows, 1), device)
     seeded = torch.Generator().manual_seed(0)
     shape = tap.topk_ids_TLK.shape
     tap.topk_ids_TLK[:] = torch.randint(-2, 10, shape, generator=seeded, dtype=torch.int32)
-    weights = torch.tensor([0.0, -0.0, 0.25, 0.1, 1.0, float("nan"), float("inf"), -float("inf")])
-    tap.topk_weights_TLK[:] = weights[torch.randint(0, 8, shape, generator=seeded)]
+    weights = torch.rand(shape, generator=seeded)
+    odd = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf")])
+    is_odd = torch.rand(shape, generator=seeded) < 0.6
+    odds = odd[torch.randint(0, len(odd), shape, generator=seeded)]
+    tap.topk_weights_TLK[:] = odds.where(is_odd, weights)
     evidence_TX = TritonJudge(program, device).signals(tap, num_rows)
     assert torch.equal(evidence_TX, StepEvaluator(program, device).signals(tap, num_rows))
     assert (evidence_TX.amax(dim=0) > 0).all()
@@ -91,3 +94,4 @@ def test_the_kernels_decided_steps_and_kept_rows() -> None:
     assert judged["kernel"] > 100, judged
     assert judged["kept"] > 20, judged
     assert judged["begun"] > 100, judged
+    assert judged["admitted"] > 30, judged
