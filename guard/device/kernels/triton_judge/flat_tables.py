@@ -17,6 +17,7 @@ from guard.device.kernels.program_tables import (
     signals_table,
 )
 from guard.device.kernels.triton_judge import places
+from guard.device.state import host_to_device
 from guard.program.program import Program, WindowKind
 
 
@@ -59,6 +60,5 @@ def flat_tables(program: Program, device: torch.device) -> FlatTables:
     assert len(sizes) + len(families) == places.HEAD_SIZE.value
     whole = np.concatenate([sizes, first, *(family.ravel() for family in families)])
     return FlatTables(
-        torch.from_numpy(whole.astype(np.int64)).to(device),
-        torch.from_numpy(real_table(program)).to(device),
+        host_to_device(whole.astype(np.int64), device), host_to_device(real_table(program), device)
     )

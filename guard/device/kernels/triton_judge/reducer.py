@@ -7,6 +7,7 @@ import torch
 
 from guard.device.kept_evidence import KeepRows, KeptColumns
 from guard.device.kernels.triton_judge.reduce import reduce_kernel
+from guard.device.state import host_to_device
 from guard.device.tap import RoutingTap
 from guard.program.program import Program
 
@@ -44,8 +45,8 @@ class TritonReducer:
         parts = [part.by_place(num_places) for part in (signals.unit, signals.spread, signals.mass)]
         table = np.concatenate([*parts, by_layer], axis=1).astype(np.int32)
         experts_L = np.array([layer.num_experts for layer in topology.layers], dtype=np.int32)
-        self._table = torch.from_numpy(table).to(device)
-        self._experts_L = torch.from_numpy(experts_L).to(device)
+        self._table = host_to_device(table, device)
+        self._experts_L = host_to_device(experts_L, device)
         self._all_trusted = torch.ones(1, dtype=torch.bool, device=device)
 
     def reduce(
