@@ -52,9 +52,12 @@ class SignalTables(NamedTuple):
 
 
 class DecisionTables(NamedTuple):
-    """What decides. Of each two-dimensional one, the function of its name below gives the rows.
+    """What decides. Of `signals`, `rules` and `actions`, the function named like it gives the rows.
 
-    signals: int64 [3, X]; conditions: int64 [17, C]; real: float64 [7, C]; rules: int64 [9, R]
+    signals: int64 [3, X]; rules: int64 [9, R]
+    readings: int64 [M, 4], signal, window, tokens, in_output
+    conditions: int64 [C, 7], the readings of numerator, tokens and mass, then min_tokens, transform,
+        strict, always; real: float64 [C, 7], `real_table` by condition
     conditions_RC: int64 [R, most], padded with -1
     node_start_R1: int64 [R + 1], where each rule's nodes begin in `node_N`
     node_N: int64, columns of nodes, children before their parents
@@ -63,6 +66,7 @@ class DecisionTables(NamedTuple):
     """
 
     signals: Ints
+    readings: Ints
     conditions: Ints
     real: Floats
     rules: Ints
@@ -117,11 +121,28 @@ def _by_place(weights: SparseWeights, num_places: int) -> tuple[Ints, Ints, Floa
 
 
 def decision_tables(program: Program) -> DecisionTables:
+    readings, table = program.readings, program.conditions
     node_start_R1, node_N = _nodes_of_rules(program.expressions, program.conditions.num_conditions)
     return DecisionTables(
         signals=_whole(signals_table(program.signals)),
-        conditions=_whole(conditions_table(program)),
-        real=np.ascontiguousarray(real_table(program)),
+        readings=_whole(
+            np.stack([readings.signal, readings.window, readings.tokens, readings.in_output], axis=1)
+        ),
+        conditions=_whole(
+            np.stack(
+                [
+                    table.numerator,
+                    table.tokens,
+                    table.mass_denominator,
+                    table.min_tokens.clip(min=1),
+                    table.transform,
+                    table.strict,
+                    table.always,
+                ],
+                axis=1,
+            )
+        ),
+        real=np.ascontiguousarray(real_table(program).T),
         rules=_whole(rules_table(program)),
         conditions_RC=_whole(program.rule_table.conditions),
         node_start_R1=node_start_R1,

@@ -2,7 +2,8 @@
 
 Requests share nothing, and what a row sees of earlier ones is in its slot: sums, rings of recent sums,
 the rule's last result. So each row costs the rules that apply to its request and are in their phase.
-Float64 arithmetic is in the twin's order; no compiler may fuse or reorder it.
+Float64 arithmetic is in the twin's order; no compiler may fuse or reorder it. Inner loops take no
+views of arrays: numba counts references to a view, atomically.
 """
 
 from __future__ import annotations
@@ -23,10 +24,8 @@ _NUM_EVENT_COLUMNS = 7
 
 @inlined
 def _reading(
-    signal: Any,
-    window: Any,
-    tokens: Any,
-    in_output: Any,
+    reading: Any,
+    readings: Any,
     position: Any,
     prompt: Any,
     begin: Any,
@@ -38,31 +37,71 @@ def _reading(
     recent_QX: Any,
 ) -> Any:
     """One signal summed over a window that ends at a row, as `WindowReader` does."""
-    total = total_X[signal]
+    signal, window, tokens = readings[reading, 0], readings[reading, 1], readings[reading, 2]
+    value = total_X[signal]
     if window == _REQUEST:
-        return total
+        return value
     if window == _PROMPT:
         return prompt_X[signal] if position >= prompt - 1 else 0
     if window == _OUTPUT:
-        return total - prompt_X[signal] if position >= prompt else 0
+        return value - prompt_X[signal] if position >= prompt else 0
     start = position - tokens
-    if in_output and start < prompt:
-        return total - prompt_X[signal]
+    if readings[reading, 3] and start < prompt:
+        return value - prompt_X[signal]
     if start >= begin:
-        return signal_X[signal] if tokens == 1 else total - recent_QX[start % len(recent_QX), signal]
-    if start < -1:
-        start = np.int64(-1)
-    if start >= following - 1:
-        return total - before_X[signal]
-    if start < 0:
-        return total
-    return total - recent_QX[start % len(recent_QX), signal]
+        return signal_X[signal] if tokens == 1 else value - recent_QX[start % len(recent_QX), signal]
+    if max(start, -1) >= following - 1:
+        return value - before_X[signal]
+    return value - recent_QX[start % len(recent_QX), signal] if start >= 0 else value
 
 
 @inlined
-def _node(children: Any, truth: Any) -> Any:
+def _compare(
+    conditions_here: Any,
+    conditions: Any,
+    real: Any,
+    value_M: Any,
+    truth: Any,
+    value_C: Any,
+    extreme_C: Any,
+) -> None:
+    """`ConditionEvaluator.evaluate` for some conditions of one row, and their extremes."""
+    for here in range(len(conditions_here)):
+        at = conditions_here[here]
+        tokens = value_M[conditions[at, 1]]
+        denominator = tokens * real[at, 1] + real[at, 2]
+        if conditions[at, 2] >= 0:
+            denominator = np.float64(value_M[conditions[at, 2]])
+        sign, value, held = real[at, 6], np.nan, _UNKNOWN
+        if conditions[at, 6]:
+            value, held = 1.0, _TRUE
+        elif tokens >= conditions[at, 3] and denominator > 0:
+            quotient = (value_M[conditions[at, 0]] + real[at, 0]) / denominator
+            if conditions[at, 4] == _NEGATIVE_LOG:
+                quotient = -np.log(quotient)
+            signed = quotient * sign
+            if conditions[at, 5]:
+                held = _TRUE if signed > real[at, 4] else _FALSE
+            else:
+                held = _TRUE if signed >= real[at, 5] else _FALSE
+            value = quotient + real[at, 3]
+            if conditions[at, 4] == _LOGISTIC:
+                value = 1.0 / (1.0 + np.exp(-value))
+        truth[1 + at] = held
+        value_C[at] = value
+        signed = value * sign
+        extreme = extreme_C[at]
+        # Neither what is unknown counts nor what is infinitely far on the other side.
+        if signed > -np.inf and not signed <= extreme * sign:
+            extreme_C[at] = signed * sign
+
+
+@inlined
+def _node(node: Any, nodes: Any, truth: Any) -> Any:
+    """The least of its children, see `ExpressionTable`."""
     least = _TRUE
-    for packed in children:
+    for nth in range(nodes.shape[1]):
+        packed = nodes[node, nth]
         value = truth[packed >> 1]
         if packed & 1:
             value = _TRUE - value
@@ -110,6 +149,7 @@ def decide(
     rejected_B: Any,
     computed_B: Any,
     signals: Any,
+    readings: Any,
     conditions: Any,
     real: Any,
     rules: Any,
@@ -153,6 +193,10 @@ def decide(
     hits_before_R = np.zeros(num_rules, dtype=np.int64)
     num_fired_R = np.zeros(num_rules, dtype=np.int64)
     rules_here = np.zeros(num_rules, dtype=np.int64)
+    rules_now = np.zeros(num_rules, dtype=np.int64)
+    conditions_now = np.zeros(num_conditions, dtype=np.int64)
+    row_M = np.full(len(readings), -1, dtype=np.int64)
+    value_M = np.zeros(len(readings), dtype=np.int64)
     value_C = np.zeros(num_conditions, dtype=np.float64)
     truth = np.full(1 + num_conditions + len(nodes), _TRUE, dtype=np.int64)
     events = np.empty((8, _NUM_EVENT_COLUMNS), dtype=np.int64)
@@ -207,37 +251,26 @@ def decide(
                     prompt_tokens += 1
                 else:
                     output_tokens += 1
+            num_now, num_conditions_now = 0, 0
             for here in range(num_here if judged else 0):
                 rule = rules_here[here]
                 if rules[1 if in_prompt else 2, rule] == 0 or signal_X[rules[7, rule]] == 0:
                     continue
+                rules_now[num_now] = rule
+                num_now += 1
                 for nth in range(most_conditions):
                     at = conditions_RC[rule, nth]
                     if at < 0:
                         continue
-                    tokens = _reading(
-                        conditions[4, at],
-                        conditions[5, at],
-                        conditions[6, at],
-                        conditions[7, at] != 0,
-                        position,
-                        prompt,
-                        begin,
-                        following,
-                        signal_X,
-                        total_X,
-                        before_X,
-                        prompt_X,
-                        recent_QX,
-                    )
-                    denominator = tokens * real[1, at] + real[2, at]
-                    if conditions[8, at] >= 0:
-                        denominator = np.float64(
-                            _reading(
-                                conditions[8, at],
-                                conditions[9, at],
-                                conditions[10, at],
-                                conditions[11, at] != 0,
+                    conditions_now[num_conditions_now] = at
+                    num_conditions_now += 1
+                    for nth_reading in range(3):
+                        reading = conditions[at, nth_reading]
+                        if reading >= 0 and row_M[reading] != row:
+                            row_M[reading] = row
+                            value_M[reading] = _reading(
+                                reading,
+                                readings,
                                 position,
                                 prompt,
                                 begin,
@@ -248,47 +281,20 @@ def decide(
                                 prompt_X,
                                 recent_QX,
                             )
-                        )
-                    sign, shown, held = real[6, at], np.nan, _UNKNOWN
-                    if conditions[15, at]:
-                        shown, held = 1.0, _TRUE
-                    elif tokens >= conditions[12, at] and denominator > 0:
-                        numerator = _reading(
-                            conditions[0, at],
-                            conditions[1, at],
-                            conditions[2, at],
-                            conditions[3, at] != 0,
-                            position,
-                            prompt,
-                            begin,
-                            following,
-                            signal_X,
-                            total_X,
-                            before_X,
-                            prompt_X,
-                            recent_QX,
-                        )
-                        quotient = (numerator + real[0, at]) / denominator
-                        if conditions[13, at] == _NEGATIVE_LOG:
-                            quotient = -np.log(quotient)
-                        signed = quotient * sign
-                        if conditions[14, at]:
-                            held = _TRUE if signed > real[4, at] else _FALSE
-                        else:
-                            held = _TRUE if signed >= real[5, at] else _FALSE
-                        shown = quotient + real[3, at]
-                        if conditions[13, at] == _LOGISTIC:
-                            shown = 1.0 / (1.0 + np.exp(-shown))
-                    truth[1 + at] = held
-                    value_C[at] = shown
-                    signed = shown * sign
-                    if signed > -np.inf:  # neither unknown nor nothing
-                        extreme = extreme_SC[slot, at]
-                        if np.isnan(extreme) or signed > extreme * sign:
-                            extreme_SC[slot, at] = signed * sign
+            _compare(
+                conditions_now[:num_conditions_now],
+                conditions,
+                real,
+                value_M,
+                truth,
+                value_C,
+                extreme_SC[slot],
+            )
+            for now in range(num_now):
+                rule = rules_now[now]
                 for nth in range(node_start_R1[rule], node_start_R1[rule + 1]):
                     column = node_N[nth]
-                    truth[column] = _node(nodes[column - 1 - num_conditions], truth)
+                    truth[column] = _node(column - 1 - num_conditions, nodes, truth)
                 root = rules[0, rule]
                 holds = truth[root >> 1] == (_FALSE if root & 1 else _TRUE)
                 if persists:
@@ -351,8 +357,8 @@ def decide(
             if in_force:
                 masked_BW[request, action >> 6] |= np.int64(1) << np.int64(action & 63)
         for rule in range(num_rules):
-            block_at = block_at_SR[slot, rule]
-            if block_at < _NEVER:
+            if rules[5, rule] and block_at_SR[slot, rule] < _NEVER:
+                block_at = block_at_SR[slot, rule]
                 key = block_at * num_rules + rule
                 requests_BF[request, 0] = min(requests_BF[request, 0], key)
         requests_BF[request, 2] = prompt_tokens
