@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from unittest import mock
 
 import torch
@@ -122,8 +123,9 @@ class BegunTwice:
 @contextmanager
 def judging_twice() -> Iterator[None]:
     """In here, whatever guard is made. What the kernels do not cover is judged by the twin alone."""
-    if guard.prepared.make_evaluator.__module__ != "guard.prepared":
-        yield  # other kernels are compared in this process
+    others = guard.prepared.make_evaluator.__module__ != "guard.prepared"
+    if others or find_spec("numba") is None:
+        yield  # other kernels are compared in this process, or none can be
         return
     with (
         mock.patch("guard.prepared.make_evaluator", _make_evaluator),
