@@ -38,7 +38,7 @@ from tests.unit.device.driving import (
 _CHUNKS = st.lists(st.integers(1, 6), min_size=12, max_size=12)
 
 
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cases(), _CHUNKS, st.data())
 def test_kernels_and_twin_decide_alike_in_any_batch_and_chunking(
     case: Case, chunk_sizes: list[int], data: st.DataObject
