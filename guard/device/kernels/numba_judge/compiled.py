@@ -16,6 +16,26 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
+
+def _hide_what_is_no_function(library: type) -> None:
+    """llvmlite's handle of its library has whatever attribute it is asked for, `__dict__` too. vLLM
+    asks each object of each module for it when a CPU worker starts (`_rebind_kernels`), and fails at
+    what it gets."""
+    stock = library.__getattr__  # type: ignore[attr-defined]
+
+    def function_only(self: object, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return stock(self, name)
+
+    library.__getattr__ = function_only  # type: ignore[attr-defined]
+
+
+if numba is not None:
+    from llvmlite.binding import ffi
+
+    _hide_what_is_no_function(type(ffi.lib))
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

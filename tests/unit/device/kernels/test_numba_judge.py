@@ -103,3 +103,10 @@ def test_every_step_of_these_tests_is_judged_by_both() -> None:
     engine.step({"a": (0, [FLAGGED, OTHER])})
     engine.step({"a": (2, [OTHER])})
     assert judged["both"] == before + 2
+
+
+def test_an_engine_may_look_through_all_modules_behind_numba() -> None:
+    """As a CPU worker of vLLM does when it starts: the second one of a process comes behind numba."""
+    ffi = pytest.importorskip("llvmlite.binding.ffi")
+    assert not hasattr(ffi.lib, "__dict__")
+    assert ffi.lib.LLVMPY_GetVersionInfo is not None
