@@ -8,8 +8,9 @@ import torch
 
 from guard.device.carry_over import CarryOver
 from guard.device.check import LivenessCheck
-from guard.device.evaluate import StepEvaluator
 from guard.device.kept_evidence import KeptColumns
+from guard.device.kernels.backends import Judge, make_judge
+from guard.device.kernels.choice import Kernels
 from guard.device.layout import Capacity
 from guard.device.mask import MaskBits
 from guard.device.state import SlotState
@@ -22,7 +23,7 @@ class PreparedProgram:
     """All that `Guard.install` puts in the place of what there is; see `Guard` for each."""
 
     program: Program
-    evaluator: StepEvaluator | None
+    evaluator: Judge | None
     state: SlotState
     carry_over: CarryOver
     check: LivenessCheck
@@ -36,9 +37,11 @@ class PreparedProgram:
         return 0 if room is None else sum(tensor.nbytes for tensor in room)
 
 
-def make_evaluator(program: Program, capacity: Capacity, device: torch.device) -> StepEvaluator | None:
-    """None where there is nothing to evaluate."""
-    return StepEvaluator(program, device, capacity.max_draft_tokens) if program.rules else None
+def make_evaluator(
+    program: Program, capacity: Capacity, device: torch.device, kernels: Kernels | None = None
+) -> Judge | None:
+    """None where there is nothing to evaluate. kernels: see `make_judge`"""
+    return make_judge(program, capacity, device, kernels) if program.rules else None
 
 
 def check_fits(program: Program, running: Program, capacity: Capacity, *, masking: bool) -> None:
