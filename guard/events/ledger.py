@@ -169,6 +169,16 @@ class Ledger:
         start = int(self._report.requests_B[row, RequestColumn.MASK_FROM])
         return None if start >= NEVER else start
 
+    def mask_starts(self) -> dict[str, int]:
+        """`mask_start` of all requests of this step that have one, found without asking for each."""
+        report = self._report
+        if report is None or report.failed:
+            return {}
+        starts_B = report.requests_B[:, RequestColumn.MASK_FROM]
+        rows = np.flatnonzero(starts_B < NEVER).tolist()
+        starts = {report.req_ids[row]: int(starts_B[row]) for row in rows}
+        return {req_id: start for req_id, start in starts.items() if req_id in self._row_of}
+
     def finish(self, req_id: str) -> None:
         """A request ended, whether by itself or by a client that went away."""
         row = self._row_of.get(req_id)

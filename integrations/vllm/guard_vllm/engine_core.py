@@ -275,10 +275,9 @@ class EngineCoreGuard:
         if self._isolation is None:
             return
         scheduler = self._core.scheduler
-        for req_id in report.req_ids:
-            start = self._ledger.mask_start(req_id)
+        for req_id, start in self._ledger.mask_starts().items():
             request = scheduler.requests.get(req_id)
-            if start is not None and request is not None:
+            if request is not None:
                 self._isolation.isolate_from(request, start)
         unjudged = report.unjudged()
         if not unjudged:
