@@ -62,7 +62,7 @@ def make_start(tap: RoutingTap, mask: ExpertMask | None, state: SlotState) -> St
         start.warm_up(state)
         return start
     if device.type == "cpu" and has_kernels(device):
-        from guard.device.kernels.numba_judge.start import NumbaStart
+        from guard.device.kernels.native.start import NativeStart
 
-        return NumbaStart(tap, mask, state)
+        return NativeStart(tap, mask)
     return TorchStart(tap, mask)

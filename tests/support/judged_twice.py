@@ -11,7 +11,6 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from unittest import mock
 
 import torch
@@ -20,8 +19,9 @@ import guard.prepared
 from guard.device.evaluate import StepEvaluator
 from guard.device.kept_evidence import KeepRows
 from guard.device.kernels.backends import Judge, make_judge
-from guard.device.kernels.numba_judge.judge import NumbaJudge
-from guard.device.kernels.numba_judge.start import NumbaStart
+from guard.device.kernels.choice import has_kernels
+from guard.device.kernels.native.judge import NativeJudge
+from guard.device.kernels.native.start import NativeStart
 from guard.device.layout import NULL_SLOT, Capacity
 from guard.device.mask import ExpertMask
 from guard.device.readback import StepDecisions
@@ -39,7 +39,7 @@ _KEPT = ("written_K", "narrow_KX", "wide_KX")
 
 
 class JudgedTwice:
-    def __init__(self, kernels: NumbaJudge, twin: StepEvaluator) -> None:
+    def __init__(self, kernels: NativeJudge, twin: StepEvaluator) -> None:
         self._kernels, self._twin = kernels, twin
         self._is_twins_turn = itertools.cycle([False, True])
 
@@ -94,7 +94,7 @@ class BegunTwice:
 
     def __init__(self, tap: RoutingTap, mask: ExpertMask | None, state: SlotState) -> None:
         self._tap, self._mask = tap, mask
-        self._kernels, self._twin = NumbaStart(tap, mask, state), TorchStart(tap, mask)
+        self._kernels, self._twin = NativeStart(tap, mask), TorchStart(tap, mask)
 
     def begin(
         self,
@@ -124,7 +124,7 @@ class BegunTwice:
 def judging_twice() -> Iterator[None]:
     """In here, whatever guard is made. What the kernels do not cover is judged by the twin alone."""
     others = guard.prepared.make_evaluator.__module__ != "guard.prepared"
-    if others or find_spec("numba") is None:
+    if others or not has_kernels(torch.device("cpu")):
         yield  # other kernels are compared in this process, or none can be
         return
     with (
@@ -139,7 +139,7 @@ def _make_evaluator(program: Program, capacity: Capacity, device: torch.device) 
     if not program.rules:
         return None
     judge = make_judge(program, capacity, device)
-    if isinstance(judge, NumbaJudge):
+    if isinstance(judge, NativeJudge):
         return JudgedTwice(judge, StepEvaluator(program, device))
     judged["twin"] += 1
     return judge

@@ -8,7 +8,7 @@ import torch
 
 from guard.device.evaluate import StepEvaluator
 from guard.device.kernels.choice import Kernels, has_kernels
-from guard.device.kernels.numba_judge.judge import NumbaJudge
+from guard.device.kernels.native.judge import NativeJudge
 from guard.device.layout import Capacity
 from guard.device.readback import StepDecisions
 from guard.device.rows import StepBatch
@@ -48,6 +48,6 @@ def make_judge(
             judge = TritonJudge(program, device, drafts)
             judge.warm_up()
             return judge
-        if NumbaJudge.covers(program, drafts):
-            return NumbaJudge(program)
+        if NativeJudge.covers(program, drafts):
+            return NativeJudge(program)
     return StepEvaluator(program, device, drafts)

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
+from guard.device.kernels.native.build import library
 from guard.errors import GuardError
 
 logger = logging.getLogger(__name__)
@@ -19,21 +20,28 @@ KERNELS_VARIABLE = "MOE_GUARD_KERNELS"
 
 Kernels = Literal["auto", "torch"]
 
-_COMPILERS = {"cpu": "numba", "cuda": "triton"}
-
 
 def has_kernels(device: torch.device, kernels: Kernels | None = None) -> bool:
-    """kernels: None: as the environment variable `MOE_GUARD_KERNELS` says, else `auto`"""
-    if (kernels or _chosen()) == "torch" or device.type not in _COMPILERS:
+    """In C++ on a CPU, in Triton on a GPU.
+
+    kernels: None: as the environment variable `MOE_GUARD_KERNELS` says, else `auto`
+    """
+    if (kernels or chosen_kernels()) == "torch":
         return False
-    compiler = _COMPILERS[device.type]
-    if find_spec(compiler) is None:
-        _say_that_it_is_missing(compiler)
-        return False
-    return True
+    if device.type == "cpu":
+        return library() is not None
+    return device.type == "cuda" and _has_triton()
 
 
-def _chosen() -> str:
+def kernels_on(device: torch.device) -> str:
+    """What computes there: `C++`, `triton` or `torch`."""
+    if not has_kernels(device):
+        return "torch"
+    return "C++" if device.type == "cpu" else "triton"
+
+
+def chosen_kernels() -> str:
+    """Raises GuardError for a name that is none."""
     chosen = os.environ.get(KERNELS_VARIABLE) or "auto"
     if chosen not in get_args(Kernels):
         raise GuardError(f"{KERNELS_VARIABLE}={chosen} is not known; set it to auto or to torch")
@@ -41,5 +49,8 @@ def _chosen() -> str:
 
 
 @cache
-def _say_that_it_is_missing(compiler: str) -> None:
-    logger.info("%s is not installed, so torch judges each step, which takes longer", compiler)
+def _has_triton() -> bool:
+    if find_spec("triton") is not None:
+        return True
+    logger.info("triton is not installed, so torch judges each step, which takes longer")
+    return False

@@ -17,10 +17,12 @@ class RoutedRows:
     by rank, each with the padding of its own.
 
     own: this engine's among them
+    are_all_own: no other engine's rows ever are among them
     """
 
     def __init__(self, mask: ExpertMask | None) -> None:
         self.own = slice(None)
+        self.are_all_own = True
         self._mask = mask
         self._gathered_bits_TW: torch.Tensor | None = None
 
@@ -33,6 +35,7 @@ class RoutedRows:
 
     def follow(self, runner: Any) -> None:
         """Send this engine's masks wherever the layer sends its rows to be routed."""
+        self.are_all_own = False
         group = seam("vllm.distributed.parallel_state", "get_ep_group")()
         dispatch_router_logits = seam(group, "dispatch_router_logits")
         get_forward_context = seam("vllm.forward_context", "get_forward_context")

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import
 )
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
+from guard.device.kernels.layer_routing import LayerRouting
 from guard.device.mask import ExpertMask, MaskedExperts
 from guard.device.routing import route_masked
 from guard.errors import UnsupportedHostError
@@ -198,11 +199,19 @@ def _guarded(
     tap, facts, family, router = guard.tap, layer.facts, layer.family, layer.router
     top_k = facts.top_k
     rows = routed_rows(layer.runner, mask)
+    kernel = None
+    if rows.are_all_own and family.expert_scale is None:
+        kernel = LayerRouting.make(facts, index, tap, mask, family.scaling)
 
     def compute_routing(
         hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         topk_weights, topk_ids = stock(hidden_states, router_logits, *args, **kwargs)
+        if kernel is not None and topk_weights.dtype == torch.float32:
+            reads_bias = family.bias if mask is not None else None
+            bias = None if reads_bias is None else reads_bias(kwargs.get("input_ids"))
+            kernel.apply(router_logits, topk_weights, topk_ids, bias)
+            return topk_weights, topk_ids
         gate_weights = _gate_weights(family, router_logits, topk_weights, topk_ids, top_k)
         if mask is not None:
             masked = mask.wanted(index, rows.bits_TW(router_logits.shape[0]))

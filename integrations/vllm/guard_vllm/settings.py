@@ -15,7 +15,7 @@ CONFIG_KEY = "moe_guard"
 POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
 MIN_SECONDS, MAX_SECONDS = 0.1, 86_400
 RECORD_WEIGHTS = ("float32", "float16", "none")
-FORMAT = 2
+FORMAT = 3
 """Part of vLLM's compile key, by way of `additional_config`: raise it when the traced code changes."""
 
 
@@ -49,7 +49,7 @@ class Settings:
     record_sample: record this share of requests only
     record_weights: how to keep gate weights: float32, float16 or none
     record_max_gib: a trace that is so large takes no more
-    mask_words, format: filled in by the plugin; they decide the shape of the compiled graph
+    mask_words, kernels, format: filled in by the plugin; they decide what the compiled graph is
     """
 
     policies: str
@@ -72,6 +72,7 @@ class Settings:
     record_weights: str = "float32"
     record_max_gib: float = 10.0
     mask_words: int = 0
+    kernels: str = ""
     format: int = FORMAT
 
     @staticmethod
@@ -159,10 +160,15 @@ class Settings:
                 f"{MIN_SECONDS} to {MAX_SECONDS}, and `reload: false` looks for no changes at all"
             )
 
-    def resolved(self, mask_words: int) -> Settings:
-        """With what every process must agree on. mask_words: what the policies at start need."""
+    def resolved(self, mask_words: int, kernels: str = "torch") -> Settings:
+        """With what every process must agree on.
+
+        mask_words: what the policies at start need; kernels: what routes masked rows, see
+            `kernels_on`
+        """
         room = -(-self.mask_actions // WORD_BITS)
-        return replace(self, mask_words=0 if self.observe_only else max(1, mask_words, room))
+        words = 0 if self.observe_only else max(1, mask_words, room)
+        return replace(self, mask_words=words, kernels=kernels)
 
     def as_section(self) -> dict[str, Any]:
         return asdict(self)

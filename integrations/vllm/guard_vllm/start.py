@@ -6,6 +6,9 @@ import os
 import sys
 from typing import Any
 
+import torch
+
+from guard.device.kernels.choice import kernels_on
 from guard.events.bus import EventBus
 from guard.events.message import Hello
 from guard.policy.fault import PolicyError
@@ -38,7 +41,8 @@ def resolve(config: Any, settings: Settings) -> Settings:
     if topology.architecture in EXACT_ARCHITECTURES:
         compile_policies(policies, topology)
     keep()
-    return settings.resolved(mask_words=num_mask_words(policies))
+    kernels = kernels_on(torch.device(config.device_config.device_type))
+    return settings.resolved(mask_words=num_mask_words(policies), kernels=kernels)
 
 
 def label_sources(settings: Settings) -> LabelSources:

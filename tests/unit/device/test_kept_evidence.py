@@ -168,7 +168,7 @@ def test_a_request_without_a_slot_leaves_evidence_for_others() -> None:
 def test_firings_of_a_cached_prefix_that_have_no_evidence_are_their_requests_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for judge in ("evaluate", "kernels.numba_judge.judge"):
+    for judge in ("evaluate", "kernels.native.judge"):
         monkeypatch.setattr(f"guard.device.{judge}.MAX_EVENTS_PER_STEP", 1)
     engine = CachingEngine()
     engine.guard.add_request("a", 9)

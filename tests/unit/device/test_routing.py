@@ -87,7 +87,17 @@ def tensors(layer: MoELayer, asks: list[Asked]) -> MaskedExperts:
 
 
 def check(layer: MoELayer, logits: torch.Tensor, asks: list[Asked], bias: torch.Tensor | None) -> None:
-    weights, ids = route_masked(layer, logits, tensors(layer, asks), bias)
+    check_routing(layer, logits, asks, bias, *route_masked(layer, logits, tensors(layer, asks), bias))
+
+
+def check_routing(
+    layer: MoELayer,
+    logits: torch.Tensor,
+    asks: list[Asked],
+    bias: torch.Tensor | None,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+) -> None:
     assert weights.isfinite().all()
     for row, asked in enumerate(asks):
         mine, gates = ids[row].tolist(), weights[row]

@@ -26,6 +26,7 @@ def test_servers_whose_graphs_differ_have_different_keys() -> None:
         ARMED,
         ARMED.resolved(mask_words=2),
         replace(ARMED, format=FORMAT + 1),
+        replace(ARMED, kernels="C++"),
         replace(ARMED, observe_only=True).resolved(mask_words=1),
     ]
     keys = [key(settings) for settings in servers]

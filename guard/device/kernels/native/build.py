@@ -1,0 +1,132 @@
+"""The C++ of this folder, compiled once for each torch and compiler and kept for the next start.
+
+With torch's headers, but not with its `cpp_extension.load`: that one waits for a lock file, and for
+ever where the process that took it was killed. Here each process compiles for itself and renames what
+it got.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "MOE_GUARD_CACHE_DIR"
+"""Folder for compiled kernels; by default `moe-guard` in the user's cache folder."""
+
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("judge.cpp", "route.cpp"))
+_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fvisibility=default",
+)
+_LIBRARIES = ("-ltorch", "-ltorch_cpu", "-lc10")
+
+
+@cache
+def library() -> ctypes.PyDLL | None:
+    """The compiled library, its operations known to torch; None where it cannot be compiled, which is
+    logged. Calls keep Python's lock: giving it up and getting it back takes longer than most of them.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        logger.info(
+            "there is no C++ compiler (g++ or clang++, or the one that CXX names), so torch judges "
+            "each step and routes masked rows, which takes longer"
+        )
+        return None
+    try:
+        path = _compiled(compiler, _cache_folder())
+        torch.ops.load_library(path)
+        return ctypes.PyDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        logger.warning(
+            "the kernels for CPUs could not be compiled, so torch judges each step and routes masked "
+            "rows, which takes longer; is %s complete? %s",
+            compiler,
+            str(said)[-2000:],
+        )
+        return None
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    candidates = [named] if named else ["g++", "clang++"]
+    return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def _cache_folder() -> Path:
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-guard"
+
+
+def _compiled(compiler: str, folder: Path) -> Path:
+    """Raises OSError or SubprocessError."""
+    version = subprocess.run(
+        [compiler, "--version"], check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+    parts = [*(source.read_text() for source in _SOURCES), *_FLAGS, version, torch.__version__]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        target = folder / f"cpu-{digest}.so"
+        if target.exists():
+            return target
+        descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
+    except OSError as error:
+        folder = Path(tempfile.mkdtemp(prefix="moe-guard-"))
+        logger.info(
+            "moe-guard compiles its kernels at each start, since it cannot keep them (%s). Let %s name "
+            "a folder that can be written to",
+            error,
+            CACHE_VARIABLE,
+        )
+        target = folder / f"cpu-{digest}.so"
+        descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=folder)
+    os.close(descriptor)
+    try:
+        _compile(compiler, Path(unfinished))
+        os.replace(unfinished, target)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+    return target
+
+
+def _compile(compiler: str, target: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    logger.info("compiling MoE Guard's kernels for this CPU's torch, once")
+    subprocess.run(
+        [
+            compiler,
+            *_FLAGS,
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            *(f"-isystem{path}" for path in include_paths()),
+            *map(str, _SOURCES),
+            "-o",
+            str(target),
+            *(f"-L{path}" for path in library_paths()),
+            *_LIBRARIES,
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )

@@ -1,0 +1,501 @@
+// A step's beginning, evidence and decisions on a CPU. Plain C++ that Python calls through ctypes with
+// addresses and sizes; what it must compute is written in `guard/device/evaluate.py` and its parts.
+//
+// Requests share nothing, and what a row sees of earlier ones is in its slot: sums, rings of recent
+// sums, the rule's last result. So each row costs the rules that apply to its request and are in their
+// phase. Arithmetic on doubles is in the twin's order: build it without fusing or reordering.
+//
+// Letters as in `guard/device/layout.py`. All arrays are whole and in C order.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kFalse = 0, kUnknown = 1, kTrue = 2;
+constexpr int64_t kNever = int64_t{1} << 62;
+constexpr int64_t kRequest = 1, kPrompt = 2, kOutput = 3;  // `WindowKind`; else recent
+constexpr int64_t kLogistic = 1, kNegativeLog = 2;         // `Transform`
+constexpr int64_t kRequestColumns = 7, kEventColumns = 7;
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Memory of a call that the next one uses again, so that a step allocates nothing.
+template <typename T>
+T* scratch(std::vector<T>& memory, int64_t size, T value) {
+  memory.assign(static_cast<size_t>(size), value);
+  return memory.data();
+}
+
+}  // namespace
+
+extern "C" {
+
+// The fields of these, in order, are those of the structures in `judge.py`.
+
+struct SignalTables {
+  const int64_t *num_experts_L, *unit_start_P1, *unit_signal, *unit_value;
+  const int64_t *spread_start_P1, *spread_signal;
+  const int64_t *mass_start_P1, *mass_signal;
+  const double* mass_value;
+  const int64_t *layer_start_L1, *layer_signal;
+  const double* layer_value;
+  int64_t num_tokens, first_spread, first_mass, max_experts, num_columns, num_layers, top_k;
+};
+
+struct DecisionTables {
+  const int64_t *signals, *readings, *conditions;
+  const double* real;
+  const int64_t *rules, *conditions_RC, *node_start_R1, *node_N, *nodes, *actions, *set_signal_N;
+  int64_t num_evidence, num_signals, num_readings, num_conditions, num_rules, most_conditions;
+  int64_t num_nodes, node_width, num_actions, num_sets, num_words;
+};
+
+struct Slots {
+  int64_t *next_position_S, *prompt_tokens_S, *unseen_S, *sum_SX, *prompt_sum_SX, *recent_sum_SQX;
+  int64_t *hits_SR, *recent_hits_SHR;
+  bool *active_SR, *applies_SR, *enforced_SR, *exempt_SR;
+  int64_t *mask_from_SIA, *mask_to_SIA, *block_at_SR;
+  double* extreme_SC;
+  int64_t kept_sums, kept_hits, num_intervals;
+};
+
+int64_t moe_guard_sizes(int64_t which) {
+  const int64_t sizes[] = {sizeof(SignalTables), sizeof(DecisionTables), sizeof(Slots)};
+  return sizes[which];
+}
+
+// Whose each row is, no expert in the rows' part of the tap, and the rows' masks.
+// row_bits_TW: null where nothing is masked; the first `num_rows_before` rows may be masked still
+void moe_guard_begin(const Slots* slots, const int64_t* slots_B, const int64_t* query_start_B1,
+                     const int64_t* position_T, int64_t num_requests, int64_t num_rows,
+                     int64_t num_rows_before, int32_t* ids_TLK, int64_t tap_width,
+                     int64_t* row_bits_TW, int64_t num_words, int64_t num_actions,
+                     int64_t* request_T) {
+  std::fill_n(ids_TLK, num_rows * tap_width, -1);
+  if (row_bits_TW != nullptr) {
+    std::fill_n(row_bits_TW, std::max(num_rows, num_rows_before) * num_words, 0);
+  }
+  for (int64_t request = 0; request < num_requests; ++request) {
+    const int64_t first_row = query_start_B1[request], stop_row = query_start_B1[request + 1];
+    std::fill(request_T + first_row, request_T + stop_row, request);
+    if (row_bits_TW == nullptr) continue;
+    const int64_t at = slots_B[request] * slots->num_intervals * num_actions;
+    for (int64_t place = 0; place < slots->num_intervals; ++place) {
+      const int64_t* from_A = slots->mask_from_SIA + at + place * num_actions;
+      const int64_t* to_A = slots->mask_to_SIA + at + place * num_actions;
+      for (int64_t action = 0; action < num_actions; ++action) {
+        if (from_A[action] >= to_A[action]) continue;
+        const int64_t bit = static_cast<int64_t>(uint64_t{1} << (action & 63));
+        for (int64_t row = first_row; row < stop_row; ++row) {
+          if (from_A[action] <= position_T[row] && position_T[row] < to_A[action]) {
+            row_bits_TW[row * num_words + (action >> 6)] |= bit;
+          }
+        }
+      }
+    }
+  }
+  // Rows behind the last request's: as a search for their request finds.
+  std::fill(request_T + query_start_B1[num_requests], request_T + num_rows, num_requests);
+}
+
+// Evidence of each row from the experts that it chose, int64 [T, columns]. Adds in the order of layers
+// and choices, as the twin does.
+// trusted_T: for each row, or one for all; the others' evidence is 0
+void moe_guard_reduce(const SignalTables* tables, const int32_t* ids_TLK, const float* weights_TLK,
+                      int64_t num_rows, const bool* trusted_T, bool one_for_all,
+                      int64_t* evidence_TX) {
+  thread_local std::vector<double> mass_memory;
+  thread_local std::vector<int64_t> layer_memory;
+  const SignalTables& t = *tables;
+  const int64_t num_masses = t.num_columns - t.first_mass, num_spread = t.first_mass - t.first_spread;
+  std::fill_n(evidence_TX, num_rows * t.num_columns, 0);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    if (!trusted_T[one_for_all ? 0 : row]) continue;
+    int64_t* evidence_X = evidence_TX + row * t.num_columns;
+    std::fill_n(evidence_X, t.num_tokens, 1);
+    double* masses = scratch(mass_memory, num_masses, 0.0);
+    int64_t* last_layer = scratch(layer_memory, num_spread, int64_t{-1});
+    for (int64_t layer = 0; layer < t.num_layers; ++layer) {
+      const int64_t first = (row * t.num_layers + layer) * t.top_k;
+      for (int64_t choice = first; choice < first + t.top_k; ++choice) {
+        const int64_t expert = ids_TLK[choice];
+        const double gate = weights_TLK[choice];
+        if (expert < 0 || expert >= t.num_experts_L[layer] || gate == 0.0) continue;
+        const int64_t place = layer * t.max_experts + expert;
+        for (int64_t at = t.unit_start_P1[place]; at < t.unit_start_P1[place + 1]; ++at) {
+          evidence_X[t.num_tokens + t.unit_signal[at]] += t.unit_value[at];
+        }
+        for (int64_t at = t.spread_start_P1[place]; at < t.spread_start_P1[place + 1]; ++at) {
+          const int64_t signal = t.spread_signal[at];
+          if (last_layer[signal] == layer) continue;
+          last_layer[signal] = layer;
+          evidence_X[t.first_spread + signal] += 1;
+        }
+        if (!std::isfinite(gate)) continue;
+        for (int64_t at = t.mass_start_P1[place]; at < t.mass_start_P1[place + 1]; ++at) {
+          masses[t.mass_signal[at]] += t.mass_value[at] * gate;
+        }
+        for (int64_t at = t.layer_start_L1[layer]; at < t.layer_start_L1[layer + 1]; ++at) {
+          masses[t.layer_signal[at]] += t.layer_value[at] * gate;
+        }
+      }
+    }
+    for (int64_t mass = 0; mass < num_masses; ++mass) {
+      evidence_X[t.first_mass + mass] = static_cast<int64_t>(std::nearbyint(masses[mass]));
+    }
+  }
+}
+
+}  // extern "C"
+
+namespace {
+
+template <typename T>
+void keep_rows(const int64_t* evidence_TX, int64_t num_evidence, const int64_t* query_start_B1,
+               const int64_t* rejected_B, int64_t num_requests, const int64_t* kv_slot_T,
+               const int64_t* narrow_source, int64_t num_narrow, const int64_t* wide_source,
+               int64_t num_wide, int32_t tag, int32_t* written_K, T* narrow_KX, int64_t* wide_KX) {
+  for (int64_t request = 0; request < num_requests; ++request) {
+    int64_t stop = query_start_B1[request + 1];
+    if (rejected_B != nullptr) stop -= rejected_B[request];
+    for (int64_t row = query_start_B1[request]; row < stop; ++row) {
+      const int64_t at = kv_slot_T[row];
+      if (at < 0) continue;
+      const int64_t* evidence_X = evidence_TX + row * num_evidence;
+      for (int64_t column = 0; column < num_narrow; ++column) {
+        narrow_KX[at * num_narrow + column] = static_cast<T>(evidence_X[narrow_source[column]]);
+      }
+      for (int64_t column = 0; column < num_wide; ++column) {
+        wide_KX[at * num_wide + column] = evidence_X[wide_source[column]];
+      }
+      written_K[at] = static_cast<int32_t>(evidence_X[0]) * tag;  // last: the token was seen
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Evidence beside its KV, as `KeepRows.write`, but for the dustbin, which stays as it is.
+// rejected_B: null where there are none; narrow_bytes: of each number in `narrow_KX`, 2, 4 or 8
+void moe_guard_keep(const int64_t* evidence_TX, int64_t num_evidence, const int64_t* query_start_B1,
+                    const int64_t* rejected_B, int64_t num_requests, const int64_t* kv_slot_T,
+                    const int64_t* narrow_source, int64_t num_narrow, const int64_t* wide_source,
+                    int64_t num_wide, int32_t tag, int32_t* written_K, void* narrow_KX,
+                    int64_t narrow_bytes, int64_t* wide_KX) {
+  const auto keep = [&](auto* narrow) {
+    keep_rows(evidence_TX, num_evidence, query_start_B1, rejected_B, num_requests, kv_slot_T,
+              narrow_source, num_narrow, wide_source, num_wide, tag, written_K, narrow, wide_KX);
+  };
+  if (narrow_bytes == 2) {
+    keep(static_cast<int16_t*>(narrow_KX));
+  } else if (narrow_bytes == 4) {
+    keep(static_cast<int32_t*>(narrow_KX));
+  } else {
+    keep(static_cast<int64_t*>(narrow_KX));
+  }
+}
+
+}  // extern "C"
+
+namespace {
+
+// What a row's windows reach back to.
+struct Row {
+  int64_t position, prompt, begin, following;
+  const int64_t *signal_X, *total_X, *before_X, *prompt_X, *recent_QX;
+  int64_t num_signals, kept_sums;
+};
+
+// One signal summed over a window that ends at a row, as `WindowReader` does.
+int64_t read(const int64_t* reading, const Row& row) {
+  const int64_t signal = reading[0], window = reading[1], tokens = reading[2];
+  const int64_t value = row.total_X[signal];
+  if (window == kRequest) return value;
+  if (window == kPrompt) return row.position >= row.prompt - 1 ? row.prompt_X[signal] : 0;
+  if (window == kOutput) {
+    return row.position >= row.prompt ? value - row.prompt_X[signal] : 0;
+  }
+  const int64_t start = row.position - tokens;
+  if (reading[3] && start < row.prompt) return value - row.prompt_X[signal];
+  const auto recent = [&] {
+    return row.recent_QX[(start % row.kept_sums) * row.num_signals + signal];
+  };
+  if (start >= row.begin) return tokens == 1 ? row.signal_X[signal] : value - recent();
+  if (std::max(start, int64_t{-1}) >= row.following - 1) return value - row.before_X[signal];
+  return start >= 0 ? value - recent() : value;
+}
+
+// One condition at a row, and its extreme, as `ConditionEvaluator.evaluate`. Returns its truth.
+int64_t compare(const int64_t* condition, const double* real, const int64_t* value_M, double* value_of,
+                double* extreme) {
+  const double tokens = static_cast<double>(value_M[condition[1]]);
+  double denominator = tokens * real[1] + real[2];
+  if (condition[2] >= 0) denominator = static_cast<double>(value_M[condition[2]]);
+  const double sign = real[6];
+  double value = kNaN;
+  int64_t held = kUnknown;
+  if (condition[6]) {
+    value = 1.0;
+    held = kTrue;
+  } else if (value_M[condition[1]] >= condition[3] && denominator > 0) {
+    double quotient = (static_cast<double>(value_M[condition[0]]) + real[0]) / denominator;
+    if (condition[4] == kNegativeLog) quotient = -std::log(quotient);
+    const double signed_quotient = quotient * sign;
+    const bool holds = condition[5] ? signed_quotient > real[4] : signed_quotient >= real[5];
+    held = holds ? kTrue : kFalse;
+    value = quotient + real[3];
+    if (condition[4] == kLogistic) value = 1.0 / (1.0 + std::exp(-value));
+  }
+  *value_of = value;
+  const double signed_value = value * sign;
+  // Neither what is unknown counts nor what is infinitely far on the other side.
+  if (signed_value > -kInfinity && !(signed_value <= *extreme * sign)) *extreme = signed_value * sign;
+  return held;
+}
+
+// `MaskSchedule.update` for one request.
+void update_masks(int64_t start, const DecisionTables& t, const bool* enforced_R, const bool* active_R,
+                  const int64_t* num_fired_R, int64_t num_intervals, int64_t* from_IA, int64_t* to_IA) {
+  const int64_t num = t.num_actions;
+  for (int64_t action = 0; action < num; ++action) {
+    const int64_t rule = t.actions[action];
+    if (!enforced_R[rule] || !t.actions[num + action]) continue;
+    const bool clears = t.actions[2 * num + action] != 0;
+    const bool begins = num_fired_R[rule] > 0 && (active_R[rule] || !clears);
+    const bool in_force = from_IA[action] <= start && start < to_IA[action];
+    if (begins) {
+      if (!in_force) {
+        if (from_IA[action] < to_IA[action]) {
+          for (int64_t place = num_intervals - 1; place > 0; --place) {
+            from_IA[place * num + action] = from_IA[(place - 1) * num + action];
+            to_IA[place * num + action] = to_IA[(place - 1) * num + action];
+          }
+        }
+        from_IA[action] = start;
+      }
+      to_IA[action] = std::min(start + t.actions[3 * num + action], kNever);
+    } else if (clears && !active_R[rule] && in_force) {
+      to_IA[action] = start;
+    }
+  }
+}
+
+// The last step's firings, until they are taken.
+struct Firings {
+  std::vector<int64_t> events;
+  std::vector<double> values;
+  std::vector<char> acting;
+  int64_t most_conditions = 0;
+};
+thread_local Firings firings;
+
+}  // namespace
+
+extern "C" {
+
+// Advance the slots by a step, write the last three arrays, and return the number of firings, which
+// `moe_guard_take_firings` gives.
+// rejected_B, computed_B: null where there are none
+int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const int64_t* evidence_TX,
+                         const int64_t* slots_B, const int64_t* query_start_B1,
+                         const int64_t* position_T, const int64_t* rejected_B,
+                         const int64_t* computed_B, int64_t num_requests, int64_t* requests_BF,
+                         int64_t* masked_BW, float* extremes_BC) {
+  thread_local std::vector<int64_t> signal_memory, before_memory, hits_memory, fired_memory;
+  thread_local std::vector<int64_t> here_memory, now_memory, row_memory, value_memory, truth_memory;
+  thread_local std::vector<double> condition_memory;
+  const DecisionTables& t = *tables;
+  const Slots& s = *slots;
+  const int64_t X = t.num_signals, C = t.num_conditions, R = t.num_rules, A = t.num_actions;
+  const bool persists = s.kept_hits > 1;
+  int64_t* signal_X = scratch(signal_memory, X, int64_t{0});
+  int64_t* before_X = scratch(before_memory, X, int64_t{0});
+  int64_t* hits_before_R = scratch(hits_memory, R, int64_t{0});
+  int64_t* num_fired_R = scratch(fired_memory, R, int64_t{0});
+  int64_t* rules_here = scratch(here_memory, R, int64_t{0});
+  int64_t* rules_now = scratch(now_memory, R, int64_t{0});
+  int64_t* row_M = scratch(row_memory, t.num_readings, int64_t{-1});
+  int64_t* value_M = scratch(value_memory, t.num_readings, int64_t{0});
+  double* value_C = scratch(condition_memory, C, 0.0);
+  int64_t* truth = scratch(truth_memory, 1 + C + t.num_nodes, kTrue);
+  firings.events.clear();
+  firings.values.clear();
+  firings.acting.clear();
+  firings.most_conditions = t.most_conditions;
+  for (int64_t request = 0; request < num_requests; ++request) {
+    const int64_t slot = slots_B[request];
+    int64_t* facts_F = requests_BF + request * (kRequestColumns + t.num_sets);
+    int64_t* masked_W = masked_BW + request * t.num_words;
+    float* extremes_C = extremes_BC + request * C;
+    std::fill_n(facts_F, kRequestColumns + t.num_sets, 0);
+    std::fill_n(masked_W, t.num_words, 0);
+    facts_F[0] = facts_F[1] = kNever;
+    if (slot == 0) {
+      std::fill_n(extremes_C, C, std::numeric_limits<float>::quiet_NaN());
+      continue;
+    }
+    const int64_t start_row = query_start_B1[request];
+    int64_t last_row = query_start_B1[request + 1] - 1;
+    if (rejected_B != nullptr) last_row -= rejected_B[request];
+    const int64_t following = s.next_position_S[slot], prompt = s.prompt_tokens_S[slot];
+    const int64_t begin = std::max(following, position_T[start_row]);
+    const int64_t after = std::max(following, position_T[last_row] + 1);
+    const int64_t first_row = start_row + begin - position_T[start_row];
+    int64_t* total_X = s.sum_SX + slot * X;
+    int64_t* prompt_X = s.prompt_sum_SX + slot * X;
+    int64_t* recent_QX = s.recent_sum_SQX + slot * s.kept_sums * X;
+    int64_t* hits_R = s.hits_SR + slot * R;
+    int64_t* recent_HR = s.recent_hits_SHR + slot * s.kept_hits * R;
+    bool* active_R = s.active_SR + slot * R;
+    const bool* applies_R = s.applies_SR + slot * R;
+    const bool* enforced_R = s.enforced_SR + slot * R;
+    const bool* exempt_R = s.exempt_SR + slot * R;
+    int64_t* block_at_R = s.block_at_SR + slot * R;
+    double* extreme_C = s.extreme_SC + slot * C;
+    std::copy_n(total_X, X, before_X);
+    if (persists) std::copy_n(hits_R, R, hits_before_R);
+    std::fill_n(num_fired_R, R, 0);
+    int64_t num_here = 0, newest = 0;
+    for (int64_t rule = 0; rule < R; ++rule) {
+      if (!applies_R[rule]) continue;
+      rules_here[num_here++] = rule;
+      newest = std::max(newest, t.rules[8 * R + rule]);
+    }
+    int64_t prompt_tokens = 0, output_tokens = 0;
+    for (int64_t row = first_row; row <= last_row; ++row) {
+      const int64_t position = position_T[row];
+      const int64_t* evidence_X = evidence_TX + row * t.num_evidence;
+      for (int64_t signal = 0; signal < X; ++signal) {
+        const int64_t source = t.signals[signal];
+        int64_t value = evidence_X[source];
+        if (source != signal) {  // an indicator
+          value = value >= t.signals[2 * X + signal] ? evidence_X[t.signals[X + signal]] : 0;
+        }
+        signal_X[signal] = value;
+        total_X[signal] += value;
+      }
+      if (position == prompt - 1) std::copy_n(total_X, X, prompt_X);
+      const bool judged = evidence_X[0] != 0, in_prompt = position < prompt;
+      if (judged) ++(in_prompt ? prompt_tokens : output_tokens);
+      int64_t num_now = 0;
+      const Row here{position, prompt,   begin,     following, signal_X,   total_X,
+                     before_X, prompt_X, recent_QX, X,         s.kept_sums};
+      for (int64_t nth_rule = 0; nth_rule < (judged ? num_here : 0); ++nth_rule) {
+        const int64_t rule = rules_here[nth_rule];
+        if (!t.rules[(in_prompt ? 1 : 2) * R + rule] || !signal_X[t.rules[7 * R + rule]]) continue;
+        rules_now[num_now++] = rule;
+        for (int64_t nth = 0; nth < t.most_conditions; ++nth) {
+          const int64_t at = t.conditions_RC[rule * t.most_conditions + nth];
+          if (at < 0) continue;
+          const int64_t* condition = t.conditions + at * 7;
+          for (int64_t nth_reading = 0; nth_reading < 3; ++nth_reading) {
+            const int64_t reading = condition[nth_reading];
+            if (reading < 0 || row_M[reading] == row) continue;
+            row_M[reading] = row;
+            value_M[reading] = read(t.readings + reading * 4, here);
+          }
+          truth[1 + at] = compare(condition, t.real + at * 7, value_M, value_C + at, extreme_C + at);
+        }
+      }
+      for (int64_t nth_rule = 0; nth_rule < num_now; ++nth_rule) {
+        const int64_t rule = rules_now[nth_rule];
+        for (int64_t nth = t.node_start_R1[rule]; nth < t.node_start_R1[rule + 1]; ++nth) {
+          const int64_t column = t.node_N[nth];
+          const int64_t* node = t.nodes + (column - 1 - C) * t.node_width;
+          int64_t least = kTrue;  // of its children, see `ExpressionTable`
+          for (int64_t child = 0; child < t.node_width; ++child) {
+            const int64_t value = truth[node[child] >> 1];
+            least = std::min(least, node[child] & 1 ? kTrue - value : value);
+          }
+          truth[column] = least;
+        }
+        const int64_t root = t.rules[rule];
+        bool holds = truth[root >> 1] == (root & 1 ? kFalse : kTrue);
+        if (persists) {
+          hits_R[rule] += holds;
+          const int64_t start = std::max(position - t.rules[4 * R + rule], int64_t{-1});
+          int64_t earlier = 0;
+          if (start < begin && start >= following - 1) {
+            earlier = hits_before_R[rule];
+          } else if (start >= 0) {
+            earlier = recent_HR[(start % s.kept_hits) * R + rule];
+          }
+          holds = hits_R[rule] - earlier >= t.rules[3 * R + rule];
+        }
+        const bool fires = holds && !active_R[rule];
+        active_R[rule] = holds;
+        if (!fires) continue;
+        ++num_fired_R[rule];
+        if (t.rules[5 * R + rule] && enforced_R[rule]) {
+          block_at_R[rule] = std::min(block_at_R[rule], std::max(position, prompt - 1));
+        }
+        const int64_t event[kEventColumns] = {
+            request,          rule,
+            position,         in_prompt,
+            enforced_R[rule], position + 1 - total_X[t.rules[8 * R + rule]],
+            exempt_R[rule],
+        };
+        firings.events.insert(firings.events.end(), event, event + kEventColumns);
+        for (int64_t nth = 0; nth < t.most_conditions; ++nth) {
+          const int64_t at = t.conditions_RC[rule * t.most_conditions + nth];
+          firings.values.push_back(at >= 0 ? value_C[at] : kNaN);
+        }
+        firings.acting.push_back(t.rules[6 * R + rule] && enforced_R[rule] && num_fired_R[rule] == 1);
+      }
+      if (s.kept_sums > 1) std::copy_n(total_X, X, recent_QX + (position % s.kept_sums) * X);
+      if (persists) std::copy_n(hits_R, R, recent_HR + (position % s.kept_hits) * R);
+    }
+    s.unseen_S[slot] += after - following - prompt_tokens - output_tokens;
+    s.next_position_S[slot] = after;
+    int64_t* from_IA = s.mask_from_SIA + slot * s.num_intervals * A;
+    int64_t* to_IA = s.mask_to_SIA + slot * s.num_intervals * A;
+    int64_t begins_at = std::max(after, prompt);
+    if (computed_B != nullptr) begins_at = std::max(begins_at, computed_B[request]);
+    update_masks(begins_at, t, enforced_R, active_R, num_fired_R, s.num_intervals, from_IA, to_IA);
+    for (int64_t place = 0; place < s.num_intervals; ++place) {
+      for (int64_t action = 0; action < A; ++action) {
+        const int64_t first = from_IA[place * A + action], stop = to_IA[place * A + action];
+        if (first < stop && t.actions[A + action]) facts_F[1] = std::min(facts_F[1], first);
+        if (first <= after && after < stop) {
+          masked_W[action >> 6] |= static_cast<int64_t>(uint64_t{1} << (action & 63));
+        }
+      }
+    }
+    for (int64_t rule = 0; rule < R; ++rule) {
+      if (t.rules[5 * R + rule] && block_at_R[rule] < kNever) {
+        facts_F[0] = std::min(facts_F[0], block_at_R[rule] * R + rule);
+      }
+    }
+    facts_F[2] = prompt_tokens;
+    facts_F[3] = output_tokens;
+    facts_F[4] = s.unseen_S[slot];
+    facts_F[5] = 1;
+    facts_F[6] = num_here ? after - total_X[newest] : 0;
+    for (int64_t nth = 0; nth < t.num_sets; ++nth) {
+      const int64_t signal = t.set_signal_N[nth];
+      facts_F[kRequestColumns + nth] = total_X[signal] - before_X[signal];
+    }
+    for (int64_t at = 0; at < C; ++at) extremes_C[at] = static_cast<float>(extreme_C[at]);
+  }
+  return static_cast<int64_t>(firings.acting.size());
+}
+
+// In front the first firing of each request and rule that acts; the others behind, in their order.
+void moe_guard_take_firings(int64_t* events_V, double* values_V) {
+  const int64_t width = firings.most_conditions;
+  for (const bool wanted : {true, false}) {
+    for (size_t event = 0; event < firings.acting.size(); ++event) {
+      if (static_cast<bool>(firings.acting[event]) != wanted) continue;
+      events_V = std::copy_n(firings.events.data() + event * kEventColumns, kEventColumns, events_V);
+      values_V = std::copy_n(firings.values.data() + event * width, width, values_V);
+    }
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,129 @@
+"""On a CPU, C++ judges where it can be compiled, and else torch does."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from guard.device.evaluate import StepEvaluator
+from guard.device.kernels.backends import make_judge
+from guard.device.kernels.choice import KERNELS_VARIABLE
+from guard.device.kernels.native import build
+from guard.device.kernels.native.judge import NativeJudge
+from guard.device.kernels.native.start import NativeStart
+from guard.device.layout import Capacity
+from guard.device.start import TorchStart, make_start
+from guard.device.state import SlotState
+from guard.device.tap import RoutingTap
+from guard.errors import GuardError
+from guard.program.program import Program
+from tests.support.judged_twice import judged
+from tests.unit.device.driving import FLAGGED, OTHER, Engine, policy_text, rule_text
+
+CPU = torch.device("cpu")
+CAPACITY = Capacity(8, 4, 1)
+COUNT = "{count: {experts: f, over: 2, atLeast: 1}}"
+
+
+@pytest.fixture
+def fresh_library() -> Iterator[None]:
+    """As in a process that has not asked for it yet."""
+    build.library.cache_clear()
+    yield
+    build.library.cache_clear()
+
+
+def _program(condition: str = COUNT) -> Program:
+    return Engine(policy_text(rule_text(condition))).program
+
+
+def test_kernels_judge_and_begin_on_a_cpu() -> None:
+    program = _program()
+    tap, state = RoutingTap(program.topology, CAPACITY, CPU), SlotState(program, CAPACITY, CPU)
+    assert isinstance(make_judge(program, CAPACITY, CPU), NativeJudge)
+    assert isinstance(make_start(tap, None, state), NativeStart)
+
+
+def test_torch_judges_for_those_who_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = _program()
+    tap, state = RoutingTap(program.topology, CAPACITY, CPU), SlotState(program, CAPACITY, CPU)
+    assert isinstance(make_judge(program, CAPACITY, CPU, "torch"), StepEvaluator)
+    monkeypatch.setenv(KERNELS_VARIABLE, "torch")
+    assert isinstance(make_judge(program, CAPACITY, CPU), StepEvaluator)
+    assert isinstance(make_start(tap, None, state), TorchStart)
+
+
+def test_a_choice_of_kernels_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KERNELS_VARIABLE, "triton")
+    with pytest.raises(GuardError, match="MOE_GUARD_KERNELS=triton is not known; set it to auto or"):
+        make_judge(_program(), CAPACITY, CPU)
+
+
+def test_torch_judges_where_something_is_speculated() -> None:
+    capacity = Capacity(8, 4, 1, max_draft_tokens=2)
+    assert isinstance(make_judge(_program(), capacity, CPU), StepEvaluator)
+
+
+def test_torch_judges_where_there_is_no_compiler_which_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh_library: None
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.INFO, logger=build.__name__):
+        for _ in range(2):
+            assert isinstance(make_judge(_program(), CAPACITY, CPU), StepEvaluator)
+    assert len(caplog.records) == 1
+    assert "there is no C++ compiler" in caplog.text
+
+
+def test_torch_judges_where_the_compiler_fails_which_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fresh_library: None,
+    tmp_path: Path,
+) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo no headers >&2; exit 1; }\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert isinstance(make_judge(_program(), CAPACITY, CPU), StepEvaluator)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no headers" in caplog.text
+    assert not list((tmp_path / "cache").iterdir()), "nothing unfinished is left"
+
+
+def test_a_folder_that_keeps_nothing_is_said_and_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\nexit 0\n")
+    compiler.chmod(0o755)
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.INFO, logger=build.__name__):
+        made = build._compiled(str(compiler), tmp_path / "file" / "cache")
+    assert made.exists()
+    assert f"Let {build.CACHE_VARIABLE} name a folder that can be written to" in caplog.text
+    shutil.rmtree(made.parent)
+
+
+def test_what_was_compiled_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\necho ran >> {tmp_path}/runs\n")
+    compiler.chmod(0o755)
+    first = build._compiled(str(compiler), tmp_path / "cache")
+    assert build._compiled(str(compiler), tmp_path / "cache") == first
+    assert (tmp_path / "runs").read_text().count("ran") == 3, "two versions asked for, one compiled"
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.name]
+
+
+def test_every_step_of_these_tests_is_judged_by_both() -> None:
+    before = judged["both"]
+    engine = Engine(policy_text(rule_text(COUNT)))
+    engine.step({"a": (0, [FLAGGED, OTHER])})
+    engine.step({"a": (2, [OTHER])})
+    assert judged["both"] == before + 2
