@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.overhead import observing
+from benchmarks.overhead.states import observing
 from guard.device.kernels.choice import KERNELS_VARIABLE
 from guard.device.layout import Capacity
 from guard.device.readback import Readback

@@ -1,0 +1,1 @@
+"""What the guard costs: engines side by side that take turns. See `__main__`."""
