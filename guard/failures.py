@@ -39,10 +39,14 @@ class Failures:
         self._lock = threading.Lock()
         self.count: Counter[str] = Counter()
         self._taken: Counter[str] = Counter()
+        self._has_new = False
 
     def take(self) -> dict[str, int]:
         """Faults since the last call, by stage."""
+        if not self._has_new:
+            return {}
         with self._lock:
+            self._has_new = False
             new = self.count - self._taken
             self._taken += new
         return dict(new)
@@ -55,6 +59,7 @@ class Failures:
         """Count a fault. Of a stage the 1st, 2nd, 4th, 8th … is logged, the first with its trace."""
         with self._lock:
             self.count[stage] += 1
+            self._has_new = True
             count = self.count[stage]
         if count.bit_count() > 1:
             return

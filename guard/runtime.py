@@ -15,6 +15,7 @@ from guard.device.carry_over import CarryOver
 from guard.device.check import LivenessCheck
 from guard.device.evaluate import KeepsSignals
 from guard.device.findings import CheckFindings
+from guard.device.inference import in_inference_mode
 from guard.device.kept_evidence import KeepRows, KeptEvidence
 from guard.device.layout import NULL_SLOT, Capacity
 from guard.device.mask import ExpertMask
@@ -79,6 +80,7 @@ class Guard:
         self._evaluator = make_evaluator(program, capacity, device)
         self._requests: dict[str, LiveRequest] = {}
         self._slot_of: dict[str, int] = {}
+        self._known_slots: tuple[tuple[str, ...], torch.Tensor] | None = None
         self._free_slots = list(range(capacity.max_slots, NULL_SLOT, -1))
         self._missed: set[str] = set()  # requests of failed steps, until their next good one
         self._batch: StepBatch | None = None
@@ -145,6 +147,7 @@ class Guard:
             self._free_slots.extend(reversed(self._state.grow()))
         slot = self._free_slots.pop()
         self._slot_of[req_id] = slot
+        self._known_slots = None
         return slot
 
     def finish_requests(self, req_ids: Iterable[str]) -> None:
@@ -159,6 +162,7 @@ class Guard:
         slot = self._slot_of.pop(req_id, None)
         if slot is not None:
             self._free_slots.append(slot)
+            self._known_slots = None
 
     def prepare(self, program: Program) -> PreparedProgram:
         """What `install` needs, on the device, while the program before goes on. Between two steps, but
@@ -179,7 +183,7 @@ class Guard:
             None if self.kept is None else self.kept.prepare(program.signals, program.generation),
         )
 
-    @torch.inference_mode()
+    @in_inference_mode
     def install(self, prepared: PreparedProgram, computed: Mapping[str, int] | None = None) -> None:
         """Put a prepared program in force, between two steps, requests under way included.
 
@@ -253,7 +257,7 @@ class Guard:
         if self.kept is not None and self.judges and num_tokens > 0:
             self._cached[req_id] = (blocks, num_tokens)
 
-    @torch.inference_mode()
+    @in_inference_mode
     def begin_step(
         self, req_ids: Sequence[str], query_start_B1: torch.Tensor, position_T: torch.Tensor
     ) -> None:
@@ -272,10 +276,7 @@ class Guard:
         with self.failures.caught(Stage.BEGIN_STEP):
             self._catch_up(req_ids)
             self._state.apply_staged_writes()
-            slots_np = np.fromiter(
-                (self._slot_of.get(req_id, NULL_SLOT) for req_id in req_ids), np.int64, len(req_ids)
-            )
-            slots_B = host_to_device(slots_np, self.device)
+            slots_B = self._slots(self._req_ids)
             batch, self._in_force_TA = self._start.begin(
                 slots_B, query_start_B1, position_T, self._state
             )
@@ -286,11 +287,19 @@ class Guard:
                 self.kept.apply_staged_writes()
             self._batch = batch
 
+    def _slots(self, req_ids: tuple[str, ...]) -> torch.Tensor:
+        """int64 [B]. A step's requests are as a rule those of the step before."""
+        if self._known_slots is None or self._known_slots[0] != req_ids:
+            slot_of = self._slot_of
+            slots_np = np.array([slot_of.get(req_id, NULL_SLOT) for req_id in req_ids], dtype=np.int64)
+            self._known_slots = (req_ids, host_to_device(slots_np, self.device))
+        return self._known_slots[1]
+
     def place_rows(self, kv_slot_T: torch.Tensor) -> None:
         """Where the step that was begun writes its rows' KV: [rows or more] on the device."""
         self._kv_slot_T = kv_slot_T
 
-    @torch.inference_mode()
+    @in_inference_mode
     def end_step(self, rejected_B: torch.Tensor | None = None) -> Readback | StepReport | None:
         """Decide, and start the copy of what was decided. None if there is nothing to decide.
 
@@ -300,7 +309,7 @@ class Guard:
             return None
         batch, req_ids = self._batch, self._req_ids
         self._batch, self._req_ids = None, ()
-        prefixes = self._cached_prefixes(req_ids)
+        prefixes = self._cached_prefixes(req_ids) if self._cached else []
         if not req_ids or batch is None or self.blind:
             self._report_fault()
             return self._failed_step(req_ids) if req_ids else None
@@ -372,11 +381,12 @@ class Guard:
     ) -> StepDecisions:
         """Advance the slots by a step, all of whose signals are known."""
         assert self._evaluator is not None
-        if not self._missed.isdisjoint(req_ids):
+        if self._missed and not self._missed.isdisjoint(req_ids):
             start_B = batch.position_T[batch.query_start_B1[:-1]]
             self._state.fill_gaps(batch.slots_B, start_B)
         decisions = self._evaluator.evaluate(signal_TX, batch, self._state, rejected_B)
-        self._missed.difference_update(req_ids)
+        if self._missed:
+            self._missed.difference_update(req_ids)
         return decisions
 
     def _report_fault(self) -> None:
@@ -387,8 +397,6 @@ class Guard:
 
     def _cached_prefixes(self, req_ids: Sequence[str]) -> list[CachedPrefix]:
         """Of the requests of a step; what a failed step took from the cache stays unseen."""
-        if not self._cached:
-            return []
         taken = [(row, req_id, self._cached.pop(req_id, None)) for row, req_id in enumerate(req_ids)]
         return [
             CachedPrefix(row, self._slot_of[req_id], *prefix)

@@ -13,6 +13,8 @@ import torch
 from torch.nn.functional import embedding_bag
 
 from guard.device.findings import CheckFindings, FindingsForm
+from guard.device.kernels.choice import has_kernels
+from guard.device.kernels.native.soundness import Soundness
 from guard.device.mask import pack_bits
 from guard.device.rows import StepBatch
 from guard.device.tap import RoutingTap
@@ -52,7 +54,19 @@ class LivenessCheck:
             _Forcing(masks, device) if (masks.method == MaskMethodCode.FORCE).any() else None
         )
         self._sees = torch.ones((), dtype=torch.bool, device=device)
+        self._sound_T1 = torch.ones((1, 1), dtype=torch.bool, device=device)
         self._steps = 0
+        self._masks = masks
+        self._soundness = self._make_soundness(device)
+
+    def _make_soundness(self, device: torch.device) -> Soundness | None:
+        """On a CPU. Whether experts are missed that masks force it does not know."""
+        if device.type != "cpu" or self._forcing is not None or not has_kernels(device):
+            return None
+        excluding_LEW = None
+        if self._masks.num_actions:  # none forces
+            excluding_LEW = torch.from_numpy(self._masks.expert_bits)
+        return Soundness(self._used_LK.sum(dim=1), self._num_experts_L1[:, 0].long(), excluding_LEW)
 
     def watch(self, layers: Sequence[int]) -> None:
         """Only these rows of the topology: the others' routers are on other ranks."""
@@ -60,11 +74,13 @@ class LivenessCheck:
         is_here_L1[list(layers)] = True
         self._is_here_L1 = is_here_L1
         self._used_LK = self._used_LK & is_here_L1
+        self._soundness = self._make_soundness(self._sees.device)
 
     def take_over(self, before: LivenessCheck) -> None:
         """Go on where the check of the program before stands: the same layers, steps and trust."""
         self._used_LK, self._is_here_L1 = before._used_LK, before._is_here_L1
         self._steps, self._sees = before._steps, before._sees
+        self._soundness = self._make_soundness(self._sees.device)
 
     def begin_step(self) -> None:
         """Counted on the host, for steps that fail too: all ranks check the same ones."""
@@ -87,9 +103,28 @@ class LivenessCheck:
         """
         if not self.is_due:
             return None, self._sees
-        findings, sound_T1 = self._find(tap, batch, in_force_TA)
+        if self._is_sound(tap, batch, in_force_TA):
+            findings, sound_T1 = self._nothing_found(len(batch.slots_B)), self._sound_T1
+        else:
+            findings, sound_T1 = self._find(tap, batch, in_force_TA)
         self.hear(findings)
         return findings, sound_T1  # a silent layer is a finding in every row
+
+    def _is_sound(self, tap: RoutingTap, batch: StepBatch, in_force_TA: torch.Tensor | None) -> bool:
+        if self._soundness is None:
+            return False
+        words_TW = None if in_force_TA is None else pack_bits(in_force_TA)
+        return self._soundness.holds(tap, len(batch.position_T), words_TW)
+
+    def _nothing_found(self, num_requests: int) -> CheckFindings:
+        num_layers = len(self._used_LK)
+        return CheckFindings(
+            torch.zeros((num_layers, Finding.NUM), dtype=torch.int64),
+            torch.zeros(num_layers, dtype=torch.bool),
+            torch.zeros((num_requests, Finding.NUM), dtype=torch.int64),
+            torch.zeros(num_layers, dtype=torch.int64),
+            torch.zeros((num_requests, self._num_actions), dtype=torch.int64),
+        )
 
     def hear(self, findings: CheckFindings) -> None:
         """Of all ranks that route the same rows: until the next check they trust the same ones."""

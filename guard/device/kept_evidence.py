@@ -152,6 +152,8 @@ class KeptEvidence:
 
     def apply_staged_writes(self) -> None:
         """Before the step's rows are written. What fails half-way is done again by the next call."""
+        if not self._staged:
+            return
         written_NO = self.written_K[: self._dustbin].view(-1, self.block_size)
         for targets, sources in self._staged:
             at_N = host_to_device(np.asarray(targets, dtype=np.int64), self._device)

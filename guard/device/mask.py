@@ -102,8 +102,9 @@ class ExpertMask:
 
     def clear_rows(self) -> None:
         """No row is masked: for dummy runs, and before a step."""
-        self.row_bits_TW[: self._rows_in_use].zero_()
-        self._rows_in_use = 0
+        if self._rows_in_use:
+            self.row_bits_TW[: self._rows_in_use].zero_()
+            self._rows_in_use = 0
 
     def wanted(self, layer: int, row_bits_TW: torch.Tensor) -> MaskedExperts:
         """What masks in force ask of the rows that a layer routes. Traced into compiled graphs.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from guard.events.liveness import Liveness
 from guard.events.message import Decision, Delta, EvidenceFacts, RuleFacts
 from guard.events.outcomes import Outcomes
 from guard.events.rulebook import RuleBook, RuleBooks
+from guard.events.step_range import StepRange
 from guard.events.tally import Tally
 from guard.failures import Stage
 from guard.program.applicability import RulesFor
@@ -69,6 +70,8 @@ class Ledger:
         self.liveness = liveness or Liveness(engine)
         self._report: StepReport | None = None
         self._row_of: dict[str, int] = {}
+        self._range = StepRange.of(None)
+        self._masks_noted: tuple[Sequence[str], NDArray[np.int64]] | None = None
         self._open: dict[str, int] = {}  # requests of this step whose accepted drafts may be cut
         self._num_cut: dict[str, int] = {}
         self._outcomes = Outcomes()
@@ -77,17 +80,21 @@ class Ledger:
     def follow(self, book: RuleBook) -> None:
         """A new revision is in force. Steps that the one before decided may still come."""
         self._books.add(book)
+        self._masks_noted = None
         if not book.rules:
             self._outcomes.masked_by.clear()  # no report will say so
 
-    def begin_step(self, report: StepReport, is_counted: Callable[[str], bool]) -> dict[str, Ending]:
+    def begin_step(
+        self, report: StepReport, rows_of: Callable[[Sequence[str]], dict[str, int]]
+    ) -> dict[str, Ending]:
         """Take a step's report. Returns the requests to end.
 
-        is_counted: whether the engine accepts this step's result for a request
+        rows_of: of these requests, the place of each for which the engine accepts this step's result
         """
         self._report = report
         self._open, self._num_cut = {}, {}
-        self._row_of = {req_id: row for row, req_id in enumerate(report.req_ids) if is_counted(req_id)}
+        self._row_of = rows_of(report.req_ids)
+        self._range = StepRange.of(report)
         self.note_failures(report.failures)
         if report.failed:
             self.liveness.note(report)
@@ -100,14 +107,17 @@ class Ledger:
             self._open = {
                 req_id: row for req_id, row in self._row_of.items() if report.drafts.num_rows_B[row]
             }
-        rows = [row for req_id, row in self._row_of.items() if req_id not in self._open]
-        self._count_tokens(report.requests_B[rows])
+        if not self._open and len(self._row_of) == len(report.req_ids):
+            self._count_tokens(report.requests_B)
+        else:
+            rows = [row for req_id, row in self._row_of.items() if req_id not in self._open]
+            self._count_tokens(report.requests_B[rows])
         self._note_violations(report)
         self._note_masks(report)
         self._note_unseen(report)
         self._note_untrusted(report)
         blocked = self._blocks(report)
-        for req_id, owed in self._owed_blocks().items():
+        for req_id, owed in self._owed_blocks().items() if self._outcomes.owed else ():
             reason = blocked.get(req_id, owed).reason
             blocked[req_id] = Ending(reason)  # none of this step's tokens was to come out
         self._note_events(report)
@@ -123,6 +133,7 @@ class Ledger:
     def give_up(self, req_ids: Iterable[str]) -> dict[str, Ending]:
         """As `begin_step`, where not even a failed step can be entered."""
         self._report, self._row_of = None, {req_id: row for row, req_id in enumerate(req_ids)}
+        self._masks_noted = None
         for req_id in self._row_of:
             self._note_unjudged(req_id)
         return self._owed_blocks()
@@ -161,18 +172,20 @@ class Ledger:
         """Faults in the engine core itself, by stage."""
         self._tally.count("failures", failures)
 
-    def mask_start(self, req_id: str) -> int | None:
-        """First position of a request under a mask that came on on the way, as of this step."""
-        row = self._row_of.get(req_id)
-        if row is None or self._report is None or self._report.failed:
-            return None
-        start = int(self._report.requests_B[row, RequestColumn.MASK_FROM])
-        return None if start >= NEVER else start
+    @property
+    def awaits_tokens(self) -> bool:
+        """How many of a request's tokens count is still to be said: some may be drafts."""
+        return bool(self._open)
+
+    @property
+    def has_seen_all(self) -> bool:
+        """The step's requests were all judged, and nothing of any was unseen."""
+        return self._range.is_all_seen
 
     def mask_starts(self) -> dict[str, int]:
-        """`mask_start` of all requests of this step that have one, found without asking for each."""
+        """First positions under a mask that came on on the way, as of this step, by request."""
         report = self._report
-        if report is None or report.failed:
+        if report is None or not self._range.begins_masks:
             return {}
         starts_B = report.requests_B[:, RequestColumn.MASK_FROM]
         rows = np.flatnonzero(starts_B < NEVER).tolist()
@@ -223,16 +236,30 @@ class Ledger:
 
     def _note_masks(self, report: StepReport) -> None:
         masked_by = self._outcomes.masked_by
+        if not masked_by and not self._range.masks:
+            return
+        if self._are_noted(report):
+            return
         for req_id in self._row_of.keys() & masked_by.keys():
             del masked_by[req_id]
         if not self._book.mask_rules:
             return
         for req_id, row in self._counted_rows(report, np.any(report.masked_BW, axis=1)):
-            rules = masked_by[req_id] = frozenset(self._book.masks_in(report.masked_BW[row].tolist()))
+            rules = masked_by[req_id] = self._book.masks_in(tuple(report.masked_BW[row].tolist()))
             if not_obeyed := {rule for rule in rules if rule.reason in self.liveness.violated}:
                 self._note_unmasked(req_id, not_obeyed)
             if req_id not in self._open:
                 self._outcomes.reached(req_id, "masked")
+
+    def _are_noted(self, report: StepReport) -> bool:
+        """The step has the same requests under the same masks as the one before, as most have."""
+        before, self._masks_noted = self._masks_noted, None
+        if self._open or self.liveness.violated or len(self._row_of) != len(report.req_ids):
+            return False
+        self._masks_noted = (report.req_ids, report.masked_BW)
+        if before is None or before[0] != report.req_ids:
+            return False
+        return np.array_equal(before[1], report.masked_BW)
 
     def _note_violations(self, report: StepReport) -> None:
         if report.check is None:
@@ -264,7 +291,9 @@ class Ledger:
                 self._note_unjudged(req_id)
 
     def _blocks(self, report: StepReport) -> dict[str, Ending]:
-        blocked = {}
+        blocked: dict[str, Ending] = {}
+        if not self._range.blocks:
+            return blocked
         keys_B = report.requests_B[:, RequestColumn.BLOCK_KEY]
         for req_id, row in self._counted_rows(report, keys_B < NEVER):
             position, rule = divmod(int(keys_B[row]), len(self._book.rules))
@@ -283,6 +312,8 @@ class Ledger:
                 yield req_id, row
 
     def _note_unseen(self, report: StepReport) -> None:
+        if self._range.is_all_seen:
+            return
         judged_B = report.requests_B[:, RequestColumn.JUDGED]
         if np.any(judged_B == Judged.RANKS_DIFFER):
             self.note_failures({Stage.RANKS: 1})

@@ -41,6 +41,7 @@ class Liveness:
         self.silent = False
         self.violated: frozenset[str] = frozenset()
         self._told: Health | None = self.health
+        self._is_told = True  # nothing has changed since
 
     @property
     def health(self) -> Health:
@@ -49,7 +50,9 @@ class Liveness:
 
     def take(self) -> Health | None:
         """What the API servers have to be told, if anything changed since the last call."""
-        health = self.health
+        if self._is_told:
+            return None
+        health, self._is_told = self.health, True
         if health == self._told:
             return None
         self._told = health
@@ -57,7 +60,7 @@ class Liveness:
 
     def put_back(self) -> None:
         """What `take` gave did not get out."""
-        self._told = None
+        self._told, self._is_told = None, False
 
     def note(self, report: StepReport, masks: Sequence[RuleFacts] = ()) -> dict[str, int]:
         """Take a step's report. Returns the faults that its check found, by stage.
@@ -65,17 +68,22 @@ class Liveness:
         masks: the rule of each mask action of the report's program
         """
         judged_B = report.requests_B[:, RequestColumn.JUDGED]
-        ranks_differ = len(judged_B) > 0 and bool((judged_B == Judged.RANKS_DIFFER).all())
-        self._judges = not report.failed and not ranks_differ
+        ranks_differ = len(judged_B) > 0 and int(judged_B.max()) == Judged.RANKS_DIFFER
+        self._set_judges(not report.failed and not ranks_differ)
         if report.check is None:
             return {}
         return self._note_check(report.check, masks)
 
     def note_fault(self) -> None:
         """A step of which not even a report could be taken."""
-        self._judges = False
+        self._set_judges(False)
+
+    def _set_judges(self, judges: bool) -> None:
+        self._is_told = self._is_told and judges == self._judges
+        self._judges = judges
 
     def _note_check(self, check: RoutingCheck, masks: Sequence[RuleFacts]) -> dict[str, int]:
+        self._is_told = False
         numbers = np.array(check.layers, dtype=np.int64)
         self.silent = bool(check.silent_L.any())
         blind = frozenset(numbers[check.findings_LF.any(axis=1)].tolist())

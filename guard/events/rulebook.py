@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +11,9 @@ from guard.program.program import WORD_BITS
 
 KEPT_REVISIONS = 8
 """Of revisions no longer in force, so many are remembered for what was on its way when they ended."""
+
+_MOST_KNOWN_WORDS = 4096
+"""So many combinations of masks are looked up but once."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,22 @@ class RuleBook:
         """The rule of each mask action."""
         return tuple(self.rules[rule] for rule in self.mask_rules)
 
-    def masks_in(self, words: Sequence[int]) -> Iterator[RuleFacts]:
+    def masks_in(self, words: tuple[int, ...]) -> frozenset[RuleFacts]:
         """The rules whose mask actions a request's words name."""
-        for action, rule in enumerate(self.masks):
-            if words[action // WORD_BITS] >> (action % WORD_BITS) & 1:
-                yield rule
+        found = self._masks_in.get(words)
+        if found is None:
+            found = frozenset(
+                rule
+                for action, rule in enumerate(self.masks)
+                if words[action // WORD_BITS] >> (action % WORD_BITS) & 1
+            )
+            if len(self._masks_in) < _MOST_KNOWN_WORDS:
+                self._masks_in[words] = found
+        return found
+
+    @cached_property
+    def _masks_in(self) -> dict[tuple[int, ...], frozenset[RuleFacts]]:
+        return {}
 
 
 class RuleBooks:

@@ -32,7 +32,7 @@ class RequestColumn:
 
 
 class Judged:
-    """Whether a request was judged in a step."""
+    """Whether a request was judged in a step. No other value is below that of `RANKS_DIFFER`."""
 
     NO = 0  # it has no slot
     YES = 1

@@ -136,7 +136,7 @@ def _note_masks(guard: Guard, batch: list[Speculated], starts: np.ndarray) -> No
 
 def _settle(ledger: Ledger, batch: list[Speculated], report: StepReport, steps: list[Step]) -> None:
     """What the engine core does with a step: a block, a stop, or all tokens are the client's."""
-    endings = ledger.begin_step(report, lambda _: True)
+    endings = ledger.begin_step(report, lambda req_ids: {r: row for row, r in enumerate(req_ids)})
     for request, step in zip(batch, steps, strict=True):
         last = request.position + step.accepted - 1
         request.position = last + 1

@@ -1,4 +1,4 @@
-"""`python -m tests.support.compiled_kernels 80 90`: compiles the judge's kernels for these NVIDIA
+"""`python -m tests.support.compiled_kernels 80 90`: compiles the kernels for these NVIDIA
 architectures, without a GPU, and prints the registers and memory that each takes, as JSON."""
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from guard.device.kernels.triton_judge.admit import admit_kernel
 from guard.device.kernels.triton_judge.begin import begin_kernel
 from guard.device.kernels.triton_judge.decide import decide_kernel
 from guard.device.kernels.triton_judge.reduce import reduce_kernel
+from guard.device.kernels.triton_route.kernel import route_kernel
 
 _TYPES = {
     **dict.fromkeys(("real", "extreme_SC", "values_V"), "*fp64"),
@@ -27,6 +28,18 @@ _TYPES = {
     "narrow_KX": "*i16",
     **dict.fromkeys(("evidence", "whole", "scratch", "counters", "num_events"), "*i64"),
 }
+_ROUTE_TYPES = {
+    **dict.fromkeys(("topk_weights", "tap_weights_TK", "bias"), "*fp32"),
+    "router_logits": "*bf16",
+    "topk_ids": "*i32",
+    "tap_ids_TK": "*i32",
+    "scaling": "fp32",
+}
+_ROUTE_SIZES: dict[str, int | bool] = {
+    **{"TOP_K": 8, "BLOCK_K": 8, "NUM_EXPERTS": 256, "BLOCK_E": 256, "IS_MASKING": True},
+    **{"NUM_GROUPS": 8, "TOPK_GROUPS": 4, "BLOCK_G": 8, "SCORING": 1, "RENORMALIZE": True},
+    "HAS_BIAS": True,
+}
 _KERNELS: dict[str, tuple[Any, dict[str, int | bool]]] = {
     "decide": (
         decide_kernel,
@@ -35,6 +48,7 @@ _KERNELS: dict[str, tuple[Any, dict[str, int | bool]]] = {
     "reduce": (reduce_kernel, {"TOP_K": 8, "KEEPS": True, "HAS_REJECTED": True, "BLOCK": 128}),
     "begin": (begin_kernel, {"ROWS": 16, "FILL": 512}),
     "admit": (admit_kernel, {"BLOCK": 128}),
+    "route": (route_kernel, _ROUTE_SIZES),
 }
 
 
@@ -42,7 +56,8 @@ def _resources(kernel: Any, constants: dict[str, int | bool], capability: int) -
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
-        return _TYPES.get(name) or ("*i64" if name[-1].isupper() or name[-1] == "1" else "i32")
+        types = _ROUTE_TYPES if kernel is route_kernel else _TYPES
+        return types.get(name) or ("*i64" if name[-1].isupper() or name[-1] == "1" else "i32")
 
     assert all(p.is_constexpr or p.do_not_specialize for p in kernel.params), "sizes are compiled in"
     compiled = triton.compile(

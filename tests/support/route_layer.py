@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from guard.device.kernels.layer_routing import LayerRouting
+from guard.device.kernels.layer_routing import GpuLayerRouting, LayerRouting, make_layer_routing
 from guard.device.layout import Capacity
 from guard.device.mask import ExpertMask
 from guard.device.tap import RoutingTap
@@ -24,6 +25,8 @@ _METHODS = {
     MaskMethodCode.FORCE: "forced",
 }
 CPU = torch.device("cpu")
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""The GPU's kernel is run by Triton's interpreter, in the place of the CPU's."""
 
 
 class Routed(NamedTuple):
@@ -47,12 +50,8 @@ def route_layer(
     asks: Sequence[Asked],
     bias: torch.Tensor | None,
     stock: tuple[torch.Tensor, torch.Tensor] | None = None,
-    implementation: Callable[..., Any] | None = None,
 ) -> Routed:
-    """It is the second layer of two, so that a wrong stride shows.
-
-    implementation: called in the place of `torch.ops.moe_guard.route`
-    """
+    """It is the second layer of two, so that a wrong stride shows."""
     num_rows = len(asks)
     layers = (MoELayer(0, layer.num_experts + 3, layer.top_k + 1), layer._replace(number=1))
     topology = Topology("Tests", layers)
@@ -61,21 +60,8 @@ def route_layer(
     tap, mask = RoutingTap(topology, capacity, CPU), ExpertMask(topology, capacity, CPU)
     put_masks(mask, asks)
     weights, ids = stock or stock_choice(layer, num_rows)
-    routing = LayerRouting.make(layer, 1, tap, mask, SCALING)
-    assert routing is not None, "no kernel covers it"
-    if implementation is None:
-        routing.apply(logits, weights, ids, bias)
-    else:
-        implementation(
-            logits,
-            weights,
-            ids,
-            *routing._bits,
-            tap.topk_ids_TLK,
-            tap.topk_weights_TLK,
-            *routing._facts,
-            bias,
-        )
+    routing = make_routing(layer, 1, tap, mask)
+    apply(routing, logits, weights, ids, bias)
     assert torch.equal(tap.topk_ids_TLK[:, 0], torch.full_like(tap.topk_ids_TLK[:, 0], -1))
     assert (tap.topk_ids_TLK[num_rows:] == -1).all()
     assert (tap.topk_ids_TLK[:, 1, layer.top_k :] == -1).all()
@@ -86,6 +72,30 @@ def route_layer(
         tap.topk_weights_TLK[:num_rows, 1, :k],
         tap.topk_ids_TLK[:num_rows, 1, :k].long(),
     )
+
+
+def make_routing(layer: MoELayer, index: int, tap: RoutingTap, mask: ExpertMask | None) -> LayerRouting:
+    if IS_INTERPRETED:
+        return GpuLayerRouting(layer, index, tap, mask, SCALING)
+    routing = make_layer_routing(layer, index, tap, mask, SCALING)
+    assert routing is not None, "no kernel covers it"
+    return routing
+
+
+def apply(
+    routing: LayerRouting,
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> None:
+    if not isinstance(routing, GpuLayerRouting):
+        routing.apply(logits, weights, ids, bias)
+        return
+    from guard.device.kernels.triton_route.launch import route
+
+    implementation: Any = route
+    implementation(logits, weights, ids, *routing._buffers, *routing._facts, bias)
 
 
 def put_masks(mask: ExpertMask, asks: Sequence[Asked]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -36,7 +36,7 @@ from guard_vllm.parallel import reports_for_all
 from guard_vllm.recording import RequestEnds
 from guard_vllm.request_facts import rules_of_request, send_day
 from guard_vllm.settings import Settings
-from guard_vllm.steps import REPORT_ATTRIBUTE, wrap
+from guard_vllm.steps import REPORT_ATTRIBUTE, Hook, wrap
 from guard_vllm.worker import STATUS_METHOD, WorkerStatus
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class EngineCoreGuard:
         self._reports = reports_for_all(core.vllm_config.parallel_config)
         self._failures = Failures()
         self._blocked: Mapping[str, Ending] = {}
+        self._cut_tokens: Hook | None = None
         statuses = core.model_executor.collective_rpc(STATUS_METHOD)
         status = _agreed(statuses)
         self._hooked = False
@@ -153,7 +154,9 @@ class EngineCoreGuard:
             self._hooked = True
             scheduler = self._core.scheduler
             wrap(scheduler, "update_from_output", self._update_from_output)
-            wrap(scheduler, "_update_request_with_output", self._update_request_with_output)
+            self._cut_tokens = Hook(
+                scheduler, "_update_request_with_output", self._update_request_with_output
+            )
             wrap(scheduler, "_free_request", self._free_request)
             self._hook_kv_blocks(scheduler)
             if self._records:
@@ -194,11 +197,14 @@ class EngineCoreGuard:
         if req_ids and self._is_reported(output):
             with self._failures.caught(Stage.LEDGER) as attempt:
                 report = getattr(output, REPORT_ATTRIBUTE, None) or self._unreported(req_ids)
-                self._blocked = self._ledger.begin_step(report, self._is_counted)
+                self._blocked = self._ledger.begin_step(report, self._rows_of)
                 self._isolate_kv(report, scheduler_output)  # before this step's tokens fill a block
             if attempt.failed:
                 self._enter_failed_step(req_ids, scheduler_output)
-        outputs = stock(scheduler_output, output)
+        assert self._cut_tokens is not None, "requests come first"
+        # Called for each request, so only in steps in which there is something to do.
+        with self._cut_tokens.hung(bool(self._blocked) or self._ledger.awaits_tokens):
+            outputs = stock(scheduler_output, output)
         self._ledger.end_step()
         return outputs
 
@@ -214,12 +220,12 @@ class EngineCoreGuard:
     def _enter_failed_step(self, req_ids: tuple[str, ...], scheduler_output: Any) -> None:
         failed = StepReport.of_failed_step(self._revision, req_ids, {})
         with self._failures.caught(Stage.LEDGER) as attempt:
-            unjudged = self._ledger.begin_step(failed, self._is_counted)
+            unjudged = self._ledger.begin_step(failed, self._rows_of)
             self._blocked = {**unjudged, **self._blocked}
         if attempt.failed:
             self._liveness.note_fault()
             with self._failures.caught(Stage.LEDGER):
-                self._blocked = self._ledger.give_up(filter(self._is_counted, req_ids))
+                self._blocked = self._ledger.give_up(self._rows_of(req_ids))
         with self._failures.caught(Stage.LEDGER):
             self._isolate_kv(failed, scheduler_output)
 
@@ -227,10 +233,15 @@ class EngineCoreGuard:
         """A step of which the worker said nothing was not judged."""
         return StepReport.of_failed_step(self._revision, req_ids, {Stage.READBACK: 1})
 
-    def _is_counted(self, req_id: str) -> bool:
-        """Whether the scheduler takes this step's result for a request, as it will decide itself."""
-        request = self._core.scheduler.requests.get(req_id)
-        return request is not None and not request.is_finished()
+    def _rows_of(self, req_ids: Sequence[str]) -> dict[str, int]:
+        """The places of the requests for which the scheduler takes this step's result, as it will
+        decide itself: those that it knows and that have not finished."""
+        requests, last = self._core.scheduler.requests, RequestStatus.PREEMPTED
+        return {
+            req_id: row
+            for row, req_id in enumerate(req_ids)
+            if (request := requests.get(req_id)) is not None and request.status <= last
+        }
 
     def _update_request_with_output(
         self, stock: Any, request: Any, new_token_ids: list[int], *args: Any, **kwargs: Any
@@ -279,6 +290,8 @@ class EngineCoreGuard:
             request = scheduler.requests.get(req_id)
             if request is not None:
                 self._isolation.isolate_from(request, start)
+        if self._ledger.has_seen_all:
+            return
         unjudged = report.unjudged()
         if not unjudged:
             return
@@ -293,7 +306,8 @@ class EngineCoreGuard:
     def _post_step(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)
         with self._failures.caught(Stage.DELIVER):
-            self._ledger.note_failures(self._failures.take())
+            if faults := self._failures.take():
+                self._ledger.note_failures(faults)
             idle = not self._core.scheduler.has_unfinished_requests()
             while (delta := self._ledger.take(idle=idle)) is not None:
                 with self._failures.caught(Stage.DELIVER) as attempt:

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import
 )
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-from guard.device.kernels.layer_routing import LayerRouting
+from guard.device.kernels.layer_routing import make_layer_routing
 from guard.device.mask import ExpertMask, MaskedExperts
 from guard.device.routing import route_masked
 from guard.errors import UnsupportedHostError
@@ -201,7 +201,7 @@ def _guarded(
     rows = routed_rows(layer.runner, mask)
     kernel = None
     if rows.are_all_own and family.expert_scale is None:
-        kernel = LayerRouting.make(facts, index, tap, mask, family.scaling)
+        kernel = make_layer_routing(facts, index, tap, mask, family.scaling)
 
     def compute_routing(
         hidden_states: torch.Tensor, router_logits: torch.Tensor, *args: Any, **kwargs: Any

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,3 +145,26 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
         return around(stock, *args, **kwargs)
 
     setattr(owner, name, wrapper)
+
+
+class Hook:
+    """`wrap`, for a method that is called too often to go through it when there is nothing to do."""
+
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        self._owner, self._name = owner, name
+        self._hooked = partial(around, seam(owner, name))
+
+    @contextmanager
+    def hung(self, is_hung: bool) -> Iterator[None]:
+        if not is_hung:
+            yield
+            return
+        stock = vars(self._owner).get(self._name)  # somebody else's, if there is one
+        setattr(self._owner, self._name, self._hooked)
+        try:
+            yield
+        finally:
+            if stock is None:
+                delattr(self._owner, self._name)
+            else:
+                setattr(self._owner, self._name, stock)

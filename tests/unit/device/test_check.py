@@ -133,7 +133,7 @@ def test_findings_are_those_of_a_loop_over_rows_layers_and_actions(
             of_row[request == number].sum(axis=0).tolist() for number in range(len(counts))
         ]
     is_sound = ~findings.any(axis=(1, 2)) & ~silent.any()
-    assert trusted[:, 0].tolist() == is_sound.tolist()
+    assert trusted.expand(num_rows, 1)[:, 0].tolist() == is_sound.tolist()
 
 
 class FaultyEngine(Engine):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from guard.events.tally import FLUSH_SECONDS
 from guard.failures import Stage
 from guard.program.applicability import RulesFor
 from guard.program.step_report import DraftReport, Judged, StepReport
-from tests.unit.events.reports import Row, failed, report, rule
+from tests.unit.events.reports import Row, everyone, failed, report, rule
 
 RULES = (rule("watch"), rule("steer", "mask"), rule("stop", "block"))
 OBSERVED, MASKED, BLOCKED = (0, 3, True), (1, 3, True), (2, 3, True)
@@ -45,12 +45,12 @@ def make(
     return Ledger(0, book, redacted=redacted, rules_of=rules_of, clock=clock or Clock())
 
 
-def everyone(_: str) -> bool:
-    return True
+def nobody(_: Sequence[str]) -> dict[str, int]:
+    return {}
 
 
-def nobody(_: str) -> bool:
-    return False
+def all_but(gone: str) -> Callable[[Sequence[str]], dict[str, int]]:
+    return lambda req_ids: {r: row for r, row in everyone(req_ids).items() if r != gone}
 
 
 def take(ledger: Ledger) -> Delta:
@@ -137,7 +137,7 @@ def test_a_step_that_does_not_count_leaves_nothing_behind() -> None:
     row = Row("a", 4, 2, block=(3, 2), masks=[0], unseen=3, selections=9, events=[BLOCKED])
 
     assert ledger.begin_step(report(row), nobody) == {}
-    assert ledger.mask_start("a") is None
+    assert ledger.mask_starts() == {}
     ledger.end_step()
     ledger.finish("b")
 
@@ -150,7 +150,7 @@ def test_a_step_that_does_not_count_leaves_nothing_behind() -> None:
 def test_tokens_and_selections_are_summed_over_the_requests_that_count() -> None:
     ledger = make()
     step = report(Row("a", 4, 1, selections=2), Row("gone", 8, 8, selections=8), Row("b", 1, 0))
-    ledger.begin_step(step, lambda req_id: req_id != "gone")
+    ledger.begin_step(step, all_but("gone"))
 
     delta = take(ledger)
     assert delta.tokens == {"prompt": 5, "output": 1}
@@ -311,11 +311,9 @@ def test_the_start_of_a_mask_is_known_during_its_step_alone() -> None:
     ledger = make()
     ledger.begin_step(report(Row("a", masked_from=7), Row("b")), everyone)
 
-    assert (ledger.mask_start("a"), ledger.mask_start("b"), ledger.mask_start("c")) == (
-        7, None, None
-    )  # fmt: skip
+    assert ledger.mask_starts() == {"a": 7}
     ledger.end_step()
-    assert ledger.mask_start("a") is None
+    assert ledger.mask_starts() == {}
 
 
 def test_decisions_beyond_the_buffer_are_dropped_and_counted_in_both_ways(
@@ -341,7 +339,7 @@ def test_firings_without_evidence_count_where_their_request_and_position_do() ->
     counted, told = [], []
     for kept_events in (512, 0):
         ledger = make()
-        endings = ledger.begin_step(report(*rows, kept_events=kept_events), lambda id_: id_ != "over")
+        endings = ledger.begin_step(report(*rows, kept_events=kept_events), all_but("over"))
         for req_id in ("a", "b"):
             ledger.finish(req_id)
         ledger.end_step()

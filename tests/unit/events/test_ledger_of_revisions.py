@@ -8,15 +8,11 @@ from guard.events.ledger import Ending, Ledger
 from guard.events.message import Delta
 from guard.events.rulebook import RuleBook
 from guard.program.step_report import EventColumn, RequestColumn, StepReport
-from tests.unit.events.reports import Row, report, rule
+from tests.unit.events.reports import Row, everyone, report, rule
 
 WATCH, STEER, STOP = rule("watch"), rule("steer", "mask"), rule("stop", "block")
 OLD = RuleBook("rev-1", (WATCH, STEER, STOP), (1,), 1)
 NEW = RuleBook("rev-2", (rule("stop", "block", policy="q"), WATCH), (), 0)
-
-
-def everyone(_: str) -> bool:
-    return True
 
 
 def of_new(*rows: Row) -> StepReport:

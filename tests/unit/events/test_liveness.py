@@ -14,7 +14,7 @@ from guard.events.message import Delta, Health, RuleFacts
 from guard.events.rulebook import RuleBook
 from guard.failures import Stage
 from guard.program.step_report import Finding, Judged, RoutingCheck, StepReport
-from tests.unit.events.reports import Row, check, failed, report, rule
+from tests.unit.events.reports import Row, check, everyone, failed, report, rule
 
 UP, DOWN = Health(0, True, 0), Health(0, False, 0)
 
@@ -104,7 +104,7 @@ def run(rules: Sequence[RuleFacts], *steps: StepReport) -> tuple[list[dict[str, 
     ledger = Ledger(0, RuleBook("rev-1", tuple(rules), (0,), 1))
     blocked = []
     for step in steps:
-        endings = ledger.begin_step(step, lambda _: True)
+        endings = ledger.begin_step(step, everyone)
         blocked.append({req_id: ending.reason for req_id, ending in endings.items()})
         ledger.end_step()
     for req_id in steps[-1].req_ids:

@@ -112,13 +112,12 @@ def request(req_id: str, *enforce: str, tenant: str | None = None) -> Any:
         request_id=req_id,
         num_tokens=1,
         num_prompt_tokens=1,
-        status=None,
+        status=RequestStatus.RUNNING,
         stop_reason=None,
         resumable=False,
         skip_reading_prefix_cache=False,
         sampling_params=SimpleNamespace(extra_args=extra_args),
         lora_request=None,
-        is_finished=lambda: False,
     )
 
 

@@ -113,20 +113,19 @@ def _compile(compiler: str, target: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     logger.info("compiling MoE Guard's kernels for this CPU's torch, once")
-    subprocess.run(
-        [
-            compiler,
-            *_FLAGS,
-            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-            *(f"-isystem{path}" for path in include_paths()),
-            *map(str, _SOURCES),
-            "-o",
-            str(target),
-            *(f"-L{path}" for path in library_paths()),
-            *_LIBRARIES,
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    flags = [
+        *_FLAGS,
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *(f"-isystem{path}" for path in include_paths()),
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        objects = [Path(scratch, source.stem).with_suffix(".o") for source in _SOURCES]
+        commands = [
+            [compiler, *flags, "-c", str(source), "-o", str(made)]
+            for source, made in zip(_SOURCES, objects, strict=True)
+        ]
+        # Without -fopenmp here: threads are those of torch's own OpenMP, whatever its file is called.
+        libraries = [*(f"-L{path}" for path in library_paths()), *_LIBRARIES]
+        commands.append([compiler, "-shared", *map(str, objects), "-o", str(target), *libraries])
+        for command in commands:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)

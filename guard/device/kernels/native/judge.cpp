@@ -7,6 +7,8 @@
 //
 // Letters as in `guard/device/layout.py`. All arrays are whole and in C order.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -20,6 +22,7 @@ constexpr int64_t kNever = int64_t{1} << 62;
 constexpr int64_t kRequest = 1, kPrompt = 2, kOutput = 3;  // `WindowKind`; else recent
 constexpr int64_t kLogistic = 1, kNegativeLog = 2;         // `Transform`
 constexpr int64_t kRequestColumns = 7, kEventColumns = 7;
+constexpr int64_t kRowsAThread = 32;  // fewer are not worth another thread
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -29,6 +32,18 @@ T* scratch(std::vector<T>& memory, int64_t size, T value) {
   memory.assign(static_cast<size_t>(size), value);
   return memory.data();
 }
+
+int num_threads(int64_t num_rows) {
+  return static_cast<int>(std::clamp<int64_t>(num_rows / kRowsAThread, 1, omp_get_max_threads()));
+}
+
+// The part of a loop that is the calling thread's.
+struct Share {
+  int64_t first, stop;
+  explicit Share(int64_t size)
+      : first(size * omp_get_thread_num() / omp_get_num_threads()),
+        stop(size * (omp_get_thread_num() + 1) / omp_get_num_threads()) {}
+};
 
 }  // namespace
 
@@ -102,20 +117,19 @@ void moe_guard_begin(const Slots* slots, const int64_t* slots_B, const int64_t* 
   std::fill(request_T + query_start_B1[num_requests], request_T + num_rows, num_requests);
 }
 
-// Evidence of each row from the experts that it chose, int64 [T, columns]. Adds in the order of layers
-// and choices, as the twin does.
-// trusted_T: for each row, or one for all; the others' evidence is 0
-void moe_guard_reduce(const SignalTables* tables, const int32_t* ids_TLK, const float* weights_TLK,
-                      int64_t num_rows, const bool* trusted_T, bool one_for_all,
-                      int64_t* evidence_TX) {
+}  // extern "C"
+
+namespace {
+
+void reduce_rows(const SignalTables& t, const int32_t* ids_TLK, const float* weights_TLK,
+                 const bool* trusted_T, bool one_for_all, Share share, int64_t* evidence_TX) {
   thread_local std::vector<double> mass_memory;
   thread_local std::vector<int64_t> layer_memory;
-  const SignalTables& t = *tables;
   const int64_t num_masses = t.num_columns - t.first_mass, num_spread = t.first_mass - t.first_spread;
-  std::fill_n(evidence_TX, num_rows * t.num_columns, 0);
-  for (int64_t row = 0; row < num_rows; ++row) {
-    if (!trusted_T[one_for_all ? 0 : row]) continue;
+  for (int64_t row = share.first; row < share.stop; ++row) {
     int64_t* evidence_X = evidence_TX + row * t.num_columns;
+    std::fill_n(evidence_X, t.num_columns, 0);
+    if (!trusted_T[one_for_all ? 0 : row]) continue;
     std::fill_n(evidence_X, t.num_tokens, 1);
     double* masses = scratch(mass_memory, num_masses, 0.0);
     int64_t* last_layer = scratch(layer_memory, num_spread, int64_t{-1});
@@ -148,6 +162,20 @@ void moe_guard_reduce(const SignalTables* tables, const int32_t* ids_TLK, const 
       evidence_X[t.first_mass + mass] = static_cast<int64_t>(std::nearbyint(masses[mass]));
     }
   }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Evidence of each row from the experts that it chose, int64 [T, columns]. Adds in the order of layers
+// and choices, as the twin does.
+// trusted_T: for each row, or one for all; the others' evidence is 0
+void moe_guard_reduce(const SignalTables* tables, const int32_t* ids_TLK, const float* weights_TLK,
+                      int64_t num_rows, const bool* trusted_T, bool one_for_all,
+                      int64_t* evidence_TX) {
+#pragma omp parallel num_threads(num_threads(num_rows)) if (num_rows >= 2 * kRowsAThread)
+  reduce_rows(*tables, ids_TLK, weights_TLK, trusted_T, one_for_all, Share(num_rows), evidence_TX);
 }
 
 }  // extern "C"
@@ -292,26 +320,33 @@ struct Firings {
   std::vector<double> values;
   std::vector<char> acting;
   int64_t most_conditions = 0;
+
+  void clear() {
+    events.clear();
+    values.clear();
+    acting.clear();
+  }
+
+  void append(const Firings& others) {
+    events.insert(events.end(), others.events.begin(), others.events.end());
+    values.insert(values.end(), others.values.begin(), others.values.end());
+    acting.insert(acting.end(), others.acting.begin(), others.acting.end());
+  }
 };
-thread_local Firings firings;
+thread_local Firings last_firings;
 
-}  // namespace
+// What a step is decided from, and where it is written.
+struct Step {
+  const int64_t *evidence_TX, *slots_B, *query_start_B1, *position_T, *rejected_B, *computed_B;
+  int64_t *requests_BF, *masked_BW;
+  float* extremes_BC;
+};
 
-extern "C" {
-
-// Advance the slots by a step, write the last three arrays, and return the number of firings, which
-// `moe_guard_take_firings` gives.
-// rejected_B, computed_B: null where there are none
-int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const int64_t* evidence_TX,
-                         const int64_t* slots_B, const int64_t* query_start_B1,
-                         const int64_t* position_T, const int64_t* rejected_B,
-                         const int64_t* computed_B, int64_t num_requests, int64_t* requests_BF,
-                         int64_t* masked_BW, float* extremes_BC) {
+void decide_requests(const DecisionTables& t, const Slots& s, const Step& step, Share share,
+                     Firings& firings) {
   thread_local std::vector<int64_t> signal_memory, before_memory, hits_memory, fired_memory;
   thread_local std::vector<int64_t> here_memory, now_memory, row_memory, value_memory, truth_memory;
   thread_local std::vector<double> condition_memory;
-  const DecisionTables& t = *tables;
-  const Slots& s = *slots;
   const int64_t X = t.num_signals, C = t.num_conditions, R = t.num_rules, A = t.num_actions;
   const bool persists = s.kept_hits > 1;
   int64_t* signal_X = scratch(signal_memory, X, int64_t{0});
@@ -324,15 +359,13 @@ int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const
   int64_t* value_M = scratch(value_memory, t.num_readings, int64_t{0});
   double* value_C = scratch(condition_memory, C, 0.0);
   int64_t* truth = scratch(truth_memory, 1 + C + t.num_nodes, kTrue);
-  firings.events.clear();
-  firings.values.clear();
-  firings.acting.clear();
-  firings.most_conditions = t.most_conditions;
-  for (int64_t request = 0; request < num_requests; ++request) {
-    const int64_t slot = slots_B[request];
-    int64_t* facts_F = requests_BF + request * (kRequestColumns + t.num_sets);
-    int64_t* masked_W = masked_BW + request * t.num_words;
-    float* extremes_C = extremes_BC + request * C;
+  firings.clear();
+  for (int64_t request = share.first; request < share.stop; ++request) {
+    const int64_t slot = step.slots_B[request];
+    const int64_t* position_T = step.position_T;
+    int64_t* facts_F = step.requests_BF + request * (kRequestColumns + t.num_sets);
+    int64_t* masked_W = step.masked_BW + request * t.num_words;
+    float* extremes_C = step.extremes_BC + request * C;
     std::fill_n(facts_F, kRequestColumns + t.num_sets, 0);
     std::fill_n(masked_W, t.num_words, 0);
     facts_F[0] = facts_F[1] = kNever;
@@ -340,9 +373,9 @@ int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const
       std::fill_n(extremes_C, C, std::numeric_limits<float>::quiet_NaN());
       continue;
     }
-    const int64_t start_row = query_start_B1[request];
-    int64_t last_row = query_start_B1[request + 1] - 1;
-    if (rejected_B != nullptr) last_row -= rejected_B[request];
+    const int64_t start_row = step.query_start_B1[request];
+    int64_t last_row = step.query_start_B1[request + 1] - 1;
+    if (step.rejected_B != nullptr) last_row -= step.rejected_B[request];
     const int64_t following = s.next_position_S[slot], prompt = s.prompt_tokens_S[slot];
     const int64_t begin = std::max(following, position_T[start_row]);
     const int64_t after = std::max(following, position_T[last_row] + 1);
@@ -370,7 +403,7 @@ int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const
     int64_t prompt_tokens = 0, output_tokens = 0;
     for (int64_t row = first_row; row <= last_row; ++row) {
       const int64_t position = position_T[row];
-      const int64_t* evidence_X = evidence_TX + row * t.num_evidence;
+      const int64_t* evidence_X = step.evidence_TX + row * t.num_evidence;
       for (int64_t signal = 0; signal < X; ++signal) {
         const int64_t source = t.signals[signal];
         int64_t value = evidence_X[source];
@@ -456,7 +489,7 @@ int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const
     int64_t* from_IA = s.mask_from_SIA + slot * s.num_intervals * A;
     int64_t* to_IA = s.mask_to_SIA + slot * s.num_intervals * A;
     int64_t begins_at = std::max(after, prompt);
-    if (computed_B != nullptr) begins_at = std::max(begins_at, computed_B[request]);
+    if (step.computed_B != nullptr) begins_at = std::max(begins_at, step.computed_B[request]);
     update_masks(begins_at, t, enforced_R, active_R, num_fired_R, s.num_intervals, from_IA, to_IA);
     for (int64_t place = 0; place < s.num_intervals; ++place) {
       for (int64_t action = 0; action < A; ++action) {
@@ -483,11 +516,38 @@ int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const
     }
     for (int64_t at = 0; at < C; ++at) extremes_C[at] = static_cast<float>(extreme_C[at]);
   }
-  return static_cast<int64_t>(firings.acting.size());
+}
+
+}  // namespace
+
+extern "C" {
+
+// Advance the slots by a step, write the last three arrays, and return the number of firings, which
+// `moe_guard_take_firings` gives to the same thread.
+// rejected_B, computed_B: null where there are none
+int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const int64_t* evidence_TX,
+                         const int64_t* slots_B, const int64_t* query_start_B1,
+                         const int64_t* position_T, const int64_t* rejected_B,
+                         const int64_t* computed_B, int64_t num_requests, int64_t* requests_BF,
+                         int64_t* masked_BW, float* extremes_BC) {
+  const Step step{evidence_TX, slots_B,     query_start_B1, position_T, rejected_B,
+                  computed_B,  requests_BF, masked_BW,      extremes_BC};
+  thread_local std::vector<Firings> memory;
+  std::vector<Firings>& by_thread = memory;  // the caller's, in all threads
+  const int threads = num_threads(num_requests);
+  by_thread.resize(threads);
+  for (Firings& each : by_thread) each.clear();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  decide_requests(*tables, *slots, step, Share(num_requests), by_thread[omp_get_thread_num()]);
+  last_firings.clear();
+  last_firings.most_conditions = tables->most_conditions;
+  for (const Firings& each : by_thread) last_firings.append(each);
+  return static_cast<int64_t>(last_firings.acting.size());
 }
 
 // In front the first firing of each request and rule that acts; the others behind, in their order.
 void moe_guard_take_firings(int64_t* events_V, double* values_V) {
+  const Firings& firings = last_firings;
   const int64_t width = firings.most_conditions;
   for (const bool wanted : {true, false}) {
     for (size_t event = 0; event < firings.acting.size(); ++event) {
@@ -496,6 +556,44 @@ void moe_guard_take_firings(int64_t* events_V, double* values_V) {
       values_V = std::copy_n(firings.values.data() + event * width, width, values_V);
     }
   }
+}
+
+}  // extern "C"
+
+extern "C" {
+
+// Whether the running check would find nothing: every used place names an expert of the layer, none has
+// weight twice, no weight is infinite or none, and no expert has weight that a row's masks exclude.
+// used_L: places of the layer that must name an expert, from the first on
+// excluding_LEW: the mask actions that exclude each expert; null where no row is under a mask
+bool moe_guard_is_sound(const int32_t* ids_TLK, const float* weights_TLK, int64_t num_rows,
+                        int64_t num_layers, int64_t top_k, const int64_t* used_L,
+                        const int64_t* num_experts_L, const int64_t* excluding_LEW,
+                        int64_t max_experts, const int64_t* words_TW, int64_t num_words) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    for (int64_t layer = 0; layer < num_layers; ++layer) {
+      const int32_t* ids_K = ids_TLK + (row * num_layers + layer) * top_k;
+      const float* weights_K = weights_TLK + (row * num_layers + layer) * top_k;
+      for (int64_t k = 0; k < top_k; ++k) {
+        const bool is_expert = ids_K[k] >= 0 && ids_K[k] < num_experts_L[layer];
+        if (!is_expert) {
+          if (k < used_L[layer]) return false;
+          continue;
+        }
+        if (!std::isfinite(weights_K[k])) return false;
+        if (weights_K[k] == 0.0f) continue;
+        for (int64_t other = 0; other < k; ++other) {
+          if (ids_K[other] == ids_K[k] && weights_K[other] != 0.0f) return false;
+        }
+        if (excluding_LEW == nullptr) continue;
+        const int64_t* excluding_W = excluding_LEW + (layer * max_experts + ids_K[k]) * num_words;
+        for (int64_t word = 0; word < num_words; ++word) {
+          if (excluding_W[word] & words_TW[row * num_words + word]) return false;
+        }
+      }
+    }
+  }
+  return true;
 }
 
 }  // extern "C"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from guard.device.kept_evidence import KeepRows
+from guard.device.kept_evidence import KeepRows, KeptColumns
 from guard.device.kernels.native.build import library
 from guard.device.kernels.program_tables import decision_tables, signal_tables
 from guard.device.layout import MAX_EVENTS_PER_STEP
@@ -129,6 +129,10 @@ _ARGUMENTS: dict[str, tuple[list[Any], Any]] = {
     ),
     "moe_guard_decide": ([c_void_p] * 8 + [c_int64] + [c_void_p] * 3, c_int64),
     "moe_guard_take_firings": ([c_void_p, c_void_p], None),
+    "moe_guard_is_sound": (
+        [c_void_p, c_void_p, c_int64, c_int64, c_int64] + [c_void_p] * 3 + [c_int64, c_void_p, c_int64],
+        c_bool,
+    ),
 }
 
 
@@ -234,6 +238,7 @@ class NativeJudge:
             self._num_words,
         )
         self._slots = SlotAddresses()
+        self._kept: tuple[KeptColumns, _KeepAddresses] | None = None
         self._all_trusted = torch.ones(1, dtype=torch.bool)
         self._no_events_V = torch.zeros((0, EventColumn.NUM), dtype=torch.int64)
         self._no_values_V = torch.zeros((0, self._most_conditions), dtype=torch.float64)
@@ -276,9 +281,15 @@ class NativeJudge:
                 None if rejected_B is None else rejected_B.data_ptr(),
                 len(query_start_B1) - 1,
                 kv_slot_T.data_ptr(),
-                *_KeepAddresses.of(keep),
+                *self._addresses(keep),
             )
         return evidence_TX
+
+    def _addresses(self, keep: KeepRows) -> _KeepAddresses:
+        columns = keep.kept.columns
+        if self._kept is None or self._kept[0] is not columns:  # a reload may move them
+            self._kept = (columns, _KeepAddresses.of(keep))
+        return self._kept[1]
 
     def evaluate(
         self,

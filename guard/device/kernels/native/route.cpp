@@ -30,11 +30,18 @@ enum Scoring : int64_t { kSoftmax, kSigmoid, kSqrtSoftplus };  // as `SCORINGS` 
 enum Asked : uint8_t { kNothing, kReroute, kDropRenorm, kDrop, kForce };
 constexpr int64_t kNumMethods = 4;  // `MaskMethodCode`, in the order of the latter
 
+// One layer's facts and the buffers that it reads and writes, as `_CpuFacts` in `layer_routing.py` lays
+// them out. They come as a tensor of whole numbers: an operation's every argument costs time in a step.
+// row_bits_TW: [max_rows, W], null where nothing is masked; the others are the layer's own part
 struct Layer {
-  int64_t top_k, num_experts, scoring, num_groups, topk_groups;
-  bool renormalize;
-  float scaling;
+  const int64_t *row_bits_TW, *expert_bits_EW, *methods_MW;
+  int32_t* tap_ids_TK;
+  float* tap_weights_TK;
+  int64_t num_words, tap_stride, max_rows, top_k, num_experts, scoring, renormalize, num_groups;
+  int64_t topk_groups;
+  double scaling;
 };
+static_assert(sizeof(Layer) == 15 * sizeof(int64_t));
 
 struct Scratch {
   std::vector<float> logits_E, choice_E, group_score_G;
@@ -201,18 +208,16 @@ float usable(float logit) {
 
 template <typename logit_t, typename id_t>
 void route_masked_rows(const Layer& layer, const std::vector<int64_t>& rows, const at::Tensor& router_logits,
-                       const at::Tensor& row_bits_TW, const int64_t* expert_bits_EW,
-                       const int64_t* methods_MW, const at::Tensor& bias, at::Tensor& topk_weights,
-                       at::Tensor& topk_ids, float* tap_weights, int64_t tap_stride) {
-  const int64_t num_words = row_bits_TW.size(1), num_experts = layer.num_experts;
+                       const at::Tensor& bias, at::Tensor& topk_weights, at::Tensor& topk_ids) {
+  const int64_t num_words = layer.num_words, num_experts = layer.num_experts;
   const float* biases = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
   const int64_t bias_stride = bias.defined() && bias.dim() == 2 ? bias.stride(0) : 0;
   const auto* logits = router_logits.const_data_ptr<logit_t>();
-  const auto* row_bits = row_bits_TW.const_data_ptr<int64_t>();
   auto* weights = topk_weights.data_ptr<float>();
   auto* ids = topk_ids.data_ptr<id_t>();
-  const int64_t logit_stride = router_logits.stride(0), bits_stride = row_bits_TW.stride(0);
-  const int64_t weight_stride = topk_weights.stride(0), id_stride = topk_ids.stride(0);
+  const int64_t logit_stride = router_logits.stride(0), id_stride = topk_ids.stride(0);
+  const int64_t weight_stride = topk_weights.stride(0);
+  const auto scaling = static_cast<float>(layer.scaling);
   at::parallel_for(0, static_cast<int64_t>(rows.size()), kMasksAtOnce, [&](int64_t first, int64_t stop) {
     Scratch s;
     s.logits_E.resize(num_experts);
@@ -227,8 +232,8 @@ void route_masked_rows(const Layer& layer, const std::vector<int64_t>& rows, con
     std::vector<int64_t> ids_K(layer.top_k);
     for (int64_t nth = first; nth < stop; ++nth) {
       const int64_t row = rows[nth];
-      if (!asked_of_experts(row_bits + row * bits_stride, expert_bits_EW, methods_MW, num_words,
-                            num_experts, s.asked_E.data())) {
+      if (!asked_of_experts(layer.row_bits_TW + row * num_words, layer.expert_bits_EW, layer.methods_MW,
+                            num_words, num_experts, s.asked_E.data())) {
         continue;
       }
       for (int64_t e = 0; e < num_experts; ++e) {
@@ -239,63 +244,52 @@ void route_masked_rows(const Layer& layer, const std::vector<int64_t>& rows, con
         id_t& id = ids[row * id_stride + k];
         if (id < 0) continue;  // a padding row chooses nobody
         id = static_cast<id_t>(ids_K[k]);
-        weights[row * weight_stride + k] = s.weight_K[k] * layer.scaling;
-        tap_weights[row * tap_stride + k] = s.weight_K[k];
+        weights[row * weight_stride + k] = s.weight_K[k] * scaling;
+        layer.tap_weights_TK[row * layer.tap_stride + k] = s.weight_K[k];
       }
     }
   });
 }
 
 // The rows whose bits name any mask.
-std::vector<int64_t> masked_rows(const at::Tensor& row_bits_TW, int64_t num_rows) {
+std::vector<int64_t> masked_rows(const Layer& layer, int64_t num_rows) {
   std::vector<int64_t> rows;
-  const int64_t num_words = row_bits_TW.size(1), stride = row_bits_TW.stride(0);
-  const auto* bits = row_bits_TW.const_data_ptr<int64_t>();
   for (int64_t row = 0; row < num_rows; ++row) {
     int64_t any = 0;
-    for (int64_t word = 0; word < num_words; ++word) any |= bits[row * stride + word];
+    for (int64_t word = 0; word < layer.num_words; ++word) {
+      any |= layer.row_bits_TW[row * layer.num_words + word];
+    }
     if (any != 0) rows.push_back(row);
   }
   return rows;
 }
 
 // topk_weights, topk_ids: the stock router's; masked rows are replaced in their first `top_k` columns
-// row_bits_TW: int64 [rows or more, W], or [0, W] where nothing is masked; expert_bits_EW: the layer's
-// tap_ids_TK, tap_weights_TK: the layer's part of the tap
+// facts: a `Layer`; bias: [E] or [T, E]
 void route(const at::Tensor& router_logits, at::Tensor& topk_weights, at::Tensor& topk_ids,
-           const at::Tensor& row_bits_TW, const at::Tensor& expert_bits_LEW,
-           const at::Tensor& method_bits_MW, at::Tensor& tap_ids_TLK, at::Tensor& tap_weights_TLK,
-           int64_t nth_layer, int64_t top_k, int64_t num_experts, int64_t scoring, bool renormalize,
-           double scaling, int64_t num_groups, int64_t topk_groups,
-           const std::optional<at::Tensor>& bias) {
-  const Layer layer{top_k,       num_experts, scoring, num_groups, topk_groups,
-                    renormalize, static_cast<float>(scaling)};
-  const int64_t num_rows = topk_ids.size(0);
-  TORCH_CHECK(topk_weights.scalar_type() == at::kFloat, "topk_weights must be float32");
+           const at::Tensor& facts, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(facts.nbytes() == sizeof(Layer), "facts are of another release");
+  const Layer& layer = *reinterpret_cast<const Layer*>(facts.const_data_ptr<int64_t>());
+  const int64_t num_rows = topk_ids.size(0), top_k = layer.top_k, tap_stride = layer.tap_stride;
+  TORCH_CHECK(num_rows <= layer.max_rows, "more rows than the tap has room for");
   TORCH_CHECK(topk_weights.stride(1) == 1 && topk_ids.stride(1) == 1, "rows must be contiguous");
-  const int64_t tap_stride = tap_ids_TLK.stride(0);
-  float* tap_weights = tap_weights_TLK.data_ptr<float>() + nth_layer * tap_weights_TLK.stride(1);
-  int32_t* tap_ids = tap_ids_TLK.data_ptr<int32_t>() + nth_layer * tap_ids_TLK.stride(1);
   const auto* weights = topk_weights.const_data_ptr<float>();
+  const auto scaling = static_cast<float>(layer.scaling);
   for (int64_t row = 0; row < num_rows; ++row) {
     const float* from = weights + row * topk_weights.stride(0);
-    float* to = tap_weights + row * tap_stride;
-    for (int64_t k = 0; k < top_k; ++k) to[k] = scaling == 1.0 ? from[k] : from[k] / layer.scaling;
+    float* to = layer.tap_weights_TK + row * tap_stride;
+    for (int64_t k = 0; k < top_k; ++k) to[k] = scaling == 1.0f ? from[k] : from[k] / scaling;
   }
-  if (row_bits_TW.size(0) > 0) {
-    const std::vector<int64_t> rows = masked_rows(row_bits_TW, num_rows);
+  if (layer.row_bits_TW != nullptr) {
+    const std::vector<int64_t> rows = masked_rows(layer, num_rows);
     if (!rows.empty()) {
       const at::Tensor logits = router_logits.stride(1) == 1 ? router_logits : router_logits.contiguous();
       const at::Tensor biases = bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor();
-      const auto* expert_bits = expert_bits_LEW.const_data_ptr<int64_t>();
       AT_DISPATCH_FLOATING_TYPES_AND2(
           at::kBFloat16, at::kHalf, logits.scalar_type(), "moe_guard_route", [&] {
             using logit_t = scalar_t;
             const auto go = [&]<typename id_t>(id_t) {
-              route_masked_rows<logit_t, id_t>(
-                  layer, rows, logits, row_bits_TW, expert_bits + nth_layer * expert_bits_LEW.stride(0),
-                  method_bits_MW.const_data_ptr<int64_t>(), biases, topk_weights, topk_ids, tap_weights,
-                  tap_stride);
+              route_masked_rows<logit_t, id_t>(layer, rows, logits, biases, topk_weights, topk_ids);
             };
             topk_ids.scalar_type() == at::kInt ? go(int32_t{}) : go(int64_t{});
           });
@@ -304,7 +298,8 @@ void route(const at::Tensor& router_logits, at::Tensor& topk_weights, at::Tensor
   const auto copy_ids = [&](const auto* ids) {
     for (int64_t row = 0; row < num_rows; ++row) {
       for (int64_t k = 0; k < top_k; ++k) {
-        tap_ids[row * tap_stride + k] = static_cast<int32_t>(ids[row * topk_ids.stride(0) + k]);
+        layer.tap_ids_TK[row * tap_stride + k] =
+            static_cast<int32_t>(ids[row * topk_ids.stride(0) + k]);
       }
     }
   };
@@ -318,4 +313,4 @@ void route(const at::Tensor& router_logits, at::Tensor& topk_weights, at::Tensor
 }  // namespace
 
 // Its schema is in `guard/device/kernels/layer_routing.py`.
-TORCH_LIBRARY_IMPL(moe_guard, CPU, m) { m.impl("route", &route); }
+TORCH_LIBRARY_IMPL(moe_guard, CPU, m) { m.impl("route_on_cpu", &route); }

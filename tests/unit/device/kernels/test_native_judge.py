@@ -116,8 +116,9 @@ def test_what_was_compiled_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_pa
     compiler.write_text(f"#!/bin/sh\necho ran >> {tmp_path}/runs\n")
     compiler.chmod(0o755)
     first = build._compiled(str(compiler), tmp_path / "cache")
+    runs = (tmp_path / "runs").read_text().count("ran")
     assert build._compiled(str(compiler), tmp_path / "cache") == first
-    assert (tmp_path / "runs").read_text().count("ran") == 3, "two versions asked for, one compiled"
+    assert (tmp_path / "runs").read_text().count("ran") == runs + 1, "its version was asked for"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.name]
 
 

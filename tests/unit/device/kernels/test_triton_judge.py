@@ -6,17 +6,14 @@ Both in processes of their own: whether Triton interprets is settled when it is 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Final
 
 import pytest
 
+from tests.support.interpreted import run_module
+
 pytest.importorskip("triton")
 
-_ROOT: Final = Path(__file__).parents[4]
 _SLOW: Final = (  # steps of thousands of rows, which an interpreter goes through one by one
     "more_firings",
     "not_crowded_out",
@@ -27,20 +24,8 @@ _SLOW: Final = (  # steps of thousands of rows, which an interpreter goes throug
 )
 
 
-def _run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", *args],
-        cwd=_ROOT,
-        env={**inherited, "PYTHONPATH": os.pathsep.join(sys.path), **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_kernels_decide_and_leave_what_their_twin_does() -> None:
-    done = _run(
+    done = run_module(
         "pytest",
         "-q",
         "-p",
@@ -58,10 +43,12 @@ def test_kernels_decide_and_leave_what_their_twin_does() -> None:
 
 
 def test_kernels_compile_for_gpus_and_keep_their_numbers_in_registers() -> None:
-    done = _run("tests.support.compiled_kernels", "90")
+    done = run_module("tests.support.compiled_kernels", "90")
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
-    assert {name for name, _ in map(str.split, used)} == {"decide", "reduce", "begin", "admit"}
+    assert {name for name, _ in map(str.split, used)} == {
+        *("decide", "reduce", "begin", "admit", "route")
+    }
     assert all(resources["LOCAL"] == 0 and resources["STACK"] <= 64 for resources in used.values()), (
         used
     )

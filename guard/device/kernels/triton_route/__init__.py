@@ -1,0 +1,1 @@
+"""Masked routing and tap of a layer on a GPU."""
