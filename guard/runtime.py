@@ -17,6 +17,7 @@ from guard.device.evaluate import KeepsSignals
 from guard.device.findings import CheckFindings
 from guard.device.inference import in_inference_mode
 from guard.device.kept_evidence import KeepRows, KeptEvidence
+from guard.device.kernels.backends import Judge
 from guard.device.layout import NULL_SLOT, Capacity
 from guard.device.mask import ExpertMask
 from guard.device.packed import PinnedPool
@@ -77,7 +78,7 @@ class Guard:
         self._layers = tuple(layer.number for layer in program.topology.layers)
         self._state = SlotState(program, capacity, device)
         self._start = make_start(self.tap, self.mask, self._state)
-        self._evaluator = make_evaluator(program, capacity, device)
+        self._set_evaluator(make_evaluator(program, capacity, device))
         self._requests: dict[str, LiveRequest] = {}
         self._slot_of: dict[str, int] = {}
         self._known_slots: tuple[tuple[str, ...], torch.Tensor] | None = None
@@ -94,6 +95,11 @@ class Guard:
         self._pool = PinnedPool()
         if self.mask is not None:
             self.mask.install(program.masks)
+
+    def _set_evaluator(self, evaluator: Judge | None) -> None:
+        self._evaluator = evaluator
+        found: object = evaluator
+        self._keeper = found if isinstance(found, KeepsSignals) else None
 
     @property
     def layers(self) -> Sequence[int]:
@@ -203,7 +209,8 @@ class Guard:
             prepared.state.grow()  # slots keep their numbers, free ones too
         if judged and prepared.evaluator is not None:
             self._carry_over(prepared)
-        self.program, self._evaluator = prepared.program, prepared.evaluator
+        self.program = prepared.program
+        self._set_evaluator(prepared.evaluator)
         self._state, self._check = prepared.state, prepared.check
         if self.mask is not None and prepared.mask is not None:
             self.mask.put(prepared.mask)
@@ -353,10 +360,9 @@ class Guard:
                     "where the step's KV is written was not said: `place_rows` is missing"
                 )
             keep = KeepRows(self.kept, self._kv_slot_T[:num_rows], batch, rejected_B)
-        evaluator: object = self._evaluator
-        if self._has_all_layers and isinstance(evaluator, KeepsSignals):
+        if self._has_all_layers and self._keeper is not None:
             self._findings, trusted_T1 = self._check.check(self.tap, batch, self._in_force_TA)
-            return evaluator.kept_signals(self.tap, num_rows, trusted_T1, keep)
+            return self._keeper.kept_signals(self.tap, num_rows, trusted_T1, keep)
         signal_TX = self._signals(batch)
         if keep is not None:
             keep.write(signal_TX)

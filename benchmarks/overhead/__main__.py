@@ -1,12 +1,16 @@
 """What the guard costs, in ratios to a vLLM without the plugin.
 
     python -m benchmarks.overhead [--groups guard,policies,masks,capture] [--concurrency 1,4,32,256]
-        [--rounds 10] [--starts 2] [--model 340m] [--eager] [--out NAME]
+        [--workloads decode,prefill] [--rounds 10] [--starts 2] [--model 340m] [--eager]
+        [--one-at-a-time] [--out NAME]
 
 The engines of a group are up at once, each in its own process, and take turns: in a round every state
 runs a slice of the same work, in an order that is drawn anew, and its ratio is its time over that of
-`no plugin` in the same round. `no plugin again` is a second engine of the same kind: what its ratio
-differs from 1 is what this method cannot tell apart. Weights are random, so nothing is downloaded.
+`no plugin` in the slices right before and behind it. `no plugin again` is a second engine of the same
+kind: what its ratio differs from 1 is what this method cannot tell apart. Weights are random, so
+nothing is downloaded.
+
+On one GPU: `--model qwen3-30b-a3b --one-at-a-time --starts 5`, which starts each engine five times.
 
 Decoding: the median step of a steady batch, which is the inter-token latency. Prefill: the mean time to
 the first token of requests that come at once. Writes NAME.json and NAME.png to `benchmarks/results`.
@@ -18,7 +22,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from benchmarks.overhead.runs import Slice, Workload, run_group
+from benchmarks.overhead.runs import Plan, Slice, Workload, run_group
 from benchmarks.overhead.states import GROUPS, MODELS, STATES
 from benchmarks.paired import paired_ratio
 
@@ -34,68 +38,62 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 BASE = STATES[0].name
 
 
-def workloads(concurrency: Sequence[int], *, steps: int) -> list[Workload]:
+def workloads(concurrency: Sequence[int], kinds: Sequence[str], plan: Plan) -> list[Workload]:
+    """A slice of decoding has 12 steps, or 6 of a large batch, and prefill has so many tokens that a
+    slice takes about as long; of what takes long there are fewer rounds."""
+    few = max(1, plan.rounds // 2)
+    made = {
+        "decode": lambda each: Workload("decode", each, 16, 12 if each < 32 else 6),
+        "prefill": lambda each: Workload("prefill", each, 128 if each < 32 else 2048 // each),
+    }
     return [
-        *(Workload("decode", each, 16, steps if each <= 32 else steps // 2) for each in concurrency),
-        *(Workload("prefill", each, 128 if each <= 32 else 64) for each in concurrency),
+        replace(made[kind](each), rounds=None if each < 32 else few)
+        for kind in kinds
+        for each in concurrency
     ]
 
 
 def summary(group: str, slices: Sequence[Slice]) -> list[dict[str, Any]]:
-    """A row for each state and workload, ratios paired by start and round."""
+    """A row for each state and workload."""
     rows = []
     for workload in dict.fromkeys(each.workload for each in slices):
-        of_workload = [each for each in slices if each.workload == workload]
-        base = {(each.start, each.round): each.value for each in of_workload if each.state == BASE}
-        for state in dict.fromkeys(state.name for state in STATES):
-            own = [each for each in of_workload if each.state == state]
-            if not own:
-                continue
-            values = [each.value for each in own]
-            ratio = paired_ratio(values, [base[each.start, each.round] for each in own])
-            milliseconds = 1000 * statistics.median(values)
+        for state in dict.fromkeys(each.state for each in slices):
+            own = [each for each in slices if (each.workload, each.state) == (workload, state)]
+            ratio = paired_ratio([each.value_s for each in own], [each.base_s for each in own])
             tokens = workload.concurrency * (1 if workload.name == "decode" else workload.prompt_tokens)
-            last = [max(each.seconds) if workload.name == "prefill" else each.value for each in own]
+            behind = [each.value_s if workload.name == "decode" else each.last_s for each in own]
             rows.append(
                 {
                     "group": group,
                     "workload": asdict(workload),
                     "state": state,
-                    "milliseconds": milliseconds,
-                    "tokens_per_second": tokens / statistics.median(last),
+                    "milliseconds": 1000 * statistics.median(each.value_s for each in own),
+                    "base_milliseconds": 1000 * statistics.median(each.base_s for each in own),
+                    "tokens_per_second": tokens / statistics.median(behind),
                     "ratio": asdict(ratio),
                     "ratio_of_each_start": [
-                        statistics.median(
-                            each.value / base[each.start, each.round] for each in own if each.start == n
-                        )
-                        for n in sorted({each.start for each in own})
+                        statistics.median(e.value_s / e.base_s for e in own if e.start == start)
+                        for start in sorted({each.start for each in own})
                     ],
                 }
             )
-    return rows
+    order = [state.name for state in STATES]
+    return sorted(rows, key=lambda row: order.index(row["state"]))
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
-        kinds = list(dict.fromkeys((r["workload"]["name"], r["workload"]["concurrency"]) for r in own))
-        table = Table("state", *(f"{name} {concurrency}" for name, concurrency in kinds), title=group)
-        for state in dict.fromkeys(row["state"] for row in own):
-            cells = []
-            for kind in kinds:
-                row = next(
-                    r
-                    for r in own
-                    if r["state"] == state
-                    and (r["workload"]["name"], r["workload"]["concurrency"]) == kind
-                )
-                ratio = row["ratio"]
-                cells.append(
-                    f"{row['milliseconds']:.2f} ms"
-                    if state == BASE
-                    else f"{ratio['median']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f})"
-                )
-            table.add_row(state, *cells)
+        cells: dict[str, dict[str, str]] = {BASE: {}}
+        for row in own:
+            ratio, kind = row["ratio"], f"{row['workload']['name']} {row['workload']['concurrency']}"
+            cells[BASE][kind] = f"{row['base_milliseconds']:.2f} ms"
+            cells.setdefault(row["state"], {})[kind] = (
+                f"{ratio['median']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f})"
+            )
+        table = Table("state", *cells[BASE], title=group)
+        for state, of_kind in cells.items():
+            table.add_row(state, *(of_kind.get(kind, "") for kind in cells[BASE]))
         console.print(table)
 
 
@@ -105,31 +103,32 @@ def main() -> None:
     )
     parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--concurrency", default="1,4,32,256")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--workloads", default="decode,prefill")
+    parser.add_argument("--rounds", type=int, default=10, help="of each start")
     parser.add_argument("--starts", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=32, help="of a slice of decoding")
     parser.add_argument("--model", choices=MODELS, default="340m")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument(
+        "--one-at-a-time", action="store_true", help="where the device has no room for all engines"
+    )
     parser.add_argument("--out", help="name of the files to write; by default none")
     options = parser.parse_args()
     console = Console(highlight=False, width=170)
+    plan = Plan(options.model, options.starts, options.rounds, options.eager, options.one_at_a_time)
     rows, slices = [], []
     for group in options.groups.split(","):
         found = run_group(
             [state for state in STATES if state.engine in GROUPS[group]],
-            workloads(list(map(int, options.concurrency.split(","))), steps=options.steps),
-            model=options.model,
-            starts=options.starts,
-            rounds=options.rounds,
-            eager=options.eager,
+            workloads(
+                list(map(int, options.concurrency.split(","))), options.workloads.split(","), plan
+            ),
+            plan,
             say=lambda text: console.print(text, style="dim"),
         )
         rows += summary(group, found)
-        slices += [{"group": group, "value": each.value, **asdict(each)} for each in found]
+        slices += [{"group": group, **asdict(each)} for each in found]
         show(rows, console)
     if options.out:
-        for each in slices:
-            del each["seconds"]  # their median or mean is kept
         report = {**machine(), "options": vars(options), "summary": rows, "slices": slices}
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{options.out}.json").write_text(json.dumps(report, indent=1) + "\n")

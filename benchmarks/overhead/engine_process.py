@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-SKIPPED_STEPS = 4
+SKIPPED_STEPS = 3
 """At the beginning of a slice of decoding: caches are another engine's."""
 
 

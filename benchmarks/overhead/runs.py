@@ -10,27 +10,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.overhead.states import ENGINES, MODELS, Engine, State
 
-PAUSE_S = 0.25
-"""Between two slices: idle threads of OpenMP look for work for so long, at the next engine's cost."""
+_ROOT = Path(__file__).resolve().parents[2]
+PAUSE_S = 0.01
+"""Between two slices: idle threads of OpenMP look for work for a while, at the next engine's cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """name: `decode`, of which a slice is so many steps of a steady batch, or `prefill`, of which it is
-    the requests' first tokens"""
+    the requests' first tokens
+    rounds: as `Plan.rounds`, for workloads that take longer
+    """
 
     name: str
     concurrency: int
     prompt_tokens: int
     steps: int = 0
+    rounds: int | None = None
 
     def __str__(self) -> str:
         return f"{self.name} at {self.concurrency}"
@@ -38,20 +42,28 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """seconds: of each step, or to each request's first token"""
+    """value_s: what is compared; base_s: that of the slices of the base right before and behind it, on
+    average; last_s: when the last of the requests had its token"""
 
     start: int
     round: int
     state: str
     workload: Workload
-    seconds: tuple[float, ...]
+    value_s: float
+    base_s: float
+    last_s: float
 
-    @property
-    def value(self) -> float:
-        """What a pair compares: the median step, or the mean time to the first token."""
-        if self.workload.name == "decode":
-            return statistics.median(self.seconds)
-        return statistics.fmean(self.seconds)
+
+def value_of(workload: Workload, seconds: Sequence[float]) -> float:
+    """The median step, or the mean time to the first token."""
+    return statistics.median(seconds) if workload.name == "decode" else statistics.fmean(seconds)
+
+
+def policies_for(engine: Engine, config: Mapping[str, Any]) -> str:
+    """The engine's policies, for the layers and experts of a model."""
+    assert engine.policies is not None, "the guard is off"
+    policies = engine.policies.replace("ALL_LAYERS", f"0-{config['num_hidden_layers'] - 1}")
+    return policies.replace("ALL_EXPERTS", f"0-{config['num_experts'] - 1}")
 
 
 class EngineProcess:
@@ -69,22 +81,20 @@ class EngineProcess:
             **os.environ,
         }
         environment.pop("MOE_GUARD_POLICIES", None)
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, [_ROOT, _ROOT / "integrations" / "vllm"]))
         arguments = {"enforce_eager": eager, **engine.arguments}
         section: dict[str, Any] = {}
         if not engine.plugin:
             environment["VLLM_PLUGINS"] = ""
         elif engine.policies is not None:
             (folder / "policies").mkdir()
-            facts = MODELS[model]
-            policies = engine.policies.replace("ALL_LAYERS", f"0-{facts['num_hidden_layers'] - 1}")
-            policies = policies.replace("ALL_EXPERTS", f"0-{facts['num_experts'] - 1}")
-            (folder / "policies" / "all.yaml").write_text(policies)
-            section = {"policies": str(folder / "policies"), "reload": False}
+            (folder / "policies" / "all.yaml").write_text(policies_for(engine, MODELS[model]))
+            section = {"policies": "policies", "reload": False}
             if "mask_actions" in arguments:
                 section["mask_actions"] = arguments.pop("mask_actions")
         read_fd, write_fd = os.pipe()
         job = {
-            "model": str(folder / "model"),
+            "model": "model",
             "max_num_seqs": max_num_seqs,
             "max_model_len": 1024,
             "additional_config": {"moe_guard": section} if section else {},
@@ -92,15 +102,17 @@ class EngineProcess:
             "answers_fd": write_fd,
         }
         self._log = folder / "engine.log"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.overhead.engine_process", json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=self._log.open("wb"),
-            stderr=subprocess.STDOUT,
-            env=environment,
-            pass_fds=[write_fd],
-            text=True,
-        )
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.overhead.engine_process", json.dumps(job)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=folder,  # all paths are the same in it, so that compiled graphs are used again
+                pass_fds=[write_fd],
+                text=True,
+            )
         os.close(write_fd)
         self._answers: IO[str] = os.fdopen(read_fd)
         self._answer()
@@ -126,48 +138,125 @@ class EngineProcess:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
+            self._process.wait()
+        self._answers.close()
 
     def _answer(self) -> dict[str, Any]:
         line = self._answers.readline()
         if not line:
+            self.close()
             raise RuntimeError(f"{self.name}: {self._log.read_text(errors='replace')[-4000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How states are compared. starts: so many times the engines are started anew; rounds: slices of
+    each state and workload in each start
+    one_at_a_time: where a device has no room for two engines; then there is no slice of the base beside
+        each one, and what is measured is compared by its round
+    """
+
+    model: str = "340m"
+    starts: int = 2
+    rounds: int = 10
+    eager: bool = False
+    one_at_a_time: bool = False
+
+
 def run_group(
-    states: Sequence[State],
-    workloads: Iterable[Workload],
-    *,
-    model: str,
-    starts: int,
-    rounds: int,
-    eager: bool,
-    say: Callable[[str], None],
+    states: Sequence[State], workloads: Sequence[Workload], plan: Plan, say: Callable[[str], None]
 ) -> list[Slice]:
-    """Start the engines of these states `starts` times; each time, every state runs each workload once
-    in each of `rounds` rounds, in an order that is drawn anew."""
-    by_name = {engine.name: engine for engine in ENGINES}
-    workloads = list(workloads)
-    most = max(workload.concurrency for workload in workloads)
+    """The first state is the base. In each round every other one runs a slice of the same work, in an
+    order that is drawn anew, with a slice of the base before and behind it."""
     order = random.Random(0)
     slices = []
-    for start in range(starts):
-        with tempfile.TemporaryDirectory() as scratch, ExitStack() as closing:
-            running = {}
-            names = list(dict.fromkeys(state.engine for state in states))
-            for name in order.sample(names, len(names)):
-                say(f"start {start + 1} of {starts}: {name}")
-                process = EngineProcess(by_name[name], model, Path(scratch, name), most, eager=eager)
-                closing.callback(process.close)
-                running[name] = process
+    names = list(dict.fromkeys(state.engine for state in states))
+    for start in range(plan.starts):
+        drawn = order.sample(names, len(names))
+        if plan.one_at_a_time:
+            slices += _one_after_the_other(start, states, drawn, workloads, plan, say)
+            continue
+        with _running(drawn, workloads, plan, say) as engines:
             for workload in workloads:
-                say(f"start {start + 1} of {starts}: {workload}")
-                for state in states:
-                    running[state.engine].run(workload, state)  # warm
-                for number in range(rounds):
-                    for state in order.sample(list(states), len(states)):
-                        time.sleep(PAUSE_S)
-                        seconds = running[state.engine].run(workload, state)
-                        slices.append(Slice(start, number, state.name, workload, tuple(seconds)))
+                say(f"start {start + 1} of {plan.starts}: {workload}")
+                slices += _take_turns(start, states, workload, engines, plan, order)
     return slices
+
+
+def _take_turns(
+    start: int,
+    states: Sequence[State],
+    workload: Workload,
+    engines: Mapping[str, EngineProcess],
+    plan: Plan,
+    order: random.Random,
+) -> list[Slice]:
+    def run(state: State) -> list[float]:
+        time.sleep(PAUSE_S)
+        return engines[state.engine].run(workload, state)
+
+    base, *others = states
+    for state in states:
+        run(state)  # warm
+    slices = []
+    for number in range(workload.rounds or plan.rounds):
+        before_s = value_of(workload, run(base))
+        for state in order.sample(others, len(others)):
+            seconds = run(state)
+            behind_s = value_of(workload, run(base))
+            base_s = (before_s + behind_s) / 2
+            value_s = value_of(workload, seconds)
+            slices.append(Slice(start, number, state.name, workload, value_s, base_s, max(seconds)))
+            before_s = behind_s
+    return slices
+
+
+def _one_after_the_other(
+    start: int,
+    states: Sequence[State],
+    names: Sequence[str],
+    workloads: Sequence[Workload],
+    plan: Plan,
+    say: Callable[[str], None],
+) -> list[Slice]:
+    found: dict[tuple[Workload, int, str], list[float]] = {}
+    for name in names:
+        with _running([name], workloads, plan, say) as engines:
+            for workload in workloads:
+                for state in (state for state in states if state.engine == name):
+                    engines[name].run(workload, state)  # warm
+                    for number in range(workload.rounds or plan.rounds):
+                        seconds = engines[name].run(workload, state)
+                        found[workload, number, state.name] = seconds
+    return [
+        Slice(
+            start,
+            number,
+            name,
+            workload,
+            value_of(workload, seconds),
+            value_of(workload, found[workload, number, states[0].name]),
+            max(seconds),
+        )
+        for (workload, number, name), seconds in found.items()
+        if name != states[0].name
+    ]
+
+
+@contextmanager
+def _running(
+    names: Sequence[str], workloads: Sequence[Workload], plan: Plan, say: Callable[[str], None]
+) -> Iterator[dict[str, EngineProcess]]:
+    by_name = {engine.name: engine for engine in ENGINES}
+    most = max(workload.concurrency for workload in workloads)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as closing:
+        running = {}
+        for name in names:
+            say(f"starting {name}")
+            folder = Path(scratch, name)
+            process = EngineProcess(by_name[name], plan.model, folder, most, eager=plan.eager)
+            closing.callback(process.close)
+            running[name] = process
+        yield running

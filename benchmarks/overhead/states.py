@@ -86,10 +86,16 @@ spec:
 """
 
 
+def _four(number: int) -> list[int]:
+    """Of the first 48 experts, other ones for each number below 264: where all are masked at once, as a
+    request may ask, enough are left."""
+    first, step = number % 44, 1 + number // 44
+    return sorted({(first + step * nth) % 48 for nth in range(4)})
+
+
 def observing(number: int, *, experts: str | None = None, match: str = "", then: str = "") -> str:
     """A policy of two rules that never fire on random weights: a windowed rate and a running mass."""
-    first = number * 4 % 60
-    experts = experts or f"[{first}-{first + 3}]"
+    experts = experts or str(_four(number))
     return _policy(
         f"observe-{number}",
         experts,
@@ -106,11 +112,9 @@ def observing(number: int, *, experts: str | None = None, match: str = "", then:
 
 def masking(number: int, mode: str = "audit") -> str:
     """A policy that reroutes four experts from the first token on; no two have the same four."""
-    first, step = number % 60, 1 + number // 60
-    chosen = sorted({(first + step * nth) % 64 for nth in range(4)})
     return _policy(
         f"mask-{number}",
-        str(chosen),
+        str(_four(number)),
         "    - name: always\n      when: always\n      then: {mask: {experts: flagged}}",
         mode,
     )

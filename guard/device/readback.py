@@ -13,10 +13,24 @@ from numpy.typing import NDArray
 from guard.device.drafts import DraftDecisions
 from guard.device.findings import CheckFindings
 from guard.device.packed import PackedDecisions, PinnedPool
-from guard.program.step_report import DraftReport, EventColumn, RequestColumn, RoutingCheck, StepReport
+from guard.program.step_report import (
+    DraftReport,
+    EventColumn,
+    RequestColumn,
+    RoutingCheck,
+    StepReport,
+    StepSummary,
+)
 
 _ADDED = np.array([RequestColumn.PROMPT_TOKENS, RequestColumn.OUTPUT_TOKENS])
 """What a report counts of the step alone, beside the selections of named sets."""
+
+
+class Summarised(NamedTuple):
+    """requests_B: what the summary is of: not of what others may have made of it since"""
+
+    requests_B: torch.Tensor
+    summary: StepSummary
 
 
 class StepDecisions(NamedTuple):
@@ -31,6 +45,7 @@ class StepDecisions(NamedTuple):
     num_events: torch.Tensor
     drafts: DraftDecisions | None = None
     packed: PackedDecisions | None = None  # the same, where one buffer holds them
+    summarised: Summarised | None = None
 
 
 class ReplayedDecisions(NamedTuple):
@@ -167,7 +182,14 @@ class Readback:
             self._failures,
             drafts=None if own.drafts is None else DraftReport(*(a.numpy() for a in own.drafts)),
             check=self._check(),
+            summary=self._summary(own),
         )
+
+    @staticmethod
+    def _summary(own: StepDecisions) -> StepSummary | None:
+        if own.summarised is None or own.summarised.requests_B is not own.requests_B:
+            return None
+        return own.summarised.summary
 
     def _events_without_values(self) -> NDArray[np.int64]:
         """Firings for which the copy has no room. There are seldom any: they are fetched now."""
@@ -193,7 +215,7 @@ class Readback:
 
 def _pinned(decisions: StepDecisions) -> StepDecisions:
     first_events_V = decisions.events_V[: len(decisions.values_V)]
-    *tensors, drafts, _ = decisions._replace(events_V=first_events_V)
+    *tensors, drafts, _, _ = decisions._replace(events_V=first_events_V)
     pinned_drafts = None if drafts is None else DraftDecisions(*map(_to_pinned, drafts))
     return StepDecisions._make([*map(_to_pinned, tensors), pinned_drafts])
 

@@ -20,11 +20,17 @@ from guard.events.liveness import Liveness
 from guard.events.message import Decision, Delta, EvidenceFacts, RuleFacts
 from guard.events.outcomes import Outcomes
 from guard.events.rulebook import RuleBook, RuleBooks
-from guard.events.step_range import StepRange
 from guard.events.tally import Tally
 from guard.failures import Stage
 from guard.program.applicability import RulesFor
-from guard.program.step_report import NEVER, EventColumn, Judged, RequestColumn, StepReport
+from guard.program.step_report import (
+    NEVER,
+    EventColumn,
+    Judged,
+    RequestColumn,
+    StepReport,
+    StepSummary,
+)
 
 
 class Ending(NamedTuple):
@@ -70,7 +76,7 @@ class Ledger:
         self.liveness = liveness or Liveness(engine)
         self._report: StepReport | None = None
         self._row_of: dict[str, int] = {}
-        self._range = StepRange.of(None)
+        self._summary: StepSummary | None = None
         self._masks_noted: tuple[Sequence[str], NDArray[np.int64]] | None = None
         self._open: dict[str, int] = {}  # requests of this step whose accepted drafts may be cut
         self._num_cut: dict[str, int] = {}
@@ -94,7 +100,7 @@ class Ledger:
         self._report = report
         self._open, self._num_cut = {}, {}
         self._row_of = rows_of(report.req_ids)
-        self._range = StepRange.of(report)
+        self._summary = summary = StepSummary.of(report)
         self.note_failures(report.failures)
         if report.failed:
             self.liveness.note(report)
@@ -108,15 +114,17 @@ class Ledger:
                 req_id: row for req_id, row in self._row_of.items() if report.drafts.num_rows_B[row]
             }
         if not self._open and len(self._row_of) == len(report.req_ids):
-            self._count_tokens(report.requests_B)
+            self._count_sums(summary.sums_F)
         else:
             rows = [row for req_id, row in self._row_of.items() if req_id not in self._open]
-            self._count_tokens(report.requests_B[rows])
+            if rows:
+                self._count_sums(report.requests_B[rows].sum(axis=0))
         self._note_violations(report)
-        self._note_masks(report)
-        self._note_unseen(report)
+        self._note_masks(report, summary)
+        if not summary.is_all_seen:
+            self._note_unseen(report)
         self._note_untrusted(report)
-        blocked = self._blocks(report)
+        blocked = self._blocks(report) if summary.blocks else {}
         for req_id, owed in self._owed_blocks().items() if self._outcomes.owed else ():
             reason = blocked.get(req_id, owed).reason
             blocked[req_id] = Ending(reason)  # none of this step's tokens was to come out
@@ -155,7 +163,7 @@ class Ledger:
             )
         elif req_id in self._outcomes.masked_by:
             self._outcomes.reached(req_id, "masked")
-        self._count_tokens(counted[None])
+        self._count_sums(counted)
         block_key = int(report.requests_B[row, RequestColumn.BLOCK_KEY])
         if block_key < NEVER and block_key // len(self._book.rules) <= last_position:
             self._outcomes.reached(req_id, "blocked")
@@ -180,12 +188,12 @@ class Ledger:
     @property
     def has_seen_all(self) -> bool:
         """The step's requests were all judged, and nothing of any was unseen."""
-        return self._range.is_all_seen
+        return self._summary is not None and self._summary.is_all_seen
 
     def mask_starts(self) -> dict[str, int]:
         """First positions under a mask that came on on the way, as of this step, by request."""
         report = self._report
-        if report is None or not self._range.begins_masks:
+        if report is None or self._summary is None or not self._summary.begins_masks:
             return {}
         starts_B = report.requests_B[:, RequestColumn.MASK_FROM]
         rows = np.flatnonzero(starts_B < NEVER).tolist()
@@ -221,22 +229,20 @@ class Ledger:
         """What `take` gave did not get out: counters go with the next one, decisions are lost."""
         self._tally.put_back(delta)
 
-    def _count_tokens(self, counted_B: np.ndarray) -> None:
-        if not len(counted_B):
-            return
-        sums = counted_B.sum(axis=0)
+    def _count_sums(self, sums_F: NDArray[np.int64]) -> None:
+        """sums_F: columns of `requests_B`, added up over the requests that count"""
         self._tally.count(
             "tokens",
             {
-                "prompt": int(sums[RequestColumn.PROMPT_TOKENS]),
-                "output": int(sums[RequestColumn.OUTPUT_TOKENS]),
+                "prompt": int(sums_F[RequestColumn.PROMPT_TOKENS]),
+                "output": int(sums_F[RequestColumn.OUTPUT_TOKENS]),
             },
         )
-        self._tally.select(sums[RequestColumn.NUM : RequestColumn.NUM + self._book.num_sets])
+        self._tally.select(sums_F[RequestColumn.NUM : RequestColumn.NUM + self._book.num_sets])
 
-    def _note_masks(self, report: StepReport) -> None:
+    def _note_masks(self, report: StepReport, summary: StepSummary) -> None:
         masked_by = self._outcomes.masked_by
-        if not masked_by and not self._range.masks:
+        if not masked_by and not summary.masks:
             return
         if self._are_noted(report):
             return
@@ -291,9 +297,7 @@ class Ledger:
                 self._note_unjudged(req_id)
 
     def _blocks(self, report: StepReport) -> dict[str, Ending]:
-        blocked: dict[str, Ending] = {}
-        if not self._range.blocks:
-            return blocked
+        blocked = {}
         keys_B = report.requests_B[:, RequestColumn.BLOCK_KEY]
         for req_id, row in self._counted_rows(report, keys_B < NEVER):
             position, rule = divmod(int(keys_B[row]), len(self._book.rules))
@@ -312,8 +316,6 @@ class Ledger:
                 yield req_id, row
 
     def _note_unseen(self, report: StepReport) -> None:
-        if self._range.is_all_seen:
-            return
         judged_B = report.requests_B[:, RequestColumn.JUDGED]
         if np.any(judged_B == Judged.RANKS_DIFFER):
             self.note_failures({Stage.RANKS: 1})

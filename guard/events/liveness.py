@@ -67,9 +67,7 @@ class Liveness:
 
         masks: the rule of each mask action of the report's program
         """
-        judged_B = report.requests_B[:, RequestColumn.JUDGED]
-        ranks_differ = len(judged_B) > 0 and int(judged_B.max()) == Judged.RANKS_DIFFER
-        self._set_judges(not report.failed and not ranks_differ)
+        self._set_judges(not report.failed and not _ranks_differ(report))
         if report.check is None:
             return {}
         return self._note_check(report.check, masks)
@@ -111,6 +109,14 @@ class Liveness:
             )
         self.violated |= violated
         return {Stage.ROUTING: 1} if blind else {}
+
+
+def _ranks_differ(report: StepReport) -> bool:
+    """On every request."""
+    if report.summary is not None and report.summary.is_all_seen:
+        return False
+    judged_B = report.requests_B[:, RequestColumn.JUDGED]
+    return len(judged_B) > 0 and bool((judged_B == Judged.RANKS_DIFFER).all())
 
 
 def _described(check: RoutingCheck) -> str:

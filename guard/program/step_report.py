@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ class RequestColumn:
 
 
 class Judged:
-    """Whether a request was judged in a step. No other value is below that of `RANKS_DIFFER`."""
+    """Whether a request was judged in a step."""
 
     NO = 0  # it has no slot
     YES = 1
@@ -99,6 +100,42 @@ class DraftReport:
     extremes_BKC: NDArray[np.float32]
 
 
+class StepSummary(NamedTuple):
+    """What a step's report can hold at all, so that a quiet step is not searched row by row.
+
+    blocks: some request has a block
+    begins_masks: some request has a mask that came on on the way
+    masks: some request is under a mask at its next position
+    is_all_seen: every request was judged, and nothing of any was unseen
+    sums_F: int64 [columns of `requests_B`], each added up over all requests
+    """
+
+    blocks: bool
+    begins_masks: bool
+    masks: bool
+    is_all_seen: bool
+    sums_F: NDArray[np.int64]
+
+    @staticmethod
+    def of(report: StepReport) -> StepSummary:
+        if report.summary is not None:
+            return report.summary
+        if not len(report.requests_B):
+            sums_F = np.zeros(report.requests_B.shape[1], dtype=np.int64)
+            return StepSummary(False, False, False, False, sums_F)
+        fixed_BF = report.requests_B[:, : RequestColumn.NUM]
+        least_F, most_F = fixed_BF.min(axis=0).tolist(), fixed_BF.max(axis=0).tolist()
+        return StepSummary(
+            least_F[RequestColumn.BLOCK_KEY] < NEVER,
+            least_F[RequestColumn.MASK_FROM] < NEVER,
+            bool(report.masked_BW.any()),
+            least_F[RequestColumn.JUDGED] == most_F[RequestColumn.JUDGED] == Judged.YES
+            and most_F[RequestColumn.UNSEEN] <= 0
+            and most_F[RequestColumn.LATE] <= 0,
+            report.requests_B.sum(axis=0),
+        )
+
+
 def _no_events() -> NDArray[np.int64]:
     return np.zeros((0, EventColumn.NUM), dtype=np.int64)
 
@@ -121,6 +158,7 @@ class StepReport:
     failed: this step was not judged at all; every array is empty
     drafts: where the server decodes speculatively
     check: what the running check found; None in the steps that it leaves out
+    summary: where the judge made one
     """
 
     revision: str
@@ -135,6 +173,8 @@ class StepReport:
     failed: bool = False
     more_events_V: NDArray[np.int64] = field(default_factory=_no_events)
     drafts: DraftReport | None = None
+    check: RoutingCheck | None = None
+    summary: StepSummary | None = None
 
     def unjudged(self) -> set[str]:
         """Requests that the step computed without judging, or surely masking, them."""
@@ -142,8 +182,6 @@ class StepReport:
             return set(self.req_ids)
         judged_B = self.requests_B[:, RequestColumn.JUDGED]
         return {self.req_ids[row] for row in np.flatnonzero(judged_B != Judged.YES).tolist()}
-
-    check: RoutingCheck | None = None
 
     @staticmethod
     def of_failed_step(

@@ -342,6 +342,31 @@ struct Step {
   float* extremes_BC;
 };
 
+void summarise(const DecisionTables& t, const Step& step, int64_t num_requests, int64_t* summary) {
+  bool blocks = false, begins_masks = false, masks = false, is_all_seen = num_requests > 0;
+  const int64_t num_columns = kRequestColumns + t.num_sets;
+  int64_t* sums_F = summary + 4;
+  std::fill_n(sums_F, num_columns, 0);
+  for (int64_t request = 0; request < num_requests; ++request) {
+    const int64_t* facts_F = step.requests_BF + request * num_columns;
+    blocks |= facts_F[0] < kNever;
+    begins_masks |= facts_F[1] < kNever;
+    is_all_seen &= facts_F[5] == 1 && facts_F[4] <= 0 && facts_F[6] <= 0;
+    for (int64_t word = 0; word < t.num_words; ++word) {
+      masks |= step.masked_BW[request * t.num_words + word] != 0;
+    }
+    for (int64_t column = 0; column < num_columns; ++column) {
+      // NEVER adds up beyond the largest number, and nobody reads it: no undefined behaviour here.
+      sums_F[column] = static_cast<int64_t>(static_cast<uint64_t>(sums_F[column]) +
+                                            static_cast<uint64_t>(facts_F[column]));
+    }
+  }
+  summary[0] = blocks;
+  summary[1] = begins_masks;
+  summary[2] = masks;
+  summary[3] = is_all_seen;
+}
+
 void decide_requests(const DecisionTables& t, const Slots& s, const Step& step, Share share,
                      Firings& firings) {
   thread_local std::vector<int64_t> signal_memory, before_memory, hits_memory, fired_memory;
@@ -522,14 +547,15 @@ void decide_requests(const DecisionTables& t, const Slots& s, const Step& step, 
 
 extern "C" {
 
-// Advance the slots by a step, write the last three arrays, and return the number of firings, which
+// Advance the slots by a step, write the last four arrays, and return the number of firings, which
 // `moe_guard_take_firings` gives to the same thread.
 // rejected_B, computed_B: null where there are none
+// summary: the fields of `StepSummary`, its sums last
 int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const int64_t* evidence_TX,
                          const int64_t* slots_B, const int64_t* query_start_B1,
                          const int64_t* position_T, const int64_t* rejected_B,
                          const int64_t* computed_B, int64_t num_requests, int64_t* requests_BF,
-                         int64_t* masked_BW, float* extremes_BC) {
+                         int64_t* masked_BW, float* extremes_BC, int64_t* summary) {
   const Step step{evidence_TX, slots_B,     query_start_B1, position_T, rejected_B,
                   computed_B,  requests_BF, masked_BW,      extremes_BC};
   thread_local std::vector<Firings> memory;
@@ -539,6 +565,7 @@ int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const
   for (Firings& each : by_thread) each.clear();
 #pragma omp parallel num_threads(threads) if (threads > 1)
   decide_requests(*tables, *slots, step, Share(num_requests), by_thread[omp_get_thread_num()]);
+  summarise(*tables, step, num_requests, summary);
   last_firings.clear();
   last_firings.most_conditions = tables->most_conditions;
   for (const Firings& each : by_thread) last_firings.append(each);

@@ -15,12 +15,12 @@ from guard.device.kept_evidence import KeepRows, KeptColumns
 from guard.device.kernels.native.build import library
 from guard.device.kernels.program_tables import decision_tables, signal_tables
 from guard.device.layout import MAX_EVENTS_PER_STEP
-from guard.device.readback import StepDecisions
+from guard.device.readback import StepDecisions, Summarised
 from guard.device.rows import StepBatch
 from guard.device.state import SlotState
 from guard.device.tap import RoutingTap
 from guard.program.program import WORD_BITS, Program
-from guard.program.step_report import EventColumn, RequestColumn
+from guard.program.step_report import EventColumn, RequestColumn, StepSummary
 
 _SIGNAL_ARRAYS = (
     "num_experts_L",
@@ -127,7 +127,7 @@ _ARGUMENTS: dict[str, tuple[list[Any], Any]] = {
         + [c_int32, c_void_p, c_void_p, c_int64, c_void_p],
         None,
     ),
-    "moe_guard_decide": ([c_void_p] * 8 + [c_int64] + [c_void_p] * 3, c_int64),
+    "moe_guard_decide": ([c_void_p] * 8 + [c_int64] + [c_void_p] * 4, c_int64),
     "moe_guard_take_firings": ([c_void_p, c_void_p], None),
     "moe_guard_is_sound": (
         [c_void_p, c_void_p, c_int64, c_int64, c_int64] + [c_void_p] * 3 + [c_int64, c_void_p, c_int64],
@@ -237,6 +237,8 @@ class NativeJudge:
             len(program.sets),
             self._num_words,
         )
+        self._summary = np.zeros(4 + self._num_columns, dtype=np.int64)
+        self._summary_address = self._summary.ctypes.data
         self._slots = SlotAddresses()
         self._kept: tuple[KeptColumns, _KeepAddresses] | None = None
         self._all_trusted = torch.ones(1, dtype=torch.bool)
@@ -322,11 +324,21 @@ class NativeJudge:
             requests_B.data_ptr(),
             masked_BW.data_ptr(),
             extremes_BC.data_ptr(),
+            self._summary_address,
         )
         firings = (self._no_events_V, self._no_values_V, self._no_event)
         if num_events:
             firings = self._firings(num_events)
-        return StepDecisions(requests_B, masked_BW, extremes_BC, *firings)
+        blocks, begins_masks, masks, is_all_seen = map(bool, self._summary[:4].tolist())
+        sums_F = self._summary[4:].copy()
+        summary = StepSummary(blocks, begins_masks, masks, is_all_seen, sums_F)
+        return StepDecisions(
+            requests_B,
+            masked_BW,
+            extremes_BC,
+            *firings,
+            summarised=Summarised(requests_B, summary),
+        )
 
     def _firings(self, num_events: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         events_V = np.empty((num_events, EventColumn.NUM), dtype=np.int64)
