@@ -15,6 +15,7 @@ from guard.device.layout import Capacity
 from guard.device.mask import MaskBits
 from guard.device.state import SlotState
 from guard.errors import ReloadRefusedError
+from guard.program.applicability import RulesByFacts
 from guard.program.program import WORD_BITS, Program
 
 
@@ -23,6 +24,7 @@ class PreparedProgram:
     """All that `Guard.install` puts in the place of what there is; see `Guard` for each."""
 
     program: Program
+    rules_by_facts: RulesByFacts
     evaluator: Judge | None
     state: SlotState
     carry_over: CarryOver

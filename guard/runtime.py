@@ -30,7 +30,7 @@ from guard.device.tap import RoutingTap
 from guard.errors import ReloadRefusedError
 from guard.failures import Failures, Stage
 from guard.prepared import PreparedProgram, check_fits, check_follows, make_evaluator
-from guard.program.applicability import RequestFacts, RulesFor, rules_for
+from guard.program.applicability import RequestFacts, RulesByFacts, RulesFor
 from guard.program.program import Program
 from guard.program.step_report import StepReport
 
@@ -66,6 +66,7 @@ class Guard:
         self, program: Program, capacity: Capacity, device: torch.device, *, masking: bool = True
     ) -> None:
         self.program = program
+        self._rules_by_facts = RulesByFacts(program.rules)
         self.capacity = capacity
         self.device = device
         self.failures = Failures()
@@ -136,14 +137,16 @@ class Guard:
     def _admit(self, req_id: str, next_position: int = 0) -> None:
         with self.failures.caught(Stage.ADMIT) as attempt:
             request = self._requests[req_id]
-            rules = self._rules_for(self.program, request.facts)
+            rules = self._rules_for(self.program, self._rules_by_facts, request.facts)
             slot = self._take_slot(req_id)
             self._state.add_request(Admission(slot, request.prompt_tokens, rules, next_position))
         if attempt.failed:
             self.finish_requests([req_id])  # its slot still says what the request before it left
 
-    def _rules_for(self, program: Program, facts: RequestFacts) -> RulesFor:
-        rules = rules_for(program.rules, facts)
+    def _rules_for(
+        self, program: Program, rules_by_facts: RulesByFacts, facts: RequestFacts
+    ) -> RulesFor:
+        rules = rules_by_facts.of(facts)
         if self.mask is not None:
             return rules
         return replace(rules, enforced_R=rules.enforced_R & ~program.is_mask_rule)
@@ -181,6 +184,7 @@ class Guard:
         check.take_over(self._check)
         return PreparedProgram(
             program,
+            RulesByFacts(program.rules),
             make_evaluator(program, self.capacity, self.device),
             SlotState(program, self.capacity, self.device),
             CarryOver(self.program, program, self.device),
@@ -209,7 +213,7 @@ class Guard:
             prepared.state.grow()  # slots keep their numbers, free ones too
         if judged and prepared.evaluator is not None:
             self._carry_over(prepared)
-        self.program = prepared.program
+        self.program, self._rules_by_facts = prepared.program, prepared.rules_by_facts
         self._set_evaluator(prepared.evaluator)
         self._state, self._check = prepared.state, prepared.check
         if self.mask is not None and prepared.mask is not None:
@@ -233,7 +237,8 @@ class Guard:
             return
         before.apply_staged_writes()
         rules = [
-            self._rules_for(prepared.program, self._requests[req_id].facts) for req_id in self._slot_of
+            self._rules_for(prepared.program, prepared.rules_by_facts, self._requests[req_id].facts)
+            for req_id in self._slot_of
         ]
         prepared.carry_over.apply(
             before,

@@ -17,6 +17,9 @@ import numpy as np
 from guard.policy.model import Mode, PolicyException, RequestMatch
 from guard.program.program import Bools
 
+MOST_KNOWN_FACTS = 1024
+"""So many kinds of requests are remembered with the rules that apply to them."""
+
 HASH_BITS = 64
 """A request's place in a sample is so many bits of a hash of its id."""
 
@@ -83,6 +86,31 @@ def rules_for(rules: Sequence[MatchedRule], facts: RequestFacts) -> RulesFor:
         exempt_R[number] = not is_named and is_exempt(rule.exceptions, facts)
         enforced_R[number] = (is_named or rule.mode is Mode.ENFORCE) and not exempt_R[number]
     return RulesFor(applies_R, enforced_R, exempt_R)
+
+
+class RulesByFacts:
+    """`rules_for` of one set of rules, worked out once for requests that are alike."""
+
+    def __init__(self, rules: Sequence[MatchedRule]) -> None:
+        self.rules = rules
+        self._known: dict[object, RulesFor] = {}
+        matches_of = (
+            [rule.match, *(exception.match for exception in rule.exceptions)] for rule in rules
+        )
+        self._samples = any(match.sample < 1.0 for matches in matches_of for match in matches)
+
+    def of(self, facts: RequestFacts) -> RulesFor:
+        """Its arrays are not the caller's to write to."""
+        if self._samples:  # by the request's id
+            return rules_for(self.rules, facts)
+        labels = tuple(sorted(facts.labels.items()))
+        key = (facts.lora_adapter, facts.today, facts.enforced, labels)
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= MOST_KNOWN_FACTS:
+                self._known.clear()
+            found = self._known[key] = rules_for(self.rules, facts)
+        return found
 
 
 def is_exempt(exceptions: Iterable[PolicyException], facts: RequestFacts) -> bool:

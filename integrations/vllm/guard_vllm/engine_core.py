@@ -22,9 +22,9 @@ from guard.failures import Failures, Stage
 from guard.policy.model import OnError
 from guard.program.applicability import (
     RequestFacts,
+    RulesByFacts,
     RulesFor,
     expired_exceptions,
-    rules_for,
     utc_today,
 )
 from guard.program.step_report import StepReport
@@ -95,6 +95,7 @@ class EngineCoreGuard:
     def _remember(self, status: WorkerStatus) -> None:
         self._revision = status.revision
         self._rules = status.rules
+        self._rules_by_facts = RulesByFacts(status.rules)
         self._closed_R = np.array([r.on_error is OnError.CLOSED for r in status.rules], dtype=np.bool_)
         for warning in expired_exceptions(status.rules, utc_today()):
             logger.warning("MoE Guard: %s", warning)
@@ -179,14 +180,14 @@ class EngineCoreGuard:
     def _rules_of(self, req_id: str) -> RulesFor:
         request = self._core.scheduler.requests.get(req_id)
         if request is None:  # it has ended since
-            return rules_for(self._rules, RequestFacts(req_id))
-        return rules_of_request(request, self._revision, self._rules)
+            return self._rules_by_facts.of(RequestFacts(req_id))
+        return rules_of_request(request, self._revision, self._rules_by_facts)
 
     def _is_closed_for(self, request: Any) -> bool:
         """Whether a rule that fails closed acts on this request."""
         if not self._closed_R.any():
             return False
-        enforced_R = rules_of_request(request, self._revision, self._rules).enforced_R
+        enforced_R = rules_of_request(request, self._revision, self._rules_by_facts).enforced_R
         return bool((enforced_R & self._closed_R).any())
 
     def _update_from_output(self, stock: Any, scheduler_output: Any, output: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.v1.core import kv_cache_utils
 
+from guard.program.applicability import RulesByFacts
 from guard.program.program import Bools
 from guard_vllm.compat import seam
 from guard_vllm.request_facts import rules_of_request
@@ -145,6 +146,7 @@ class _Masks:
 
     def __init__(self, status: WorkerStatus) -> None:
         self._status = status
+        self._rules_by_facts = RulesByFacts(status.rules)
         key_of = dict(zip(status.mask_rules, status.mask_keys, strict=True))
         self.static = [
             (rule, key_of[rule], status.rules[rule].phase == "output")
@@ -188,7 +190,7 @@ class _Masks:
 
     def _enforced(self, request: Any) -> Bools:
         """[R] the rules that act on a request."""
-        return rules_of_request(request, self._status.revision, self._status.rules).enforced_R
+        return rules_of_request(request, self._status.revision, self._rules_by_facts).enforced_R
 
 
 def _unname(manager: Any, block_hashes: list[Any]) -> None:

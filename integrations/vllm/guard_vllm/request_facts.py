@@ -7,12 +7,11 @@ core adds the day on which the request came, so that no two processes read diffe
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
-from guard.program.applicability import RequestFacts, RulesFor, rules_for, utc_today
-from guard.program.program import ProgramRule
+from guard.program.applicability import RequestFacts, RulesByFacts, RulesFor, utc_today
 
 ENFORCE = "moe_guard_enforce"
 LABELS = "moe_guard_labels"
@@ -53,10 +52,10 @@ def send_day(request: Any) -> None:
     request.sampling_params = params
 
 
-def rules_of_request(request: Any, revision: str, rules: Sequence[ProgramRule]) -> RulesFor:
+def rules_of_request(request: Any, revision: str, rules: RulesByFacts) -> RulesFor:
     """In the engine core: what a set's rules mean to a request, kept with it until the set changes."""
     kept: tuple[str, RulesFor] | None = getattr(request, _RULES_ATTRIBUTE, None)
     if kept is None or kept[0] != revision:
-        kept = (revision, rules_for(rules, facts_of_request(request)))
+        kept = (revision, rules.of(facts_of_request(request)))
         setattr(request, _RULES_ATTRIBUTE, kept)
     return kept[1]

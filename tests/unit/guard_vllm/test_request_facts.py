@@ -12,7 +12,7 @@ from guard_vllm.request_facts import facts_of, facts_of_request, rules_of_reques
 from vllm.sampling_params import SamplingParams
 
 from guard.policy import parse_policies
-from guard.program.applicability import RequestFacts
+from guard.program.applicability import RequestFacts, RulesByFacts
 from guard.program.compile import compile_policies
 from tests.unit.device.driving import BLOCK, COUNT, TOPOLOGY, policy_text, rule_text
 
@@ -62,7 +62,7 @@ def test_rules_are_derived_once_for_each_set() -> None:
     program = compile_policies(parse_policies(text), TOPOLOGY)
     one = request(SamplingParams(extra_args={"moe_guard_labels": {"tenant": "a"}}))
 
-    found = rules_of_request(one, "first", program.rules)
+    found = rules_of_request(one, "first", RulesByFacts(program.rules))
     assert found.enforced_R.tolist() == [True]
-    assert rules_of_request(one, "first", ()) is found
-    assert rules_of_request(one, "second", ()).enforced_R.tolist() == []
+    assert rules_of_request(one, "first", RulesByFacts(())) is found
+    assert rules_of_request(one, "second", RulesByFacts(())).enforced_R.tolist() == []

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from guard_vllm.steps import REPORT_ATTRIBUTE, StepHooks, with_report, wrap
+from guard_vllm.steps import REPORT_ATTRIBUTE, Hook, StepHooks, with_report, wrap
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from guard.device.readback import Readback
@@ -175,3 +176,33 @@ def test_a_wrapped_method_is_the_instances_alone() -> None:
     assert (first._dummy_run(1), second._dummy_run(1)) == (2, 1)
     with pytest.raises(UnsupportedHostError, match="no_such_method"):
         wrap(first, "no_such_method", lambda stock: None)
+
+
+class Owner:
+    def method(self, value: int) -> int:
+        return value
+
+
+def _ten_times(stock: Callable[[int], int], value: int) -> int:
+    return 10 * stock(value)
+
+
+def test_a_hook_is_there_while_it_hangs_and_leaves_nothing_behind() -> None:
+    owner = Owner()
+    hook = Hook(owner, "method", _ten_times)
+    assert owner.method(7) == 7
+    with hook.hung(True):
+        assert owner.method(7) == 70
+    with hook.hung(False):
+        assert owner.method(7) == 7
+    with pytest.raises(KeyError), hook.hung(True):
+        raise KeyError
+    assert vars(owner) == {}
+
+
+def test_a_hook_goes_through_what_somebody_else_hung_there_and_leaves_it() -> None:
+    owner = Owner()
+    owner.method = others = lambda value: value + 1  # type: ignore[method-assign]
+    with Hook(owner, "method", _ten_times).hung(True):
+        assert owner.method(7) == 80
+    assert owner.method is others  # type: ignore[comparison-overlap]

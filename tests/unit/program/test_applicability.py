@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from guard.policy.fault import Location
 from guard.policy.model import Mode, OnError, Phase, PolicyException, RequestMatch, Severity
 from guard.program.applicability import (
+    MOST_KNOWN_FACTS,
     RequestFacts,
+    RulesByFacts,
     expired_exceptions,
     in_sample,
     rules_for,
@@ -153,3 +155,43 @@ def test_a_sample_has_about_its_share_of_requests() -> None:
     assert 900 <= chosen <= 1100
     assert not any(in_sample(f"cmpl-{number}", 0.0) for number in range(100))
     assert all(in_sample(f"cmpl-{number}", 1.0) for number in range(100))
+
+
+LABELS = st.dictionaries(st.sampled_from(["tenant", "team"]), st.sampled_from(["red-team", "a", "b"]))
+
+
+@given(
+    st.lists(
+        st.builds(
+            RequestFacts,
+            request_id=st.sampled_from(["r1", "r2", "r3"]),
+            labels=LABELS,
+            lora_adapter=st.sampled_from([None, "one"]),
+            today=st.dates(date(2026, 11, 1), date(2026, 11, 30)),
+            enforced=st.sampled_from([frozenset(), frozenset({"p"})]),
+        ),
+        max_size=12,
+    ),
+    st.sampled_from([1.0, 0.5]),
+)
+def test_rules_that_were_worked_out_before_are_those_that_would_be_now(
+    asked: list[RequestFacts], share: float
+) -> None:
+    rules = [
+        rule(match=RequestMatch(labels={"tenant": frozenset({"red-team", "a"})}), mode=Mode.AUDIT),
+        rule(match=RequestMatch(sample=share)),
+        rule(match=RequestMatch(lora_adapters=frozenset({"one"}))),
+        rule(exceptions=(exception(RED_TEAM, date(2026, 11, 15)),)),
+    ]
+    by_facts = RulesByFacts(rules)
+    for facts in asked:
+        found, expected = by_facts.of(facts), rules_for(rules, facts)
+        for name in ("applies_R", "enforced_R", "exempt_R"):
+            assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+
+
+def test_of_many_kinds_of_requests_not_all_are_remembered() -> None:
+    by_facts = RulesByFacts([rule()])
+    for number in range(3 * MOST_KNOWN_FACTS):
+        by_facts.of(RequestFacts("r", labels={"key": str(number)}))
+    assert len(by_facts._known) <= MOST_KNOWN_FACTS
