@@ -66,6 +66,10 @@ def policies_for(engine: Engine, config: Mapping[str, Any]) -> str:
     return policies.replace("ALL_EXPERTS", f"0-{config['num_experts'] - 1}")
 
 
+class EngineError(RuntimeError):
+    """An engine ended, with the last of what it said."""
+
+
 class EngineProcess:
     def __init__(
         self, engine: Engine, model: str, folder: Path, max_num_seqs: int, *, eager: bool
@@ -145,7 +149,7 @@ class EngineProcess:
         line = self._answers.readline()
         if not line:
             self.close()
-            raise RuntimeError(f"{self.name}: {self._log.read_text(errors='replace')[-4000:]}")
+            raise EngineError(f"{self.name}: {self._log.read_text(errors='replace')[-4000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -197,8 +201,8 @@ def _take_turns(
         time.sleep(PAUSE_S)
         return engines[state.engine].run(workload, state)
 
-    base, *others = states
-    for state in states:
+    base, *others = [state for state in states if state.engine in engines]
+    for state in (base, *others):
         run(state)  # warm
     slices = []
     for number in range(workload.rounds or plan.rounds):
@@ -224,7 +228,7 @@ def _one_after_the_other(
     found: dict[tuple[Workload, int, str], list[float]] = {}
     for name in names:
         with _running([name], workloads, plan, say) as engines:
-            for workload in workloads:
+            for workload in workloads if name in engines else ():
                 for state in (state for state in states if state.engine == name):
                     engines[name].run(workload, state)  # warm
                     for number in range(workload.rounds or plan.rounds):
@@ -256,7 +260,13 @@ def _running(
         for name in names:
             say(f"starting {name}")
             folder = Path(scratch, name)
-            process = EngineProcess(by_name[name], plan.model, folder, most, eager=plan.eager)
+            try:
+                process = EngineProcess(by_name[name], plan.model, folder, most, eager=plan.eager)
+            except EngineError as error:
+                if not by_name[name].may_fail:
+                    raise
+                say(f"does not run here: {str(error).strip().splitlines()[-1]}")
+                continue
             closing.callback(process.close)
             running[name] = process
         yield running

@@ -106,6 +106,28 @@ def test_a_slice_is_compared_with_those_of_the_base_on_both_sides_of_it(
     assert [s.value_s / s.base_s for s in slices] == [1.0] * 8
 
 
+def test_a_state_that_does_not_run_here_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Process:
+        def __init__(self, engine: Any, *_: Any, **__: Any) -> None:
+            if engine.name == "capture":
+                raise runs.EngineError("capture: a long story\nnot on this device")
+
+        def run(self, *_: Any) -> list[float]:
+            return [1.0]
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(runs, "EngineProcess", Process)
+    monkeypatch.setattr(runs, "PAUSE_S", 0.0)
+    states = [state for state in STATES if state.engine in GROUPS["capture"]]
+    said: list[str] = []
+    for one_at_a_time in (False, True):
+        plan = Plan(starts=1, rounds=2, one_at_a_time=one_at_a_time)
+        slices = run_group(states, [DECODE], plan, said.append)
+        assert {each.state for each in slices} == {"no plugin again (A/A)"}
+    assert said.count("does not run here: not on this device") == 2
+
+
 def test_a_slice_of_decoding_is_its_median_step_and_one_of_prefill_its_mean_first_token() -> None:
     seconds = (1.0, 1.0, 7.0)
     assert runs.value_of(DECODE, seconds) == 1.0
@@ -120,7 +142,7 @@ def test_an_engine_that_ends_is_reported_with_what_it_said(
     said.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(said))
     engine, folder = BY_NAME["mask-256"], tmp_path / "engine"
-    with pytest.raises(RuntimeError, match="mask-256: no GPU here: -m benchmarks") as error:
+    with pytest.raises(runs.EngineError, match="mask-256: no GPU here: -m benchmarks") as error:
         runs.EngineProcess(engine, "qwen3-30b-a3b", folder, 256, eager=False)
     job = json.loads(str(error.value).split("engine_process ", 1)[1])
     section = job["additional_config"]["moe_guard"]

@@ -205,4 +205,4 @@ def test_a_hook_goes_through_what_somebody_else_hung_there_and_leaves_it() -> No
     owner.method = others = lambda value: value + 1  # type: ignore[method-assign]
     with Hook(owner, "method", _ten_times).hung(True):
         assert owner.method(7) == 80
-    assert owner.method is others  # type: ignore[comparison-overlap]
+    assert owner.method is others
