@@ -1,14 +1,15 @@
-"""What the guard costs, in ratios to a vLLM without the plugin.
+"""What the guard costs, in ratios to a vLLM whose guard is off.
 
-    python -m benchmarks.overhead [--groups guard,policies,masks,capture] [--concurrency 1,4,32,256]
+    python -m benchmarks.overhead [--groups guard,policies,masks,plugin] [--concurrency 1,4,32,256]
         [--workloads decode,prefill] [--rounds 10] [--starts 2] [--model 340m] [--eager]
         [--one-at-a-time] [--out NAME]
 
-The engines of a group are up at once, each in its own process, and take turns: in a round every state
-runs a slice of the same work, in an order that is drawn anew, and its ratio is its time over that of
-`no plugin` in the slices right before and behind it. `no plugin again` is a second engine of the same
-kind: what its ratio differs from 1 is what this method cannot tell apart. Weights are random, so
-nothing is downloaded.
+The engines of a group are up at once and take turns: in a round every state runs a slice of the same
+work, in an order that is drawn anew, and its ratio is its time over that of the base in the slices
+right before and behind it. Engines that have the plugin share one process, so that no two processes'
+memory and threads are compared; the group `plugin` compares a plugin that is off with none at all. A
+second engine of the base's kind shows what the method cannot tell apart. Weights are random, so nothing
+is downloaded.
 
 On one GPU: `--model qwen3-30b-a3b --one-at-a-time --starts 5`, which starts each engine five times.
 
@@ -31,11 +32,10 @@ from rich.table import Table
 
 from benchmarks.machine import machine
 from benchmarks.overhead.runs import Plan, Slice, Workload, run_group
-from benchmarks.overhead.states import GROUPS, MODELS, STATES
+from benchmarks.overhead.states import GROUPS, MODELS, STATES, states_of
 from benchmarks.paired import paired_ratio
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-BASE = STATES[0].name
 
 
 def workloads(concurrency: Sequence[int], kinds: Sequence[str], plan: Plan) -> list[Workload]:
@@ -53,8 +53,8 @@ def workloads(concurrency: Sequence[int], kinds: Sequence[str], plan: Plan) -> l
     ]
 
 
-def summary(group: str, slices: Sequence[Slice]) -> list[dict[str, Any]]:
-    """A row for each state and workload."""
+def summary(group: str, base: str, slices: Sequence[Slice]) -> list[dict[str, Any]]:
+    """A row for each state and workload. base: the state that they are compared with"""
     rows = []
     for workload in dict.fromkeys(each.workload for each in slices):
         for state in dict.fromkeys(each.state for each in slices):
@@ -65,6 +65,7 @@ def summary(group: str, slices: Sequence[Slice]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "group": group,
+                    "base": base,
                     "workload": asdict(workload),
                     "state": state,
                     "milliseconds": 1000 * statistics.median(each.value_s for each in own),
@@ -84,16 +85,17 @@ def summary(group: str, slices: Sequence[Slice]) -> list[dict[str, Any]]:
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
-        cells: dict[str, dict[str, str]] = {BASE: {}}
+        base = own[0]["base"]
+        cells: dict[str, dict[str, str]] = {base: {}}
         for row in own:
             ratio, kind = row["ratio"], f"{row['workload']['name']} {row['workload']['concurrency']}"
-            cells[BASE][kind] = f"{row['base_milliseconds']:.2f} ms"
+            cells[base][kind] = f"{row['base_milliseconds']:.2f} ms"
             cells.setdefault(row["state"], {})[kind] = (
                 f"{ratio['median']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f})"
             )
-        table = Table("state", *cells[BASE], title=group)
+        table = Table("state", *cells[base], title=group)
         for state, of_kind in cells.items():
-            table.add_row(state, *(of_kind.get(kind, "") for kind in cells[BASE]))
+            table.add_row(state, *(of_kind.get(kind, "") for kind in cells[base]))
         console.print(table)
 
 
@@ -117,15 +119,16 @@ def main() -> None:
     plan = Plan(options.model, options.starts, options.rounds, options.eager, options.one_at_a_time)
     rows, slices = [], []
     for group in options.groups.split(","):
+        states = states_of(group)
         found = run_group(
-            [state for state in STATES if state.engine in GROUPS[group]],
+            states,
             workloads(
                 list(map(int, options.concurrency.split(","))), options.workloads.split(","), plan
             ),
             plan,
             say=lambda text: console.print(text, style="dim"),
         )
-        rows += summary(group, found)
+        rows += summary(group, states[0].name, found)
         slices += [{"group": group, **asdict(each)} for each in found]
         show(rows, console)
     if options.out:

@@ -1,4 +1,4 @@
-"""One vLLM engine in a process of its own, which runs a slice of work each time it is told to.
+"""A process with one or several vLLM engines, of which one at a time runs a slice of work.
 
 Started by `runs.py`. Reads a JSON job from its first argument, then a JSON line for each slice from
 standard input; answers each with a JSON line on the descriptor that the job names.
@@ -18,11 +18,12 @@ SKIPPED_STEPS = 3
 
 
 class Slices:
-    """The engine, and the requests that it is decoding."""
+    """An engine, and the requests that it is decoding."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         from vllm import LLM
 
+        os.chdir(job["folder"])  # all paths are the same in it, so that compiled graphs are used again
         self._job = job
         self._engine = LLM(
             model=job["model"],
@@ -113,10 +114,13 @@ class Slices:
 def main() -> None:
     job: dict[str, Any] = json.loads(sys.argv[1])
     answers = os.fdopen(job["answers_fd"], "w", buffering=1)
-    slices = Slices(job)
-    answers.write(json.dumps({"ready": True}) + "\n")
+    engines = {}
+    for engine in job["engines"]:
+        engines[engine["name"]] = Slices(engine)
+        answers.write(json.dumps({"ready": engine["name"]}) + "\n")
     for line in sys.stdin:
         order = json.loads(line)
+        slices = engines[order["engine"]]
         run = slices.decode if order["workload"] == "decode" else slices.prefill
         answers.write(json.dumps(run(order)) + "\n")
 

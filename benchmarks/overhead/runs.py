@@ -71,59 +71,57 @@ class EngineError(RuntimeError):
 
 
 class EngineProcess:
+    """One process. In it are the engines that it was started with: they have one thread pool, one
+    allocator and one interpreter, so that what differs from process to process is no difference."""
+
     def __init__(
-        self, engine: Engine, model: str, folder: Path, max_num_seqs: int, *, eager: bool
+        self,
+        engines: Sequence[Engine],
+        model: str,
+        scratch: Path,
+        max_num_seqs: int,
+        *,
+        eager: bool,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.name = engine.name
-        folder.mkdir()
-        (folder / "model").mkdir()
-        (folder / "model" / "config.json").write_text(json.dumps(MODELS[model]))
+        self.name = ", ".join(engine.name for engine in engines)
         environment = {
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, [_ROOT, _ROOT / "integrations" / "vllm"])),
         }
         environment.pop("MOE_GUARD_POLICIES", None)
-        environment["PYTHONPATH"] = os.pathsep.join(map(str, [_ROOT, _ROOT / "integrations" / "vllm"]))
-        arguments = {"enforce_eager": eager, **engine.arguments}
-        section: dict[str, Any] = {}
-        if not engine.plugin:
+        plugins = {engine.plugin for engine in engines}
+        assert len(plugins) == 1, "a process has the plugin or does not"
+        if plugins == {False}:
             environment["VLLM_PLUGINS"] = ""
-        elif engine.policies is not None:
-            (folder / "policies").mkdir()
-            (folder / "policies" / "all.yaml").write_text(policies_for(engine, MODELS[model]))
-            section = {"policies": "policies", "reload": False}
-            if "mask_actions" in arguments:
-                section["mask_actions"] = arguments.pop("mask_actions")
         read_fd, write_fd = os.pipe()
         job = {
-            "model": "model",
-            "max_num_seqs": max_num_seqs,
-            "max_model_len": 1024,
-            "additional_config": {"moe_guard": section} if section else {},
-            "arguments": arguments,
+            "engines": [_job(engine, model, scratch, max_num_seqs, eager=eager) for engine in engines],
             "answers_fd": write_fd,
         }
-        self._log = folder / "engine.log"
-        with self._log.open("wb") as log:
+        self._log = scratch / "engines.log"
+        with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.overhead.engine_process", json.dumps(job)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                cwd=folder,  # all paths are the same in it, so that compiled graphs are used again
                 pass_fds=[write_fd],
                 text=True,
             )
         os.close(write_fd)
         self._answers: IO[str] = os.fdopen(read_fd)
-        self._answer()
+        for _ in engines:
+            say(f"{self._answer()['ready']} is up")
 
     def run(self, workload: Workload, state: State) -> list[float]:
         assert self._process.stdin is not None
         order = {
+            "engine": state.engine,
             "workload": workload.name,
             "concurrency": workload.concurrency,
             "prompt_tokens": workload.prompt_tokens,
@@ -152,6 +150,31 @@ class EngineProcess:
             raise EngineError(f"{self.name}: {self._log.read_text(errors='replace')[-4000:]}")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def _job(
+    engine: Engine, model: str, scratch: Path, max_num_seqs: int, *, eager: bool
+) -> dict[str, Any]:
+    folder = scratch / engine.name
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text(json.dumps(MODELS[model]))
+    arguments = {"enforce_eager": eager, **engine.arguments}
+    section: dict[str, Any] = {}
+    if engine.policies is not None:
+        (folder / "policies").mkdir()
+        (folder / "policies" / "all.yaml").write_text(policies_for(engine, MODELS[model]))
+        section = {"policies": "policies", "reload": False}
+        if "mask_actions" in arguments:
+            section["mask_actions"] = arguments.pop("mask_actions")
+    return {
+        "name": engine.name,
+        "folder": str(folder),
+        "model": "model",
+        "max_num_seqs": max_num_seqs,
+        "max_model_len": 1024,
+        "additional_config": {"moe_guard": section} if section else {},
+        "arguments": arguments,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,18 +278,22 @@ def _running(
 ) -> Iterator[dict[str, EngineProcess]]:
     by_name = {engine.name: engine for engine in ENGINES}
     most = max(workload.concurrency for workload in workloads)
+    # All guarded ones and their base share a process, if one engine more in it can do no harm.
+    apart = [[name] for name in names if not by_name[name].plugin or by_name[name].may_fail]
+    shared = [name for name in names if [name] not in apart]
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as closing:
         running = {}
-        for name in names:
-            say(f"starting {name}")
-            folder = Path(scratch, name)
+        for number, together in enumerate([shared, *apart] if shared else apart):
+            folder = Path(scratch, str(number))
+            folder.mkdir()
+            chosen = [by_name[name] for name in together]
             try:
-                process = EngineProcess(by_name[name], plan.model, folder, most, eager=plan.eager)
+                process = EngineProcess(chosen, plan.model, folder, most, eager=plan.eager, say=say)
             except EngineError as error:
-                if not by_name[name].may_fail:
+                if not any(engine.may_fail for engine in chosen):
                     raise
                 say(f"does not run here: {str(error).strip().splitlines()[-1]}")
                 continue
             closing.callback(process.close)
-            running[name] = process
+            running.update(dict.fromkeys(together, process))
         yield running

@@ -55,7 +55,10 @@ NUM_MASKS = 256
 @dataclass(frozen=True, slots=True)
 class Engine:
     """What is started. policies: YAML, where ALL_LAYERS and ALL_EXPERTS stand for the model's; None for
-    no setting, so that the guard is off; with `plugin` false, the plugin is not even loaded."""
+    no setting, so that the guard is off; with `plugin` false, the plugin is not even loaded.
+
+    may_fail: not every machine can run it
+    """
 
     name: str
     policies: str | None = None
@@ -132,6 +135,7 @@ ENGINES = (
     Engine("none", plugin=False),
     Engine("none-again", plugin=False),
     Engine("off"),
+    Engine("off-again"),
     Engine("armed", together([observing(n, match=_OTHERS) for n in range(16)])),
     Engine("observe-1", observing(0)),
     Engine("observe-16", together([observing(n) for n in range(16)])),
@@ -153,6 +157,7 @@ STATES = (
     State("no plugin", "none"),
     State("no plugin again (A/A)", "none-again"),
     State("plugin, off", "off"),
+    State("plugin, off, again (A/A)", "off-again"),
     State("armed, 16 policies that apply to nobody", "armed"),
     State("observing, 1 policy", "observe-1"),
     State("observing, 16 policies", "observe-16"),
@@ -169,10 +174,20 @@ STATES = (
 )
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "guard": ("none", "none-again", "off", "armed", "observe-16", "mask-1"),
-    "policies": ("none", "none-again", "observe-1", "observe-16", "observe-64", "observe-all-experts",
-                 "block"),
-    "masks": ("none", "none-again", "mask-1", "mask-256"),
-    "capture": ("none", "none-again", "capture"),
-}  # fmt: skip
-"""Engines that are up at once. Each group has its own controls."""
+    "guard": ("off", "off-again", "armed", "observe-16", "mask-1"),
+    "policies": ("off", "off-again", "observe-1", "observe-64", "observe-all-experts", "block"),
+    "masks": ("off", "off-again", "mask-256"),
+    "plugin": ("none", "none-again", "off", "capture"),
+}
+"""Engines that are up at once. The first one is the base, and the second one another of its kind: what
+its ratio differs from 1 is what the method cannot tell apart. Those with the plugin share a process;
+what is not configured does nothing, which the last group compares with a vLLM that has no plugin."""
+
+
+def states_of(group: str) -> list[State]:
+    """The base first."""
+    engines = GROUPS[group]
+    return sorted(
+        (state for state in STATES if state.engine in engines),
+        key=lambda state: engines.index(state.engine),
+    )

@@ -14,7 +14,7 @@ from guard_vllm.settings import Settings
 from benchmarks.overhead import __main__ as overhead
 from benchmarks.overhead import runs
 from benchmarks.overhead.runs import Plan, Workload, run_group
-from benchmarks.overhead.states import ENGINES, GROUPS, MODELS, STATES, State
+from benchmarks.overhead.states import ENGINES, GROUPS, MODELS, STATES, State, states_of
 from guard.policy import parse_policies
 from guard.program.compile import compile_policies
 from guard.program.configuration import topology_from_config
@@ -45,7 +45,7 @@ def test_256_masks_are_256_different_ones_that_requests_ask_for() -> None:
 def test_every_state_is_in_a_group_with_its_controls() -> None:
     grouped = {name for group in GROUPS.values() for name in group}
     assert {state.engine for state in STATES} == grouped == set(BY_NAME)
-    assert all({"none", "none-again"} <= set(group) for group in GROUPS.values())
+    assert all(group[1] == f"{group[0]}-again" for group in GROUPS.values())
 
 
 @pytest.mark.parametrize("one_at_a_time", [False, True])
@@ -56,21 +56,22 @@ def test_each_round_runs_every_state_once_on_an_engine_of_its_own(
     most_up = [0]
 
     class Process:
-        def __init__(self, engine: Any, *_: Any, **__: Any) -> None:
-            up.append(engine.name)
+        def __init__(self, engines: Any, *_: Any, **__: Any) -> None:
+            self.names = [engine.name for engine in engines]
+            up.extend(self.names)
             most_up[0] = max(most_up[0], len(up))
-            self.name = engine.name
 
         def run(self, workload: Workload, state: State) -> list[float]:
-            assert state.engine == self.name
-            return [2.0 if self.name == "mask-1" else 1.0] * 3
+            assert state.engine in self.names
+            return [2.0 if state.engine == "mask-1" else 1.0] * 3
 
         def close(self) -> None:
-            up.remove(self.name)
+            for name in self.names:
+                up.remove(name)
 
     monkeypatch.setattr(runs, "EngineProcess", Process)
     monkeypatch.setattr(runs, "PAUSE_S", 0.0)
-    states = [state for state in STATES if state.engine in GROUPS["guard"]]
+    states = states_of("guard")
     plan = Plan(starts=2, rounds=3, one_at_a_time=one_at_a_time)
     slices = run_group(states, [DECODE], plan, say=lambda _: None)
     assert most_up[0] == (1 if one_at_a_time else len(GROUPS["guard"]))
@@ -79,11 +80,11 @@ def test_each_round_runs_every_state_once_on_an_engine_of_its_own(
         for number in range(3):
             own = [s.state for s in slices if (s.start, s.round) == (start, number)]
             assert sorted(own) == sorted(state.name for state in states[1:])
-    rows = {row["state"]: row for row in overhead.summary("guard", slices)}
+    rows = {row["state"]: row for row in overhead.summary("guard", states[0].name, slices)}
     assert rows["masking half of the requests"]["ratio"]["median"] == 2.0
     assert rows["masking half of the requests"]["ratio_of_each_start"] == [2.0, 2.0]
-    assert rows["plugin, off"]["ratio"]["median"] == 1.0
-    assert rows["plugin, off"]["tokens_per_second"] == DECODE.concurrency
+    assert rows["plugin, off, again (A/A)"]["ratio"]["median"] == 1.0
+    assert rows["plugin, off, again (A/A)"]["tokens_per_second"] == DECODE.concurrency
 
 
 def test_a_slice_is_compared_with_those_of_the_base_on_both_sides_of_it(
@@ -108,8 +109,8 @@ def test_a_slice_is_compared_with_those_of_the_base_on_both_sides_of_it(
 
 def test_a_state_that_does_not_run_here_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     class Process:
-        def __init__(self, engine: Any, *_: Any, **__: Any) -> None:
-            if engine.name == "capture":
+        def __init__(self, engines: Any, *_: Any, **__: Any) -> None:
+            if engines[0].name == "capture":
                 raise runs.EngineError("capture: a long story\nnot on this device")
 
         def run(self, *_: Any) -> list[float]:
@@ -119,12 +120,12 @@ def test_a_state_that_does_not_run_here_is_said_and_left_out(monkeypatch: pytest
 
     monkeypatch.setattr(runs, "EngineProcess", Process)
     monkeypatch.setattr(runs, "PAUSE_S", 0.0)
-    states = [state for state in STATES if state.engine in GROUPS["capture"]]
+    states = states_of("plugin")
     said: list[str] = []
     for one_at_a_time in (False, True):
         plan = Plan(starts=1, rounds=2, one_at_a_time=one_at_a_time)
         slices = run_group(states, [DECODE], plan, said.append)
-        assert {each.state for each in slices} == {"no plugin again (A/A)"}
+        assert {each.state for each in slices} == {"no plugin again (A/A)", "plugin, off"}
     assert said.count("does not run here: not on this device") == 2
 
 
@@ -141,13 +142,13 @@ def test_an_engine_that_ends_is_reported_with_what_it_said(
     said.write_text('#!/bin/sh\necho "no GPU here: $*"\n')
     said.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(said))
-    engine, folder = BY_NAME["mask-256"], tmp_path / "engine"
+    engine = BY_NAME["mask-256"]
     with pytest.raises(runs.EngineError, match="mask-256: no GPU here: -m benchmarks") as error:
-        runs.EngineProcess(engine, "qwen3-30b-a3b", folder, 256, eager=False)
-    job = json.loads(str(error.value).split("engine_process ", 1)[1])
+        runs.EngineProcess([engine], "qwen3-30b-a3b", tmp_path, 256, eager=False)
+    job = json.loads(str(error.value).split("engine_process ", 1)[1])["engines"][0]
     section = job["additional_config"]["moe_guard"]
     settings = Settings.of(job["additional_config"])
     assert settings is not None
     assert settings.mask_actions == 256
-    assert (folder / section["policies"] / "all.yaml").exists()
+    assert Path(job["folder"], section["policies"], "all.yaml").exists()
     assert job["arguments"] == {"enforce_eager": False}
