@@ -45,7 +45,7 @@ class Slices:
 
     def decode(self, order: dict[str, Any]) -> dict[str, Any]:
         """Seconds of each step of a steady batch."""
-        kind, steps = (order["concurrency"], order["enforced"]), order["steps"] + SKIPPED_STEPS
+        kind, steps = (order["concurrency"], order["masks"]), order["steps"] + SKIPPED_STEPS
         if kind != self._kind or not self._decoding or min(self._decoding.values()) <= steps + 1:
             self._refill(order)
             self._kind = kind
@@ -85,10 +85,10 @@ class Slices:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        enforced, length = order["enforced"], order["prompt_tokens"]
+        masks, length = order["masks"], order["prompt_tokens"]
         req_ids = []
         for nth in range(order["concurrency"]):
-            asked = enforced[nth % len(enforced)] if enforced else []
+            mask = masks[nth % len(masks)]
             number = next(self._numbers)
             params = SamplingParams(
                 temperature=0,
@@ -96,7 +96,7 @@ class Slices:
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
-                extra_args={"moe_guard_enforce": asked} if asked else None,
+                extra_args={"moe_guard_labels": {"mask": mask}} if mask else None,
             )
             prompt = {"prompt_token_ids": [3 + (17 * nth + 5 * j) % 1000 for j in range(length)]}
             self._engine.add_request(str(number), prompt, params)

@@ -126,7 +126,7 @@ class EngineProcess:
             "concurrency": workload.concurrency,
             "prompt_tokens": workload.prompt_tokens,
             "steps": workload.steps,
-            "enforced": state.enforced,
+            "masks": state.masks,
         }
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()

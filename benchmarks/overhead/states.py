@@ -69,12 +69,12 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """An engine under requests of a kind. enforced: for the n-th request, the policies that it asks to
-    have enforced, which is number n modulo their count."""
+    """An engine under requests of a kind. masks: for the n-th request, the label that puts it under a
+    mask, or None; it is number n modulo their count"""
 
     name: str
     engine: str
-    enforced: tuple[tuple[str, ...], ...] = ()
+    masks: tuple[str | None, ...] = (None,)
 
 
 def _policy(name: str, experts: str, rules: str, mode: str = "enforce") -> str:
@@ -114,14 +114,27 @@ def observing(number: int, *, experts: str | None = None, match: str = "", then:
     )
 
 
-def masking(number: int, mode: str = "audit") -> str:
-    """A policy that reroutes four experts from the first token on; no two have the same four."""
+def masking(number: int) -> str:
+    """A policy that reroutes four experts of requests with its label, from the first token on; no two
+    have the same four."""
     return _policy(
         f"mask-{number}",
         str(_four(number)),
-        "    - name: always\n      when: always\n      then: {mask: {experts: flagged}}",
-        mode,
+        _MASK_RULE.format(match=f"{{labels: {{mask: mask-{number}}}}}"),
     )
+
+
+def auditing() -> str:
+    """The same for all requests, but only on paper."""
+    return _policy("mask-0", str(_four(0)), _MASK_RULE.format(match="{phase: any}"), "audit")
+
+
+_MASK_RULE = """\
+    - name: always
+      match: {match}
+      when: always
+      then: {{mask: {{experts: flagged}}}}
+"""
 
 
 def together(policies: list[str]) -> str:
@@ -142,6 +155,7 @@ ENGINES = (
     Engine("observe-64", together([observing(n) for n in range(64)])),
     Engine("observe-all-experts", together([observing(n, experts="[ALL_EXPERTS]") for n in range(16)])),
     Engine("block", together([observing(n, then=_BLOCK) for n in range(16)])),
+    Engine("audit", auditing()),
     Engine("mask-1", masking(0)),
     Engine("mask-256", together([masking(n) for n in range(NUM_MASKS)]),
            arguments={"mask_actions": NUM_MASKS}),
@@ -149,8 +163,8 @@ ENGINES = (
 )  # fmt: skip
 
 
-def _each(count: int) -> tuple[tuple[str, ...], ...]:
-    return tuple((f"mask-{n}",) for n in range(count))
+def _each(count: int) -> tuple[str, ...]:
+    return tuple(f"mask-{n}" for n in range(count))
 
 
 STATES = (
@@ -164,8 +178,8 @@ STATES = (
     State("observing, 64 policies", "observe-64"),
     State("observing, 16 policies of all experts", "observe-all-experts"),
     State("blocking, 16 policies that never fire", "block"),
-    State("auditing a mask", "mask-1"),
-    State("masking half of the requests", "mask-1", ((), ("mask-0",))),
+    State("auditing a mask of all requests", "audit"),
+    State("masking half of the requests", "mask-1", (None, "mask-0")),
     *(
         State(f"masking all requests, {k} different masks", "mask-256", _each(k))
         for k in (1, 8, 64, 256)
@@ -174,7 +188,7 @@ STATES = (
 )
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "guard": ("off", "off-again", "armed", "observe-16", "mask-1"),
+    "guard": ("off", "off-again", "armed", "observe-16", "audit", "mask-1"),
     "policies": ("off", "off-again", "observe-1", "observe-64", "observe-all-experts", "block"),
     "masks": ("off", "off-again", "mask-256"),
     "plugin": ("none", "none-again", "off", "capture"),
