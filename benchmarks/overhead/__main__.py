@@ -5,8 +5,8 @@
         [--one-at-a-time] [--out NAME]
 
 The engines of a group are up at once and take turns: in a round every state runs a slice of the same
-work, in an order that is drawn anew, and its ratio is its time over that of the base in the slices
-right before and behind it. Engines that have the plugin share one process, so that no two processes'
+work, in an order that is drawn anew, and its ratio is its time over that of the base in the slice right
+before or behind it. Engines that have the plugin share one process, so that no two processes'
 memory and threads are compared; the group `plugin` compares a plugin that is off with none at all. A
 second engine of the base's kind shows what the method cannot tell apart. Weights are random, so nothing
 is downloaded.
@@ -38,16 +38,15 @@ from benchmarks.paired import paired_ratio
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
-def workloads(concurrency: Sequence[int], kinds: Sequence[str], plan: Plan) -> list[Workload]:
-    """A slice of decoding has 12 steps, or 6 of a large batch, and prefill has so many tokens that a
-    slice takes about as long; of what takes long there are fewer rounds."""
-    few = max(1, plan.rounds // 2)
+def workloads(concurrency: Sequence[int], kinds: Sequence[str]) -> list[Workload]:
+    """A slice of decoding has 6 steps, and of prefill so many tokens that it takes about as long; what
+    takes little time has more rounds, since it is disturbed more easily."""
     made = {
-        "decode": lambda each: Workload("decode", each, 16, 12 if each < 32 else 6),
+        "decode": lambda each: Workload("decode", each, 16, 6),
         "prefill": lambda each: Workload("prefill", each, 128 if each < 32 else 2048 // each),
     }
     return [
-        replace(made[kind](each), rounds=None if each < 32 else few)
+        replace(made[kind](each), rounds=4 if each < 4 else 2 if each < 256 else 1)
         for kind in kinds
         for each in concurrency
     ]
@@ -106,7 +105,7 @@ def main() -> None:
     parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--concurrency", default="1,4,32,256")
     parser.add_argument("--workloads", default="decode,prefill")
-    parser.add_argument("--rounds", type=int, default=10, help="of each start")
+    parser.add_argument("--rounds", type=int, default=10, help="of each start; of short work more")
     parser.add_argument("--starts", type=int, default=2)
     parser.add_argument("--model", choices=MODELS, default="340m")
     parser.add_argument("--eager", action="store_true")
@@ -122,9 +121,7 @@ def main() -> None:
         states = states_of(group)
         found = run_group(
             states,
-            workloads(
-                list(map(int, options.concurrency.split(","))), options.workloads.split(","), plan
-            ),
+            workloads(list(map(int, options.concurrency.split(","))), options.workloads.split(",")),
             plan,
             say=lambda text: console.print(text, style="dim"),
         )

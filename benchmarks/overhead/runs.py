@@ -27,14 +27,14 @@ PAUSE_S = 0.01
 class Workload:
     """name: `decode`, of which a slice is so many steps of a steady batch, or `prefill`, of which it is
     the requests' first tokens
-    rounds: as `Plan.rounds`, for workloads that take longer
+    rounds: so many times as many as `Plan.rounds`
     """
 
     name: str
     concurrency: int
     prompt_tokens: int
     steps: int = 0
-    rounds: int | None = None
+    rounds: int = 1
 
     def __str__(self) -> str:
         return f"{self.name} at {self.concurrency}"
@@ -42,8 +42,8 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """value_s: what is compared; base_s: that of the slices of the base right before and behind it, on
-    average; last_s: when the last of the requests had its token"""
+    """value_s: what is compared; base_s: that of the base's slice right before or behind it; last_s: when
+    the last of the requests had its token"""
 
     start: int
     round: int
@@ -196,7 +196,7 @@ def run_group(
     states: Sequence[State], workloads: Sequence[Workload], plan: Plan, say: Callable[[str], None]
 ) -> list[Slice]:
     """The first state is the base. In each round every other one runs a slice of the same work, in an
-    order that is drawn anew, with a slice of the base before and behind it."""
+    order that is drawn anew, with a slice of the base beside it."""
     order = random.Random(0)
     slices = []
     names = list(dict.fromkeys(state.engine for state in states))
@@ -228,15 +228,23 @@ def _take_turns(
     for state in (base, *others):
         run(state)  # warm
     slices = []
-    for number in range(workload.rounds or plan.rounds):
-        before_s = value_of(workload, run(base))
-        for state in order.sample(others, len(others)):
-            seconds = run(state)
-            behind_s = value_of(workload, run(base))
-            base_s = (before_s + behind_s) / 2
-            value_s = value_of(workload, seconds)
-            slices.append(Slice(start, number, state.name, workload, value_s, base_s, max(seconds)))
-            before_s = behind_s
+    for number in range(workload.rounds * plan.rounds):
+        for nth, state in enumerate(order.sample(others, len(others))):
+            # By turns the base comes first and second: a machine that slows down favours neither.
+            pair = [base, state] if (number + nth) % 2 else [state, base]
+            seconds = {each.name: run(each) for each in pair}
+            values = {name: value_of(workload, each) for name, each in seconds.items()}
+            slices.append(
+                Slice(
+                    start,
+                    number,
+                    state.name,
+                    workload,
+                    values[state.name],
+                    values[base.name],
+                    max(seconds[state.name]),
+                )
+            )
     return slices
 
 
@@ -254,7 +262,7 @@ def _one_after_the_other(
             for workload in workloads if name in engines else ():
                 for state in (state for state in states if state.engine == name):
                     engines[name].run(workload, state)  # warm
-                    for number in range(workload.rounds or plan.rounds):
+                    for number in range(workload.rounds * plan.rounds):
                         seconds = engines[name].run(workload, state)
                         found[workload, number, state.name] = seconds
     return [
