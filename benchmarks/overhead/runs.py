@@ -42,7 +42,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """value_s: what is compared; base_s: that of the base's slice right before or behind it; last_s: when
+    """value_s: what is compared; base_s: that of the base's slice beside it; last_s: when
     the last of the requests had its token"""
 
     start: int
