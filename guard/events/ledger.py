@@ -97,7 +97,7 @@ class Ledger:
 
         rows_of: of these requests, the place of each for which the engine accepts this step's result
         """
-        self._report = report
+        self._report, self._summary = report, None
         self._open, self._num_cut = {}, {}
         self._row_of = rows_of(report.req_ids)
         self._summary = summary = StepSummary.of(report)
@@ -141,7 +141,7 @@ class Ledger:
     def give_up(self, req_ids: Iterable[str]) -> dict[str, Ending]:
         """As `begin_step`, where not even a failed step can be entered."""
         self._report, self._row_of = None, {req_id: row for row, req_id in enumerate(req_ids)}
-        self._masks_noted = None
+        self._masks_noted = self._summary = None
         for req_id in self._row_of:
             self._note_unjudged(req_id)
         return self._owed_blocks()
@@ -202,6 +202,7 @@ class Ledger:
 
     def finish(self, req_id: str) -> None:
         """A request ended, whether by itself or by a client that went away."""
+        self._masks_noted = None
         row = self._row_of.get(req_id)
         if row is not None and self._report is not None and not self._report.failed:
             self.accept(req_id, NEVER)

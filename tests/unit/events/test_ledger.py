@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -305,6 +306,32 @@ def test_mask_actions_beyond_the_first_word_belong_to_their_rules() -> None:
 
     masked = take(ledger).masked_requests
     assert {policy for policy, count in masked.items() if count} == {"p-63", "p-64"}
+
+
+def test_a_step_that_could_not_be_entered_has_not_seen_all() -> None:
+    """Else blocks that a mask may have reached would be shared."""
+
+    def broken(_: Sequence[str]) -> dict[str, int]:
+        raise RuntimeError
+
+    ledger = make()
+    seen = []
+    for enter in (everyone, broken, everyone):
+        with suppress(RuntimeError):
+            ledger.begin_step(report(Row("a")), enter)
+        seen.append(ledger.has_seen_all)
+    ledger.give_up(["a"])
+    assert [*seen, ledger.has_seen_all] == [True, False, True, False]
+
+
+def test_a_request_that_takes_the_id_of_one_that_ended_is_masked_as_well() -> None:
+    ledger = make()
+    for _ in range(2):
+        for _ in range(3):
+            ledger.begin_step(report(Row("a", masks=[0])), everyone)
+            ledger.end_step()
+        ledger.finish("a")
+    assert take(ledger).outcomes == {"masked": 2}
 
 
 def test_the_start_of_a_mask_is_known_during_its_step_alone() -> None:

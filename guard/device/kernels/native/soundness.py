@@ -28,6 +28,9 @@ class Soundness:
         """words_TW: int64, the mask actions in force for each row; None where none are"""
         _, num_layers, top_k = tap.topk_ids_TLK.shape
         excluding_LEW = None if words_TW is None else self._excluding_LEW
+        assert (
+            excluding_LEW is None or words_TW is None or (excluding_LEW.shape[2] == words_TW.shape[1])
+        ), "words of one program"
         holds: bool = self._holds(
             tap.topk_ids_TLK.data_ptr(),
             tap.topk_weights_TLK.data_ptr(),
