@@ -45,7 +45,7 @@ Experts = Counter[tuple[int, int]]
 
 
 def _has_no_numbers(case: dict[str, Any]) -> bool:
-    """On some CPUs vLLM's compiled MLA reads memory that nobody wrote, with the plugin and without it."""
+    """On some CPUs vLLM's compiled MLA computes NaN at first, with the plugin and without it."""
     outputs = (output["samples"][0] for output in case["batches"][0])
     return any("nan" in token.values() for sample in outputs for token in sample["logprobs"])
 
