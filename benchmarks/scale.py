@@ -5,8 +5,7 @@
 Each size is varied while the others stay at those of a middling one; the guard's own work (step, report
 and ledger, see `host_time`) is timed on this CPU, with one thread. Then the largest shape that is asked
 about, 61 layers of 384 experts with 1,024 requests, is run itself; what 16 ranks add is modelled, since
-there are no 16 ranks here: a step's all-reduce of one word for each request, and as many of the
-findings in the steps that are checked.
+there are no 16 ranks here.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.guards import DrivenGuard, Shape
 from benchmarks.machine import machine
+from guard.device.findings import FindingsForm
 
 MIDDLING = Shape(layers=24, experts=128, policies=16, requests=64)
 LARGE = Shape(layers=61, experts=384, policies=64, requests=1024)
@@ -44,14 +44,17 @@ def step_us(shape: Shape, steps: int) -> dict[str, float]:
 
 
 def ranks_model(shape: Shape, ranks: int) -> str:
-    """Ring all-reduce: each rank sends 2 (n - 1) / n of the data, in 2 (n - 1) hops."""
-    data = 8 * shape.requests
-    sent = 2 * (ranks - 1) / ranks * data
+    """What tensor-parallel ranks add: `RankAgreement`'s one all-reduce a step, of a fixed size.
+
+    Ring all-reduce: each rank sends 2 (n - 1) / n of the data, in 2 (n - 1) hops.
+    """
+    slots = 2 * shape.requests
+    words = 2 * slots + FindingsForm(shape.layers, num_actions=0).size(slots)
+    sent = 2 * (ranks - 1) / ranks * 8 * words
     return (
-        f"modelled, {ranks} tensor-parallel ranks: an all-reduce of {data} bytes a step, of which each "
-        f"rank sends {sent / 1024:.1f} KiB; it is latency, {2 * (ranks - 1)} hops of a ring or the few "
-        "microseconds of a one-shot kernel, as one of the model's own all-reduces, of which a step has "
-        f"{2 * shape.layers}"
+        f"modelled, {ranks} tensor-parallel ranks: an all-reduce of {8 * words / 1024:.0f} KiB a step, of "
+        f"which each rank sends {sent / 1024:.0f} KiB in {2 * (ranks - 1)} hops of a ring; the model's "
+        f"own all-reduces are {2 * shape.layers} a step, of {shape.requests} rows each"
     )
 
 

@@ -15,7 +15,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     names = list(dict.fromkeys((row["group"], row["state"]) for row in rows))
     figure = Figure(figsize=(3.2 + 2.3 * len(kinds), 1.4 + 0.3 * len(names)), layout="constrained")
     figure.suptitle(
-        "Time over that of vLLM without the plugin, median of pairs and its 95 % interval\n"
+        "Time over that of the base (the guard off), median of pairs and its 95 % interval\n"
         f"{report['date']}, {report['hardware']}, vLLM {report['versions'].get('vllm')}",
         fontsize=10,
     )
