@@ -52,8 +52,8 @@ def ranks_model(shape: Shape, ranks: int) -> str:
     words = 2 * slots + FindingsForm(shape.layers, num_actions=0).size(slots)
     sent = 2 * (ranks - 1) / ranks * 8 * words
     return (
-        f"modelled, {ranks} tensor-parallel ranks: an all-reduce of {8 * words / 1024:.0f} KiB a step, of "
-        f"which each rank sends {sent / 1024:.0f} KiB in {2 * (ranks - 1)} hops of a ring; the model's "
+        f"modelled, {ranks} tensor-parallel ranks: an all-reduce of {8 * words / 1024:.0f} KiB a step, "
+        f"of which each rank sends {sent / 1024:.0f} KiB in {2 * (ranks - 1)} hops of a ring; the model's "
         f"own all-reduces are {2 * shape.layers} a step, of {shape.requests} rows each"
     )
 
