@@ -53,8 +53,8 @@ def ranks_model(shape: Shape, ranks: int) -> str:
     sent = 2 * (ranks - 1) / ranks * 8 * words
     return (
         f"modelled, {ranks} tensor-parallel ranks: an all-reduce of {8 * words / 1024:.0f} KiB a step, "
-        f"of which each rank sends {sent / 1024:.0f} KiB in {2 * (ranks - 1)} hops of a ring; the model's "
-        f"own all-reduces are {2 * shape.layers} a step, of {shape.requests} rows each"
+        f"of which each rank sends {sent / 1024:.0f} KiB in {2 * (ranks - 1)} hops of a ring; the "
+        f"model's own all-reduces are {2 * shape.layers} a step, of {shape.requests} rows each"
     )
 
 
