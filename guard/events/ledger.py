@@ -77,7 +77,6 @@ class Ledger:
         self._report: StepReport | None = None
         self._row_of: dict[str, int] = {}
         self._summary: StepSummary | None = None
-        self._masks_noted: tuple[Sequence[str], NDArray[np.int64]] | None = None
         self._open: dict[str, int] = {}  # requests of this step whose accepted drafts may be cut
         self._num_cut: dict[str, int] = {}
         self._outcomes = Outcomes()
@@ -86,7 +85,6 @@ class Ledger:
     def follow(self, book: RuleBook) -> None:
         """A new revision is in force. Steps that the one before decided may still come."""
         self._books.add(book)
-        self._masks_noted = None
         if not book.rules:
             self._outcomes.masked_by.clear()  # no report will say so
 
@@ -141,7 +139,7 @@ class Ledger:
     def give_up(self, req_ids: Iterable[str]) -> dict[str, Ending]:
         """As `begin_step`, where not even a failed step can be entered."""
         self._report, self._row_of = None, {req_id: row for row, req_id in enumerate(req_ids)}
-        self._masks_noted = self._summary = None
+        self._summary = None
         for req_id in self._row_of:
             self._note_unjudged(req_id)
         return self._owed_blocks()
@@ -202,7 +200,6 @@ class Ledger:
 
     def finish(self, req_id: str) -> None:
         """A request ended, whether by itself or by a client that went away."""
-        self._masks_noted = None
         row = self._row_of.get(req_id)
         if row is not None and self._report is not None and not self._report.failed:
             self.accept(req_id, NEVER)
@@ -242,10 +239,8 @@ class Ledger:
         self._tally.select(sums_F[RequestColumn.NUM : RequestColumn.NUM + self._book.num_sets])
 
     def _note_masks(self, report: StepReport, summary: StepSummary) -> None:
-        masked_by = self._outcomes.masked_by
+        masked_by, violated = self._outcomes.masked_by, self.liveness.violated
         if not masked_by and not summary.masks:
-            return
-        if self._are_noted(report):
             return
         for req_id in self._row_of.keys() & masked_by.keys():
             del masked_by[req_id]
@@ -253,20 +248,10 @@ class Ledger:
             return
         for req_id, row in self._counted_rows(report, np.any(report.masked_BW, axis=1)):
             rules = masked_by[req_id] = self._book.masks_in(tuple(report.masked_BW[row].tolist()))
-            if not_obeyed := {rule for rule in rules if rule.reason in self.liveness.violated}:
+            if violated and (not_obeyed := {rule for rule in rules if rule.reason in violated}):
                 self._note_unmasked(req_id, not_obeyed)
             if req_id not in self._open:
                 self._outcomes.reached(req_id, "masked")
-
-    def _are_noted(self, report: StepReport) -> bool:
-        """The step has the same requests under the same masks as the one before, as most have."""
-        before, self._masks_noted = self._masks_noted, None
-        if self._open or self.liveness.violated or len(self._row_of) != len(report.req_ids):
-            return False
-        self._masks_noted = (report.req_ids, report.masked_BW)
-        if before is None or before[0] != report.req_ids:
-            return False
-        return np.array_equal(before[1], report.masked_BW)
 
     def _note_violations(self, report: StepReport) -> None:
         if report.check is None:

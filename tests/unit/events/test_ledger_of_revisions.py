@@ -94,3 +94,15 @@ def test_a_decision_says_what_its_own_rule_did_not_see() -> None:
     ledger.begin_step(made, everyone)
 
     assert [decision.unseen_tokens for decision in deltas(ledger)[0].decisions] == [0, 3]
+
+
+def test_the_same_bits_under_another_revision_are_other_masks() -> None:
+    steer, turn = rule("steer", "mask", policy="p"), rule("turn", "mask", policy="q")
+    ledger = Ledger(0, RuleBook("rev-1", (steer,), (0,), 1), clock=lambda: 0.0)
+    ledger.follow(RuleBook("rev-2", (turn,), (0,), 1))
+    masked = report(Row("a", masks=[0]), num_rules=1)
+    for revision in ("rev-1", "rev-2"):  # a step of the old one was still under way
+        ledger.begin_step(replace(masked, revision=revision), everyone)
+        ledger.end_step()
+    held = deltas(ledger)[-1].masked_requests
+    assert {policy for policy, count in held.items() if count} == {"q"}
