@@ -56,16 +56,13 @@ class LivenessCheck:
         self._sees = torch.ones((), dtype=torch.bool, device=device)
         self._sound_T1 = torch.ones((1, 1), dtype=torch.bool, device=device)
         self._steps = 0
-        self._masks = masks
-        self._soundness = self._make_soundness(device)
+        self._soundness = self._make_soundness(masks, device)
 
-    def _make_soundness(self, device: torch.device) -> Soundness | None:
-        """On a CPU. Whether experts are missed that masks force it does not know."""
+    def _make_soundness(self, masks: MaskTable, device: torch.device) -> Soundness | None:
+        """On a CPU. Whether experts are missed that masks force, it does not know."""
         if device.type != "cpu" or self._forcing is not None or not has_kernels(device):
             return None
-        excluding_LEW = None
-        if self._masks.num_actions:  # none forces
-            excluding_LEW = torch.from_numpy(self._masks.expert_bits)
+        excluding_LEW = torch.from_numpy(masks.expert_bits) if masks.num_actions else None
         return Soundness(self._used_LK.sum(dim=1), self._num_experts_L1[:, 0].long(), excluding_LEW)
 
     def watch(self, layers: Sequence[int]) -> None:
@@ -73,14 +70,18 @@ class LivenessCheck:
         is_here_L1 = torch.zeros_like(self._is_here_L1)
         is_here_L1[list(layers)] = True
         self._is_here_L1 = is_here_L1
-        self._used_LK = self._used_LK & is_here_L1
-        self._soundness = self._make_soundness(self._sees.device)
+        self._use(self._used_LK & is_here_L1)
 
     def take_over(self, before: LivenessCheck) -> None:
         """Go on where the check of the program before stands: the same layers, steps and trust."""
-        self._used_LK, self._is_here_L1 = before._used_LK, before._is_here_L1
+        self._is_here_L1 = before._is_here_L1
+        self._use(before._used_LK)
         self._steps, self._sees = before._steps, before._sees
-        self._soundness = self._make_soundness(self._sees.device)
+
+    def _use(self, used_LK: torch.Tensor) -> None:
+        self._used_LK = used_LK
+        if self._soundness is not None:
+            self._soundness.used_L = used_LK.sum(dim=1)
 
     def begin_step(self) -> None:
         """Counted on the host, for steps that fail too: all ranks check the same ones."""

@@ -67,6 +67,23 @@ def _covers(layer: MoELayer) -> bool:
     return router.kind == "topk" and router.scoring in SCORINGS and not router.num_zero_experts
 
 
+def _facts_of(
+    layer: MoELayer, scaling: float, *, is_masking: bool
+) -> tuple[int, int, int, bool, int, int, float]:
+    """What both kernels are told, in their order. How a layer scores that is only watched they need not
+    know."""
+    router = layer.router
+    return (
+        layer.top_k,
+        layer.num_experts,
+        SCORINGS.index(router.scoring) if is_masking else 0,
+        router.renormalize,
+        router.num_groups,
+        router.topk_groups,
+        float(scaling),
+    )
+
+
 class _CpuFacts(ctypes.Structure):
     """`Layer` in `route.cpp`."""
 
@@ -96,7 +113,6 @@ class CpuLayerRouting:
         self, layer: MoELayer, index: int, tap: RoutingTap, mask: ExpertMask | None, scaling: float
     ) -> None:
         _define()
-        router = layer.router
         self._keep_alive = (tap, mask)
         bits: tuple[int | None, int | None, int | None] = (None, None, None)
         if mask is not None:
@@ -114,13 +130,7 @@ class CpuLayerRouting:
             0 if mask is None else mask.row_bits_TW.shape[1],
             tap.topk_ids_TLK.stride(0),
             len(tap.topk_ids_TLK),
-            layer.top_k,
-            layer.num_experts,
-            SCORINGS.index(router.scoring) if mask is not None else 0,
-            router.renormalize,
-            router.num_groups,
-            router.topk_groups,
-            scaling,
+            *_facts_of(layer, scaling, is_masking=mask is not None),
         )
         self._facts = torch.from_numpy(np.frombuffer(bytes(facts), dtype=np.int64).copy())
 
@@ -139,23 +149,13 @@ class GpuLayerRouting:
         self, layer: MoELayer, index: int, tap: RoutingTap, mask: ExpertMask | None, scaling: float
     ) -> None:
         _define()
-        router = layer.router
         if mask is None:
             no_bits = torch.zeros((0, 1), dtype=torch.int64, device=tap.topk_ids_TLK.device)
             bits = (no_bits, no_bits, no_bits)
         else:
             bits = (mask.row_bits_TW, mask.expert_bits_LEW, mask.method_bits_MW)
         self._buffers = (*bits, tap.topk_ids_TLK, tap.topk_weights_TLK)
-        self._facts = (
-            index,
-            layer.top_k,
-            layer.num_experts,
-            SCORINGS.index(router.scoring) if mask is not None else 0,
-            router.renormalize,
-            float(scaling),
-            router.num_groups,
-            router.topk_groups,
-        )
+        self._facts = (index, *_facts_of(layer, scaling, is_masking=mask is not None))
 
     def apply(
         self,
@@ -178,7 +178,7 @@ _SCHEMAS = {
         "(Tensor router_logits, Tensor(a!) topk_weights, Tensor(b!) topk_ids, Tensor row_bits_TW, "
         "Tensor expert_bits_LEW, Tensor method_bits_MW, Tensor(c!) tap_ids_TLK, "
         "Tensor(d!) tap_weights_TLK, int layer, int top_k, int num_experts, int scoring, "
-        "bool renormalize, float scaling, int num_groups, int topk_groups, Tensor? bias) -> ()"
+        "bool renormalize, int num_groups, int topk_groups, float scaling, Tensor? bias) -> ()"
     ),
 }
 """What the tap gets on a CPU is no argument: nothing in the graph reads it."""

@@ -50,7 +50,7 @@ def library() -> ctypes.PyDLL | None:
         )
         return None
     try:
-        path = _compiled(compiler, _cache_folder())
+        path = _compiled(compiler)
         torch.ops.load_library(path)
         return ctypes.PyDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
@@ -71,13 +71,17 @@ def _compiler() -> str | None:
 
 
 def _cache_folder() -> Path:
+    """Raises OSError where the user has none."""
     named = os.environ.get(CACHE_VARIABLE)
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-guard"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if caches.startswith("~"):
+        raise OSError("this user has no home folder")
+    return Path(caches) / "moe-guard"
 
 
-def _compiled(compiler: str, folder: Path) -> Path:
+def _compiled(compiler: str) -> Path:
     """Raises OSError or SubprocessError."""
     version = subprocess.run(
         [compiler, "--version"], check=True, capture_output=True, text=True, timeout=60
@@ -85,6 +89,7 @@ def _compiled(compiler: str, folder: Path) -> Path:
     parts = [*(source.read_text() for source in _SOURCES), *_FLAGS, version, torch.__version__]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     try:
+        folder = _cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         target = folder / f"cpu-{digest}.so"
         if target.exists():

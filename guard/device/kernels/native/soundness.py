@@ -21,7 +21,8 @@ class Soundness:
         excluding_LEW: torch.Tensor | None,
     ) -> None:
         self._holds = functions().moe_guard_is_sound
-        self._used_L, self._num_experts_L = used_L.contiguous(), num_experts_L.contiguous()
+        self.used_L = used_L
+        self._num_experts_L = num_experts_L.contiguous()
         self._excluding_LEW = None if excluding_LEW is None else excluding_LEW.contiguous()
 
     def holds(self, tap: RoutingTap, num_rows: int, words_TW: torch.Tensor | None) -> bool:
@@ -37,7 +38,7 @@ class Soundness:
             num_rows,
             num_layers,
             top_k,
-            self._used_L.data_ptr(),
+            self.used_L.data_ptr(),
             self._num_experts_L.data_ptr(),
             None if excluding_LEW is None else excluding_LEW.data_ptr(),
             0 if excluding_LEW is None else excluding_LEW.shape[1],

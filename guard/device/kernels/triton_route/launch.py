@@ -24,9 +24,9 @@ def route(
     num_experts: int,
     scoring: int,
     renormalize: bool,
-    scaling: float,
     num_groups: int,
     topk_groups: int,
+    scaling: float,
     bias: torch.Tensor | None,
 ) -> None:
     """As `LayerRouting.apply`, given the whole of tap and mask. Waits for nothing, so that CUDA graphs

@@ -97,15 +97,25 @@ def test_torch_judges_where_the_compiler_fails_which_is_a_warning(
     assert not list((tmp_path / "cache").iterdir()), "nothing unfinished is left"
 
 
+@pytest.mark.parametrize("has_home", [True, False])
 def test_a_folder_that_keeps_nothing_is_said_and_done_without(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    has_home: bool,
 ) -> None:
     compiler = tmp_path / "compiler"
     compiler.write_text("#!/bin/sh\nexit 0\n")
     compiler.chmod(0o755)
-    (tmp_path / "file").touch()
+    if has_home:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    else:
+        for name in (build.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with caplog.at_level(logging.INFO, logger=build.__name__):
-        made = build._compiled(str(compiler), tmp_path / "file" / "cache")
+        made = build._compiled(str(compiler))
     assert made.exists()
     assert f"Let {build.CACHE_VARIABLE} name a folder that can be written to" in caplog.text
     shutil.rmtree(made.parent)
@@ -115,9 +125,10 @@ def test_what_was_compiled_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_pa
     compiler = tmp_path / "compiler"
     compiler.write_text(f"#!/bin/sh\necho ran >> {tmp_path}/runs\n")
     compiler.chmod(0o755)
-    first = build._compiled(str(compiler), tmp_path / "cache")
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
+    first = build._compiled(str(compiler))
     runs = (tmp_path / "runs").read_text().count("ran")
-    assert build._compiled(str(compiler), tmp_path / "cache") == first
+    assert build._compiled(str(compiler)) == first
     assert (tmp_path / "runs").read_text().count("ran") == runs + 1, "its version was asked for"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.name]
 
