@@ -3,7 +3,7 @@
 vLLM mixes `RoutingFaults` into its worker class (`worker_extension_cls`), and a test reaches it with
 `LLM.collective_rpc`. Importing this module makes every guard of the process attachable to faults; they
 are tensors that the forward reads, so that a compiled forward shows them without being compiled anew.
-Layers are routed by torch then, and not by the one operation that leaves no room for a fault.
+A fault behind the one operation that masks and taps a layer overwrites what it left.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ class RoutingFaults:
 _worker: Any = guard_vllm.worker
 _routers: Any = guard_vllm.routers
 _stock_attach, _stock_route_masked = _worker.attach, _routers.route_masked
+_stock_make_layer_routing = _routers.make_layer_routing
 
 
 def _attach(guard: Any, layers: list[Any]) -> None:
     """Between the stock router and the guard, and between the guard and its tap."""
     for index, layer in enumerate(layers):
         layer.router._compute_routing = _faulty_router(index, layer.router._compute_routing)
-    guard.tap.record = _faulty_record(guard.tap, guard.tap.record)
+    guard.tap.record = _faulty_record(guard.tap.record)
     _stock_attach(guard, layers)
 
 
@@ -67,11 +68,9 @@ def _faulty_router(index: int, stock: Callable[..., Any]) -> Callable[..., Any]:
     return compute_routing
 
 
-def _faulty_record(tap: Any, stock: Callable[..., None]) -> Callable[..., None]:
+def _faulty_record(stock: Callable[..., None]) -> Callable[..., None]:
     def record(layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        rows, top_k = topk_ids.shape
-        before = tap.topk_ids_TLK[:rows, layer, :top_k]
-        ids = torch.where(_is_on[SILENT, layer], before, topk_ids.to(before.dtype))
+        ids = torch.where(_is_on[SILENT, layer], -1, topk_ids.to(torch.int32))  # as the step began
         ids = torch.where(_is_on[OUT_OF_RANGE, layer], ids + 1000, ids)
         stock(layer, ids, topk_weights.where(~_is_on[REPORTS_NOT_FINITE, layer], float("nan")))
 
@@ -85,6 +84,36 @@ def _route_masked(layer: Any, router_logits: torch.Tensor, masked: MaskedExperts
     )
 
 
+class _FaultyLayerRouting:
+    """Of a router that does not scale its gate weights, as those of the tests."""
+
+    def __init__(self, stock: Any, layer: Any, index: int, tap: Any) -> None:
+        self._stock, self._layer, self._index, self._tap = stock, layer, index, tap
+
+    def apply(
+        self,
+        router_logits: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        unmasked_weights, unmasked_ids = topk_weights.clone(), topk_ids.clone()
+        self._stock.apply(router_logits, topk_weights, topk_ids, bias)
+        ignores = _is_on[IGNORES_MASKS, self._layer.number]
+        topk_weights.copy_(torch.where(ignores, unmasked_weights, topk_weights))
+        topk_ids.copy_(torch.where(ignores, unmasked_ids, topk_ids))
+        top_k = self._layer.top_k
+        self._tap.record(self._index, topk_ids[:, :top_k], topk_weights[:, :top_k])
+
+
+def _make_layer_routing(layer: Any, index: int, tap: Any, mask: Any, scaling: float) -> Any:
+    stock = _stock_make_layer_routing(layer, index, tap, mask, scaling)
+    if stock is None:
+        return None
+    assert scaling == 1.0, "gate weights are taken from what the router returns"
+    return _FaultyLayerRouting(stock, layer, index, tap)
+
+
 _worker.attach = _attach
 _routers.route_masked = _route_masked
-_routers.make_layer_routing = lambda *_, **__: None
+_routers.make_layer_routing = _make_layer_routing
