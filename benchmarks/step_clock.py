@@ -39,7 +39,7 @@ class _Clock:
             took = time.perf_counter() - begun
             self._waited_s += took
             if name in RELOAD_CALLS:
-                self._reload_s[name] = took
+                self._reload_s[name] = self._reload_s.get(name, 0.0) + took
 
     def step(self, stock: Any, core: Any) -> Any:
         begun = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -174,24 +174,29 @@ class Guard:
             self._known_slots = None
 
     def prepare(self, program: Program) -> PreparedProgram:
-        """What `install` needs, on the device, while the program before goes on. Between two steps, but
-        in no hurry: this is the long part.
+        """All parts of `prepare_in_parts` at once."""
+        *_, prepared = self.prepare_in_parts(program)
+        assert prepared is not None
+        return prepared
+
+    def prepare_in_parts(self, program: Program) -> Iterator[PreparedProgram | None]:
+        """What `install` needs, on the device, while the program before goes on. It is the long part of
+        a reload: it gives None behind each part of its own, so that steps can come in between.
 
         Raises ReloadRefusedError for a program that does not fit what was provisioned at start.
         """
         check_fits(program, self.program, self.capacity, masking=self.mask is not None)
+        evaluator = make_evaluator(program, self.capacity, self.device)
+        yield None
+        rules_by_facts = RulesByFacts(program.rules)
+        state = SlotState(program, self.capacity, self.device)
+        carry_over = CarryOver(self.program, program, self.device)
+        yield None
         check = LivenessCheck(program.topology, program.masks, self.device)
-        check.take_over(self._check)
-        return PreparedProgram(
-            program,
-            RulesByFacts(program.rules),
-            make_evaluator(program, self.capacity, self.device),
-            SlotState(program, self.capacity, self.device),
-            CarryOver(self.program, program, self.device),
-            check,
-            None if self.mask is None else self.mask.prepare(program.masks),
-            None if self.kept is None else self.kept.prepare(program.signals, program.generation),
-        )
+        yield None
+        mask = None if self.mask is None else self.mask.prepare(program.masks)
+        kept = None if self.kept is None else self.kept.prepare(program.signals, program.generation)
+        yield PreparedProgram(program, rules_by_facts, evaluator, state, carry_over, check, mask, kept)
 
     @in_inference_mode
     def install(self, prepared: PreparedProgram, computed: Mapping[str, int] | None = None) -> None:
@@ -215,6 +220,7 @@ class Guard:
             self._carry_over(prepared)
         self.program, self._rules_by_facts = prepared.program, prepared.rules_by_facts
         self._set_evaluator(prepared.evaluator)
+        prepared.check.take_over(self._check)
         self._state, self._check = prepared.state, prepared.check
         if self.mask is not None and prepared.mask is not None:
             self.mask.put(prepared.mask)

@@ -42,7 +42,7 @@ def workloads(concurrency: Sequence[int], kinds: Sequence[str]) -> list[Workload
     """A slice of decoding has 6 steps, and of prefill so many tokens that it takes about as long; what
     takes little time has more rounds, since it is disturbed more easily."""
     made = {
-        "decode": lambda each: Workload("decode", each, 16, 6),
+        "decode": lambda each: Workload("decode", each, 4, 6),
         "prefill": lambda each: Workload("prefill", each, 128 if each < 32 else 2048 // each),
     }
     return [

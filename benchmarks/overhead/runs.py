@@ -101,6 +101,7 @@ class EngineProcess:
         job = {
             "engines": [_job(engine, model, scratch, max_num_seqs, eager=eager) for engine in engines],
             "answers_fd": write_fd,
+            "share_weights": True,
         }
         self._log = scratch / "engines.log"
         with self._log.open("ab") as log:

@@ -5,12 +5,35 @@ A slot keeps its number. Letters: N live slots, others as in `layout`.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from guard.device.state import SlotState
 from guard.program.program import ActionKind, Ints, Program
 from guard.program.step_report import NEVER
 from guard.program.succession import Succession
+
+
+class _Columns:
+    """The earlier program's columns in the order of the later one's.
+
+    earlier_X: where the earlier program has it; -1: nowhere
+    """
+
+    def __init__(self, earlier_X: Ints, num_earlier: int, device: torch.device) -> None:
+        self._size = len(earlier_X)
+        self._are_the_same = np.array_equal(earlier_X, np.arange(num_earlier))
+        self._source_X = torch.from_numpy(earlier_X.clip(min=0)).to(device)
+        self._is_there_X = torch.from_numpy(earlier_X >= 0).to(device)
+
+    def taken(self, values_NX: torch.Tensor, fill: float) -> torch.Tensor:
+        """`fill` where there is none."""
+        if self._are_the_same:
+            return values_NX
+        if not values_NX.shape[-1]:
+            shape = (*values_NX.shape[:-1], self._size)
+            return torch.full(shape, fill, dtype=values_NX.dtype, device=values_NX.device)
+        return values_NX[..., self._source_X].where(self._is_there_X, fill)
 
 
 class CarryOver:
@@ -26,11 +49,12 @@ class CarryOver:
         def put(array: Ints) -> torch.Tensor:
             return torch.from_numpy(array).to(device)
 
-        self._signal_X = put(succession.signal)
-        self._histogram_H = put(succession.histogram)
-        self._rule_R = put(succession.rule)
-        self._condition_C = put(succession.condition)
-        self._action_A = put(succession.action)
+        signals, distributions = earlier.signals, earlier.distributions
+        self._signal_X = _Columns(succession.signal, signals.num_signals, device)
+        self._histogram_H = _Columns(succession.histogram, distributions.num_histograms, device)
+        self._rule_R = _Columns(succession.rule, earlier.rule_table.num_rules, device)
+        self._condition_C = _Columns(succession.condition, earlier.conditions.num_conditions, device)
+        self._action_A = _Columns(succession.action, earlier.masks.num_actions, device)
         self._mask_rule_A = put(later.masks.rule)
         self._static_A = torch.from_numpy(later.masks.static).to(device)
         self._tokens_A = put(later.masks.tokens)
@@ -64,18 +88,20 @@ class CarryOver:
             recent_NQX = _ring(
                 getattr(old, recent)[slots_N], total_NX, next_N - 1, getattr(new, recent).shape[1]
             )
-            getattr(new, total)[slots_N] = _taken(total_NX, columns, 0)
-            getattr(new, recent)[slots_N] = _taken(recent_NQX, columns, 0)
-        histogram_NLEH = old.histogram_SHLE[slots_N].permute(0, 2, 3, 1)
-        new.histogram_SHLE[slots_N] = _taken(histogram_NLEH, self._histogram_H, 0).permute(0, 3, 1, 2)
+            getattr(new, total)[slots_N] = columns.taken(total_NX, 0)
+            getattr(new, recent)[slots_N] = columns.taken(recent_NQX, 0)
+        if new.histogram_SHLE.numel():
+            histogram_NLEH = old.histogram_SHLE[slots_N].permute(0, 2, 3, 1)
+            taken_NLEH = self._histogram_H.taken(histogram_NLEH, 0)
+            new.histogram_SHLE[slots_N] = taken_NLEH.permute(0, 3, 1, 2)
         _carry_recent_experts(old, new, slots_N, next_N)
-        new.prompt_sum_SX[slots_N] = _taken(old.prompt_sum_SX[slots_N], self._signal_X, 0)
-        new.extreme_SC[slots_N] = _taken(old.extreme_SC[slots_N], self._condition_C, float("nan"))
-        was_enforced_NR = _taken(old.enforced_SR[slots_N], self._rule_R, False)
+        new.prompt_sum_SX[slots_N] = self._signal_X.taken(old.prompt_sum_SX[slots_N], 0)
+        new.extreme_SC[slots_N] = self._condition_C.taken(old.extreme_SC[slots_N], float("nan"))
+        was_enforced_NR = self._rule_R.taken(old.enforced_SR[slots_N], False)
         newly_NR = enforced_NR & ~was_enforced_NR & self._acts_R
-        new.active_SR[slots_N] = _taken(old.active_SR[slots_N], self._rule_R, False) & ~newly_NR
+        new.active_SR[slots_N] = self._rule_R.taken(old.active_SR[slots_N], False) & ~newly_NR
         # Blocks that were decided and have not taken place yet.
-        block_at_NR = _taken(old.block_at_SR[slots_N], self._rule_R, NEVER)
+        block_at_NR = self._rule_R.taken(old.block_at_SR[slots_N], NEVER)
         new.block_at_SR[slots_N] = block_at_NR.where(enforced_NR, NEVER)
         self._carry_masks(old, new, slots_N, was_enforced_NR, enforced_NR)
 
@@ -90,8 +116,8 @@ class CarryOver:
         """What was masked stays masked in a recompute, as long as there is the rule; what is no longer
         enforced ends at the next position, and static masks that are new begin there."""
         next_N11 = old.next_position_S[slots_N][:, None, None]
-        from_NIA = _taken(old.mask_from_SIA[slots_N], self._action_A, NEVER)
-        to_NIA = _taken(old.mask_to_SIA[slots_N], self._action_A, NEVER)
+        from_NIA = self._action_A.taken(old.mask_from_SIA[slots_N], NEVER)
+        to_NIA = self._action_A.taken(old.mask_to_SIA[slots_N], NEVER)
         enforced_NA = enforced_NR[:, self._mask_rule_A]
         was_enforced_NA = was_enforced_NR[:, self._mask_rule_A]
         to_NIA = to_NIA.where(enforced_NA[:, None], to_NIA.minimum(next_N11))
@@ -124,14 +150,6 @@ def _carry_recent_experts(
     new.recent_position_SQ[slots_N] = position_NQ.where(is_there_NQ, -1)
     new.recent_epoch_SQ[slots_N] = old.recent_epoch_SQ[slots_N1, place_NQ]
     new.recent_chosen_SQC[slots_N] = old.recent_chosen_SQC[slots_N1, place_NQ]
-
-
-def _taken(values_NX: torch.Tensor, column_X: torch.Tensor, fill: float) -> torch.Tensor:
-    """The earlier program's columns in the order of the later one's; `fill` where there is none."""
-    if not values_NX.shape[-1]:
-        shape = (*values_NX.shape[:-1], len(column_X))
-        return torch.full(shape, fill, dtype=values_NX.dtype, device=values_NX.device)
-    return values_NX[..., column_X.clamp(min=0)].where(column_X >= 0, fill)
 
 
 def _ring(

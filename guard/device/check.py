@@ -7,6 +7,7 @@ report. Letters: F kinds of finding (`Finding`), others as in `layout`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,18 +50,26 @@ class LivenessCheck:
         self._no_expert_K = torch.from_numpy(-1 - place_K.astype(np.int32)).to(device)
         self._layer_offset_L1 = torch.arange(num_layers, device=device)[:, None] * num_experts
         self._nobody = num_layers * num_experts
-        self._excluding = _Excluding(masks, device) if masks.num_actions else None
-        self._forcing = (
-            _Forcing(masks, device) if (masks.method == MaskMethodCode.FORCE).any() else None
-        )
+        self._masks, self._device = masks, device
         self._sees = torch.ones((), dtype=torch.bool, device=device)
         self._sound_T1 = torch.ones((1, 1), dtype=torch.bool, device=device)
         self._steps = 0
         self._soundness = self._make_soundness(masks, device)
+        if self._soundness is None:
+            self._violations_of_masks  # noqa: B018 - made here, not in a step
+
+    @cached_property
+    def _violations_of_masks(self) -> tuple[_Excluding | None, _Forcing | None]:
+        """Where all is sound, it is never looked for what is not."""
+        masks, device = self._masks, self._device
+        excluding = _Excluding(masks, device) if masks.num_actions else None
+        forces = (masks.method == MaskMethodCode.FORCE).any()
+        return excluding, _Forcing(masks, device) if forces else None
 
     def _make_soundness(self, masks: MaskTable, device: torch.device) -> Soundness | None:
         """On a CPU. Whether experts are missed that masks force, it does not know."""
-        if device.type != "cpu" or self._forcing is not None or not has_kernels(device):
+        forces = (masks.method == MaskMethodCode.FORCE).any()
+        if device.type != "cpu" or forces or not has_kernels(device):
             return None
         excluding_LEW = torch.from_numpy(masks.expert_bits) if masks.num_actions else None
         return Soundness(self._used_LK.sum(dim=1), self._num_experts_L1[:, 0].long(), excluding_LEW)
@@ -178,16 +187,17 @@ class LivenessCheck:
         """
         num_rows, num_layers, _ = ids_TLK.shape
         device = ids_TLK.device
-        if in_force_TA is None or self._excluding is None:
+        excluding, forcing = self._violations_of_masks
+        if in_force_TA is None or excluding is None:
             return (
                 torch.zeros(num_layers, dtype=torch.int64, device=device),
                 torch.zeros((num_rows, self._num_actions), dtype=torch.int64, device=device),
             )
         words_TW = pack_bits(in_force_TA)
         index_TLK = torch.where(at_work_TLK, ids_TLK + self._layer_offset_L1, self._nobody)
-        by_layer_L, by_action_TA = self._excluding.violations(index_TLK, words_TW)
-        if self._forcing is not None:
-            missed_L, missed_TA = self._forcing.violations(ids_TLK, unknown_TL, words_TW)
+        by_layer_L, by_action_TA = excluding.violations(index_TLK, words_TW)
+        if forcing is not None:
+            missed_L, missed_TA = forcing.violations(ids_TLK, unknown_TL, words_TW)
             by_layer_L, by_action_TA = by_layer_L + missed_L, by_action_TA + missed_TA
         return by_layer_L, by_action_TA * in_force_TA
 

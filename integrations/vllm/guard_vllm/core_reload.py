@@ -61,8 +61,9 @@ class CoreReload:
         found: bytes = self._rpc(PROGRAM_METHOD)[0]
         return found
 
-    def prepare(self, program: bytes) -> str:
-        """Build it on every worker; nothing changes yet."""
+    def prepare(self, program: bytes | None = None) -> str | None:
+        """Begin to build it on every worker, or go on with the one that was begun; nothing changes yet.
+        None: more is left to do, call again. Steps come in between."""
         self._prepared = None
         fault = self._fault_of_host()
         if fault is not None:
@@ -70,6 +71,8 @@ class CoreReload:
         answers: list[Answer[WorkerStatus]] = self._rpc(PREPARE_METHOD, program)
         statuses = [answer.status for answer in answers if answer.status is not None]
         fault = next((answer.fault for answer in answers if answer.fault is not None), None)
+        if fault is None and len(statuses) < len(answers):
+            return None
         if fault is None and any(s.revision != statuses[0].revision for s in statuses):
             fault = "the workers do not have the same program"
         if fault is not None:

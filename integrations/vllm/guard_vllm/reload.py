@@ -102,12 +102,12 @@ class Reloader:
         if self._observe_only and (faults := check_observe_only(policies)):
             raise PolicyError(faults)
         program = compile_policies(policies, running.topology, running)
-        for method, *args in (
-            (CORE_PREPARE_METHOD, encode_program(program)),
-            (CORE_COMMIT_METHOD,),
-        ):
-            if fault := self._call(method, *args):
-                raise ReloadRefusedError(fault)
+        fault = self._call(CORE_PREPARE_METHOD, encode_program(program))
+        while fault is None:
+            fault = self._call(CORE_PREPARE_METHOD)
+        fault = fault or self._call(CORE_COMMIT_METHOD)
+        if fault:
+            raise ReloadRefusedError(fault)
         self._program = program
         return program.revision
 

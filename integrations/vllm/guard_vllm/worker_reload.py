@@ -1,4 +1,4 @@
-"""A new program in a worker: prepared and put in force by two calls of the engine core.
+"""A new program in a worker: prepared part by part and put in force, by calls of the engine core.
 
 The calls come to each worker between the same two steps: the executor hands work out in one order.
 Neither ever raises, for with several workers an answer of one would be taken for another's.
@@ -7,7 +7,7 @@ Neither ever raises, for with several workers an answer of one would be taken fo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 from guard.errors import GuardError, ReloadRefusedError
@@ -28,7 +28,9 @@ Status = TypeVar("Status")
 
 
 class Answer(NamedTuple, Generic[Status]):
-    """fault: why it was not done, for people; None where it was"""
+    """fault: why it was not done, for people; None where it was
+    status: None also where more is left to do
+    """
 
     fault: str | None
     status: Status | None = None
@@ -43,6 +45,7 @@ class WorkerReload(Generic[Status]):
     def __init__(self, guard: Guard, status: Callable[[Program], Status]) -> None:
         self._guard = guard
         self._status = status
+        self._preparing: Iterator[PreparedProgram | None] | None = None
         self._prepared: PreparedProgram | None = None
 
     def hook(self, worker: object) -> None:
@@ -55,14 +58,22 @@ class WorkerReload(Generic[Status]):
         """The one in force, for whoever compiles the next."""
         return encode_program(self._guard.program)
 
-    def prepare(self, data: bytes) -> Answer[Status]:
-        """Build what is in `data` beside what there is."""
-        self._prepared = None
+    def prepare(self, data: bytes | None) -> Answer[Status]:
+        """Begin to build what is in `data` beside what there is, or go on with it: a part at each call,
+        as a step waits for it. There is a status once all is built."""
         with self._guard.failures.caught(Stage.RELOAD):
             try:
-                prepared = self._guard.prepare(decode_program(data))
+                if data is not None:
+                    self._prepared = None
+                    self._preparing = self._guard.prepare_in_parts(decode_program(data))
+                    return Answer(None)
+                if self._preparing is None:
+                    raise ReloadRefusedError("nothing is being prepared")
+                prepared = next(self._preparing, self._prepared)
             except GuardError as error:
                 return Answer(str(error))
+            if prepared is None:
+                return Answer(None)
             self._prepared = prepared
             if prepared.new_bytes:
                 logger.info(
@@ -75,7 +86,8 @@ class WorkerReload(Generic[Status]):
 
     def commit(self, computed: dict[str, int]) -> Answer[Status]:
         """Put in force what was prepared. computed: see `Guard.install`."""
-        prepared, self._prepared = self._prepared, None
+        prepared = self._prepared
+        self._forget()
         with self._guard.failures.caught(Stage.RELOAD):
             try:
                 if prepared is None:
@@ -88,7 +100,10 @@ class WorkerReload(Generic[Status]):
 
     def abandon(self, blind: bool) -> None:
         """It is not put in force after all. blind: but on other ranks, so that none can go on."""
-        self._prepared = None
+        self._forget()
         if blind:
             self._guard.agreement = None  # ranks that differ would wait for each other
             self._guard.is_split = self._guard.blind = True
+
+    def _forget(self) -> None:
+        self._prepared = self._preparing = None

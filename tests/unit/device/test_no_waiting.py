@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 import guard.device.state
 import guard.runtime
 from guard.device.evaluate import StepEvaluator
+from guard.device.kernels.choice import KERNELS_VARIABLE
 from guard.device.layout import Capacity
 from guard.device.start import TorchStart
 from guard.device.state import host_to_device
@@ -47,6 +48,7 @@ def test_no_operation_of_a_step_waits_for_its_numbers(case: Case) -> None:
     chunks = prompt_chunks(case.routing, iter([3] * 12))
     requests = [Driven("a", case.routing, chunks, case.facts)]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KERNELS_VARIABLE, "torch")  # the way that steps on a device take
         patch.setattr("tests.conformance.drive.Guard", _Watched)
         patch.setattr(guard.runtime, "make_evaluator", _twin)
         patch.setattr(guard.runtime, "make_start", lambda tap, mask, _: TorchStart(tap, mask))

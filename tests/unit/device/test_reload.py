@@ -294,6 +294,24 @@ def test_slots_that_were_added_while_a_program_was_prepared_are_carried_over() -
     assert fired(report) == [("a", 2), ("b", 2)]
 
 
+def test_steps_between_the_parts_of_preparing_are_judged_as_before_and_carried_over() -> None:
+    engine = started(policy_text(rule_text(REQUEST)))
+    engine.step({"a": (0, [FLAGGED])})
+    later = policy_text(rule_text(REQUEST) + rule_text(ALWAYS, name="z"))
+    before = engine.guard.program
+    program = compile_policies(parse_policies(later), TOPOLOGY, before)
+    parts = 0
+    for prepared in engine.guard.prepare_in_parts(program):  # noqa: B007
+        parts += 1
+        engine.step({"a": (parts, [FLAGGED if parts == 1 else OTHER])})
+        assert engine.guard.program is before
+    assert parts > 1
+    assert prepared is not None
+    engine.guard.install(prepared)
+
+    assert fired(engine.step({"a": (parts + 1, [FLAGGED])})) == [("a", parts + 1)] * 2
+
+
 def masks_text(count: int) -> str:
     rules = "".join(
         rule_text(f"{{count: {{experts: f, over: token, atLeast: {n + 1}}}}}", MASK, name=f"m{n}")
