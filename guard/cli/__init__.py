@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import typer
 
+from guard.cli.calibrate import calibrate
 from guard.cli.check import check
 from guard.cli.demo import demo
 from guard.cli.diff import diff
+from guard.cli.discover import discover
 from guard.cli.policy_tests import run_policy_tests
 from guard.cli.record import record
 from guard.cli.replay import replay
+from guard.cli.report import report
 from guard.cli.serve import serve
 
 app = typer.Typer(
@@ -26,6 +29,9 @@ app.command()(diff)
 app.command("test")(run_policy_tests)
 app.command()(replay)
 app.command()(record)
+app.command()(discover)
+app.command()(calibrate)
+app.command()(report)
 
 
 def main() -> None:

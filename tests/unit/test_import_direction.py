@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "guard.testing": {"guard.policy", "guard.program", "guard.offline"},
     "guard.events": {"guard.failures", "guard.policy", "guard.program"},
     "guard.source": {"guard.failures", "guard.policy"},
-    "guard.discover": {"guard.policy", "guard.program"},
+    "guard.discover": {"guard.policy", "guard.program", "guard.trace", "guard.offline"},
     "guard.prepared": {"guard.policy", "guard.program", "guard.device"},
     "guard.runtime": {
         "guard.prepared",

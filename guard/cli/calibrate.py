@@ -1,0 +1,80 @@
+"""`moe-guard calibrate`: thresholds of a profile's conditions, by false-positive budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from guard.cli.output import err, fail, out
+from guard.errors import GuardError
+
+
+def calibrate(
+    traces: Annotated[
+        list[Path], typer.Argument(help="Traces of `moe-guard record`, or folders of them.")
+    ],
+    profile: Annotated[Path, typer.Option(help="The model's profile: sets, baselines, probes.")],
+    to: Annotated[
+        Path | None, typer.Option("--out", help="Write the profile there, with the new thresholds.")
+    ] = None,
+    conditions: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML or JSON: a list of {phase, when, alarm: above | below}. By default those that "
+            "the profile has thresholds of."
+        ),
+    ] = None,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(min=0.0, max=1.0, help="A false-positive rate of prompts; may be given again."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The label of prompts that are to be detected.")
+    ] = None,
+    reference: Annotated[str, typer.Option(help="The label of benign prompts.")] = "benign",
+    label: Annotated[str, typer.Option(help="The field of a prompt that holds its label.")] = "label",
+    pair: Annotated[str, typer.Option(help="Prompts that share it stay together.")] = "pair_id",
+    held_out: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="The share of prompts that is set aside.")
+    ] = 0.5,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="The prompts' own file, for a baseline that reads their words alone."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write what was found there as JSON, for `moe-guard report`.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+) -> None:
+    """Take thresholds from benign prompts, and show on prompts set aside what comes of them."""
+    try:
+        import sklearn  # noqa: F401 - not every installation has it
+    except ImportError:
+        fail("calibrate needs scikit-learn and scipy; install moe-guard[discover]")
+    import torch
+
+    from guard.cli.calibrate_run import CalibrationRun
+
+    torch.set_num_threads(1)  # steps are small: more threads would wait for one another
+    try:
+        with err.status("calibrating"):
+            run = CalibrationRun.start(
+                traces,
+                profile,
+                conditions,
+                budget or [0.01, 0.05],
+                (label, target, reference, pair),
+                seed,
+            )
+            run.calibrate(held_out, prompts)
+    except GuardError as error:
+        fail(error)
+    run.print(out)
+    if report is not None:
+        report.write_text(json.dumps(run.report(), indent=1) + "\n", encoding="utf-8")
+    if to is not None:
+        written: dict[str, Any] = run.profile_with_thresholds()
+        to.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,283 @@
+"""Reads what `moe-guard calibrate` is given, and shows what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from guard.cli.record import read_prompts
+from guard.discover.calibration import Calibrated, Measured, Split, calibrate
+from guard.discover.conformal import Floats
+from guard.discover.errors import DiscoverError
+from guard.discover.text_baseline import TextBaseline, Texts, text_baseline
+from guard.policy.model import Phase
+from guard.policy.suggest import one_of, quote
+from guard.program.topology import Topology
+from guard.trace.format import TracedRequest
+from guard.trace.reader import TraceReader, trace_files
+
+DIRECTIONS = ("above", "below")
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """Names and values of labels. target: None: nothing is to be detected"""
+
+    label: str
+    target: str | None
+    reference: str
+    pair: str
+
+
+@dataclass
+class CalibrationRun:
+    """requests: those of either label, of all traces"""
+
+    profile: Mapping[str, Any]
+    topology: Topology
+    conditions: Sequence[Measured]
+    budgets: Sequence[float]
+    roles: Roles
+    requests: Sequence[TracedRequest]
+    files: Sequence[Path]
+    seed: int
+    found: list[Calibrated] = field(default_factory=list)
+    baseline: TextBaseline | None = None
+
+    @staticmethod
+    def start(
+        traces: Sequence[Path],
+        profile: Path,
+        conditions: Path | None,
+        budgets: Sequence[float],
+        roles: tuple[str, str | None, str, str],
+        seed: int,
+    ) -> CalibrationRun:
+        """Raises GuardError."""
+        known = _json(profile)
+        files = [file for path in traces for file in trace_files(path)]
+        readers = [TraceReader(file) for file in files]
+        topology = readers[0].header.topology
+        for reader in readers[1:]:
+            if reader.header.topology != topology:
+                raise DiscoverError(
+                    f"{reader.path}: is of another model than {files[0]}; calibrate them apart"
+                )
+        names = Roles(*roles)
+        wanted = {names.target, names.reference} - {None}
+        requests = [
+            request
+            for reader in readers
+            for request in reader
+            if request.labels.get(names.label) in wanted
+        ]
+        for value in sorted(filter(None, wanted)):
+            if not any(request.labels[names.label] == value for request in requests):
+                raise DiscoverError(f"no prompt has {names.label} {quote(value)}")
+        measured = _measured(known.get("thresholds", []) if conditions is None else _yaml(conditions))
+        return CalibrationRun(known, topology, measured, budgets, names, requests, files, seed)
+
+    def calibrate(self, held_out: float, prompts: Path | None) -> None:
+        """Raises GuardError."""
+        is_fresh = self._set_aside(held_out)
+        known, fresh = (
+            [request for request in self.requests if is_fresh[self._group(request)] is side]
+            for side in (False, True)
+        )
+        split = Split(
+            [one.routing for one in self._of(known, "benign")],
+            [one.routing for one in self._of(fresh, "benign")],
+            [one.routing for one in self._of(fresh, "target")],
+        )
+        self.found = calibrate(self.profile, self.topology, self.conditions, self.budgets, split)
+        if prompts is not None and self.roles.target is not None:
+            text_of = {str(n): one["prompt"] for n, one in enumerate(read_prompts(prompts), 1)}
+            sides = [self._texts(part, text_of, prompts) for part in (known, fresh)]
+            self.baseline = text_baseline(sides[0], sides[1], self.budgets, seed=self.seed)
+
+    def _set_aside(self, held_out: float) -> dict[str, bool]:
+        """By group, whether its prompts are."""
+        groups = sorted({self._group(request) for request in self.requests})
+        order = np.random.default_rng(self.seed).permutation(len(groups)).tolist()
+        num_fresh = round(held_out * len(groups))
+        return {groups[n]: place < num_fresh for place, n in enumerate(order)}
+
+    def _group(self, request: TracedRequest) -> str:
+        return request.labels.get(self.roles.pair) or f"request {request.request_id}"
+
+    def _of(self, requests: Sequence[TracedRequest], side: str) -> list[TracedRequest]:
+        value = self.roles.target if side == "target" else self.roles.reference
+        return [request for request in requests if request.labels[self.roles.label] == value]
+
+    def _texts(
+        self, requests: Sequence[TracedRequest], text_of: Mapping[str, str], prompts: Path
+    ) -> Texts:
+        for request in requests:
+            if request.request_id not in text_of:
+                raise DiscoverError(
+                    f"{prompts}: has no line {request.request_id} with a prompt: the trace was "
+                    "recorded of other prompts"
+                )
+        target, benign = (
+            [text_of[request.request_id] for request in self._of(requests, side)]
+            for side in ("target", "benign")
+        )
+        return Texts(target, benign)
+
+    def profile_with_thresholds(self) -> dict[str, Any]:
+        """The profile, with what was calibrated in the place of the thresholds that it had."""
+        provenance = self.profile.get("provenance")
+        return {
+            **self.profile,
+            "thresholds": [one.as_threshold() for one in self.found],
+            "provenance": {
+                **(provenance if isinstance(provenance, dict) else {"before": provenance}),
+                "calibration": {
+                    "command": "moe-guard calibrate",
+                    "seed": self.seed,
+                    "traces": {path.name: _sha256(path) for path in self.files},
+                    "conditions": [_facts(one) for one in self.found],
+                },
+            },
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Everything, with the scores of the prompts set aside."""
+        text = self.baseline
+        return {
+            "kind": "Calibration",
+            "conditions": [
+                _facts(one)
+                | {
+                    "direction": one.condition.direction,
+                    "scores": {"benign": _known(one.benign_N), "target": _known(one.target_N)},
+                }
+                for one in self.found
+            ],
+            "text": None
+            if text is None
+            else {
+                "auroc": text.auroc,
+                "budgets": [
+                    {
+                        "budget": budget,
+                        "falsePositives": false_positives._asdict(),
+                        "detected": detected._asdict(),
+                    }
+                    for budget, (false_positives, detected) in text.by_budget.items()
+                ],
+                "scores": {"benign": _known(text.benign_N), "target": _known(text.target_N)},
+            },
+        }
+
+    def print(self, console: Console) -> None:
+        table = Table(
+            "condition", "budget", "threshold", "false positives", "detected", "tokens", "AUROC"
+        )
+        for one in self.found:
+            for budget, outcome in one.by_budget.items():
+                table.add_row(
+                    str(one.condition),
+                    f"{budget:g}",
+                    f"{one.condition.direction} {outcome.threshold:g}",
+                    str(outcome.false_positives),
+                    "" if outcome.detected is None else str(outcome.detected),
+                    "" if outcome.tokens_to_detection is None else f"{outcome.tokens_to_detection:g}",
+                    "" if one.auroc is None else f"{one.auroc:.3f}",
+                )
+        if self.baseline is not None:
+            for budget, (false_positives, detected) in self.baseline.by_budget.items():
+                auroc = "" if self.baseline.auroc is None else f"{self.baseline.auroc:.3f}"
+                row = (f"{budget:g}", "", str(false_positives), str(detected), "0", auroc)
+                table.add_row("the prompts' words alone", *row)
+        console.print(table)
+        console.print(
+            "Rates are of prompts set aside, with exact 95 % intervals. They hold for prompts like "
+            "these, and for no others.",
+            soft_wrap=True,
+            markup=False,
+        )
+
+
+def _facts(one: Calibrated) -> dict[str, Any]:
+    return {
+        "condition": str(one.condition),
+        "auroc": one.auroc,
+        "budgets": [
+            {
+                "budget": budget,
+                "threshold": outcome.threshold,
+                "falsePositives": outcome.false_positives._asdict(),
+                "detected": None if outcome.detected is None else outcome.detected._asdict(),
+                "tokensToDetection": outcome.tokens_to_detection,
+            }
+            for budget, outcome in one.by_budget.items()
+        ],
+    }
+
+
+def _known(values_N: Floats) -> list[float | None]:
+    return [None if math.isnan(value) else round(value, 6) for value in values_N.tolist()]
+
+
+def _measured(entries: object) -> list[Measured]:
+    if not isinstance(entries, list) or not entries:
+        raise DiscoverError(
+            "there is no condition to calibrate: the profile has no thresholds; give a file of them "
+            "with --conditions"
+        )
+    found = []
+    for number, entry in enumerate(entries):
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("when"), dict)
+            or len(entry["when"]) != 1
+        ):
+            raise DiscoverError(f"conditions[{number}]: needs `when` with one condition and its words")
+        phases = [phase.value for phase in Phase]
+        phase = entry.get("phase", Phase.ANY.value)
+        if phase not in phases:
+            raise DiscoverError(
+                f"conditions[{number}]: phase is {one_of(phases)}, not {quote(str(phase))}"
+            )
+        budgets = entry.get("budgets") or [{}]
+        pointed = next((one for one in DIRECTIONS if one in budgets[0]), "above")
+        direction = entry.get("alarm", pointed)
+        if direction not in DIRECTIONS:
+            raise DiscoverError(
+                f"conditions[{number}]: alarm is {one_of(DIRECTIONS)}, not {quote(str(direction))}"
+            )
+        found.append(Measured(Phase(phase), entry["when"], direction))
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DiscoverError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DiscoverError(f"{path}: is no profile: it is not a JSON object")
+    return found
+
+
+def _yaml(path: Path) -> object:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DiscoverError(f"{path}: cannot be read as YAML: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

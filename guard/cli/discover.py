@@ -1,0 +1,91 @@
+"""`moe-guard discover`: which experts go with a label of recorded prompts."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from guard.cli.output import err, fail, out
+from guard.errors import GuardError
+
+
+class PhaseOption(StrEnum):
+    PROMPT = "prompt"
+    OUTPUT = "output"
+    ANY = "any"
+
+
+class Format(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+def discover(
+    traces: Annotated[
+        list[Path], typer.Argument(help="Traces of `moe-guard record`, or folders of them.")
+    ],
+    target: Annotated[
+        str, typer.Option(help="The label of the prompts that experts are looked for of.")
+    ],
+    reference: Annotated[str, typer.Option(help="The label of the prompts beside them.")] = "benign",
+    label: Annotated[str, typer.Option(help="The field of a prompt that holds its label.")] = "label",
+    pair: Annotated[str, typer.Option(help="The field that two prompts of a pair share.")] = "pair_id",
+    category: Annotated[str, typer.Option(help="The field that holds a prompt's topic.")] = "category",
+    phase: Annotated[PhaseOption, typer.Option(help="Which tokens count.")] = PhaseOption.OUTPUT,
+    first_tokens: Annotated[
+        int, typer.Option(min=4, help="Of each output so many tokens count, at most.")
+    ] = 64,
+    unpaired: Annotated[
+        bool, typer.Option("--unpaired", help="Compare prompts that have no pairs.")
+    ] = False,
+    q: Annotated[float, typer.Option(min=0.0, max=1.0, help="The false discovery rate.")] = 0.05,
+    least_effect: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The least difference of activation rates.")
+    ] = 0.1,
+    least_stability: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The least share of resamples.")
+    ] = 0.9,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    output: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.TEXT,
+    to: Annotated[Path | None, typer.Option("--out", help="Write the JSON there as well.")] = None,
+) -> None:
+    """Find experts that go with a label, with what chance and topic alone would show.
+
+    Exits with 0 whether or not there is a signal: the first line says which.
+    """
+    try:
+        import sklearn  # noqa: F401 - not every installation has it
+    except ImportError:
+        fail("discover needs scikit-learn and scipy; install moe-guard[discover]")
+    from guard.cli.discover_report import print_report
+    from guard.discover.discovery import Demands
+    from guard.discover.discovery import discover as find
+    from guard.discover.probe import fit_probe
+    from guard.discover.summary import summary
+    from guard.discover.table import Choice, read_table
+    from guard.policy.model import Phase
+    from guard.trace.reader import trace_files
+
+    choice = Choice(
+        target, reference, label, pair, category, Phase(phase.value), first_tokens, not unpaired
+    )
+    demands = Demands(q=q, least_effect=least_effect, least_stability=least_stability, seed=seed)
+    try:
+        with err.status("reading traces") as status:
+            files = [file for path in traces for file in trace_files(path)]
+            table = read_table(files, choice)
+            found = find(table, demands, say=status.update)
+            status.update("the probe")
+            report = summary(found, choice, fit_probe(table), files)
+    except GuardError as error:
+        fail(error)
+    if to is not None:
+        to.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if output is Format.JSON:
+        out.print_json(json.dumps(report))
+    else:
+        print_report(out, report)

@@ -1,0 +1,151 @@
+"""`moe-guard discover` and `calibrate`, as an operator calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from guard.cli import app
+from guard.policy import load_policies
+from guard.trace.format import TraceHeader
+from guard.trace.writer import TraceWriter
+from tests.support.planted_trace import Planted
+
+PLANTED = Planted(layers=4, experts=16, planted=3, pairs=120, tokens=30, effect=2.0)
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr.replace("\n", " ")
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trace") / "planted.moetrace"
+    with TraceWriter(path, TraceHeader("planted", PLANTED.topology)) as writer:
+        for number, request in enumerate(PLANTED.requests(), 1):
+            object.__setattr__(request, "request_id", f"{number}")
+            writer.write(request)
+    return path
+
+
+def test_the_report_names_the_experts_and_what_chance_would_show(trace: Path, tmp_path: Path) -> None:
+    written = tmp_path / "found.json"
+    code, text, _ = run("discover", trace, "--target", "target", "--out", written)
+    assert code == 0
+    assert text.startswith("3 of 64 experts meet all demands.")
+    for layer, expert in PLANTED.planted_experts:
+        assert f"L{layer}/E{expert}" in text
+    assert "labels shuffled within pairs, 20 times" in text
+    assert "do not use one" in text
+    report = json.loads(written.read_text())
+    assert {(one["layer"], one["expert"]) for one in report["experts"]} == {*PLANTED.planted_experts}
+    assert report["data"].keys() == {"planted.moetrace"}
+    assert len(report["effects"]["rate"]) == 64
+
+
+def test_the_same_as_json(trace: Path) -> None:
+    code, text, _ = run("discover", trace, "--target", "target", "--format", "json")
+    assert code == 0
+    assert json.loads(text)["prompts"]["pairs"] == 120
+
+
+def test_no_signal_is_said_first_and_is_no_error(tmp_path: Path) -> None:
+    nothing = Planted(layers=4, experts=16, planted=0, pairs=40, tokens=30)
+    path = tmp_path / "nothing.moetrace"
+    with TraceWriter(path, TraceHeader("planted", nothing.topology)) as writer:
+        for request in nothing.requests():
+            writer.write(request)
+    code, text, _ = run("discover", path, "--target", "target")
+    assert code == 0
+    assert text.startswith("No signal: of 64 experts none meets all demands")
+
+
+def test_a_label_that_is_not_there_is_refused(trace: Path) -> None:
+    code, _, error = run("discover", trace, "--target", "targt")
+    assert code == 1
+    assert "no prompt has label 'targt'; did you mean 'target'?" in error
+
+
+def test_calibrated_thresholds_are_what_a_policy_with_a_budget_takes(
+    trace: Path, tmp_path: Path
+) -> None:
+    entries = [{"layer": layer, "experts": [expert]} for layer, expert in PLANTED.planted_experts]
+    profile, conditions = tmp_path / "profile.json", tmp_path / "conditions.yaml"
+    profile.write_text(
+        json.dumps(
+            {
+                "apiVersion": "moe-guard/v1",
+                "kind": "Profile",
+                "model": {"architecture": "PlantedForCausalLM"},
+                "sets": {"planted": entries},
+            }
+        )
+    )
+    conditions.write_text("- {phase: output, when: {rate: {experts: planted, over: 16}}}\n")
+    arguments = ("--profile", profile, "--conditions", conditions, "--budget", 0.05)
+    code, text, error = run(
+        "calibrate", trace, *arguments, "--target", "target", "--out", tmp_path / "new.json"
+    )
+    assert code == 0, error
+    assert "of 60 (" in text
+    (tmp_path / "policy.yaml").write_text(
+        "apiVersion: moe-guard/v1\nkind: Policy\nmetadata: {name: planted}\nspec:\n"
+        "  profile: new.json\n  experts: {planted: [{set: planted}]}\n"
+        "  rules: [{name: r, match: {phase: output}, "
+        "when: {rate: {experts: planted, over: 16, budget: 0.05}}}]\n"
+    )
+    written = json.loads((tmp_path / "new.json").read_text())
+    [budget] = written["thresholds"][0]["budgets"]
+    [policy] = load_policies(tmp_path / "policy.yaml").policies
+    [condition] = list(policy.rules[0].conditions())
+    assert condition.threshold == budget["above"]
+    assert written["provenance"]["calibration"]["traces"].keys() == {"planted.moetrace"}
+
+
+def test_words_that_say_nothing_are_worth_nothing_beside_the_routing(
+    trace: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"question {n % 7}"}) + "\n" for n in range(240)))
+    profile = tmp_path / "profile.json"
+    profile.write_text(
+        json.dumps(
+            {
+                "apiVersion": "moe-guard/v1",
+                "kind": "Profile",
+                "model": {"architecture": "PlantedForCausalLM"},
+                "sets": {
+                    "planted": [
+                        {"layer": layer, "experts": [expert]}
+                        for layer, expert in PLANTED.planted_experts
+                    ]
+                },
+                "thresholds": [
+                    {
+                        "phase": "output",
+                        "when": {"rate": {"experts": "planted", "over": 16}},
+                        "budgets": [{"budget": 0.5, "above": 0.1}],
+                    }
+                ],
+            }
+        )
+    )
+    code, text, error = run(
+        *("calibrate", trace, "--profile", profile, "--prompts", prompts, "--target", "target"),
+        *("--budget", 0.05),
+    )
+    assert code == 0, error
+    assert "the prompts' words alone" in text
+
+
+def test_what_cannot_be_calibrated_is_refused(trace: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text("{}")
+    code, _, error = run("calibrate", trace, "--profile", profile)
+    assert code == 1
+    assert "there is no condition to calibrate" in error
