@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,11 +44,10 @@ class Planted:
         layers = generator.choice(self.layers, self.planted, replace=False)
         return [(int(layer), int(generator.integers(self.experts))) for layer in sorted(layers)]
 
-    def requests(self) -> list[TracedRequest]:
+    def requests(self) -> Iterator[TracedRequest]:
         generator = np.random.default_rng([self.seed, 2])
         shape = (self.layers, self.experts)
         categories = generator.normal(0, self.topic, (self.categories, *shape))
-        found = []
         for pair in range(self.pairs):
             category = pair % self.categories
             of_pair = categories[category] + generator.normal(0, self.topic / 2, shape)
@@ -57,8 +57,7 @@ class Planted:
                     for place in self.planted_experts:
                         logits_LE[place] += self.effect
                 labels = {"label": label, "pair_id": f"{pair}", "category": f"topic-{category}"}
-                found.append(TracedRequest(self._routing(logits_LE, generator), labels=labels))
-        return found
+                yield TracedRequest(self._routing(logits_LE, generator), labels=labels)
 
     def _routing(self, logits_LE: np.ndarray, generator: np.random.Generator) -> Routing:
         """Two tokens of prompt, then the output."""

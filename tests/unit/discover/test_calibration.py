@@ -35,7 +35,7 @@ def profile() -> dict[str, Any]:
 
 @cache
 def split() -> Split:
-    requests = PLANTED.requests()
+    requests = list(PLANTED.requests())
     benign = [one.routing for one in requests if one.labels["label"] == "benign"]
     target = [one.routing for one in requests if one.labels["label"] == "target"]
     return Split(benign[:120], benign[120:], target[120:])
