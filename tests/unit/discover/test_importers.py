@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 from pathlib import Path
@@ -15,7 +16,7 @@ from guard.discover.frames import read_frame
 from guard.discover.importers import FORMATS, as_profile_sets, import_sets
 
 FRAME = Path(__file__).parent / "data" / "steermoe_like.pkl"
-"""Of pandas 2.3: layer, expert, a1, d1, a1_n, a2_n, risk_diff, task; made by `make_frame.py` beside it."""
+"""Of pandas 2.3; made by `make_frame.py` beside it."""
 
 
 def write(folder: Path, content: object) -> Path:
@@ -26,9 +27,7 @@ def write(folder: Path, content: object) -> Path:
 
 def test_a_pickled_table_is_read_without_pandas() -> None:
     frame = read_frame(FRAME.read_bytes())
-    assert list(frame) == ["layer", "expert", "a1", "d1", "a1_n", "a2_n", "risk_diff", "task"] or set(
-        frame
-    ) == {"layer", "expert", "a1", "d1", "a1_n", "a2_n", "risk_diff", "task"}
+    assert set(frame) == {"layer", "expert", "a1", "d1", "a1_n", "a2_n", "risk_diff", "task"}
     assert frame["layer"] == [12, 12, 3]
     assert frame["expert"] == [85, 4, 7]
     assert frame["a1"] == [48824, 10, 500]
@@ -68,10 +67,8 @@ def test_a_damaged_pickle_is_refused_or_read_and_never_a_bug(data: st.DataObject
     content = bytearray(FRAME.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(DiscoverError):
         read_frame(bytes(content))
-    except DiscoverError:
-        pass
 
 
 def test_easysteers_lists_are_sets_by_their_mode(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Made `steermoe_like.pkl`, a table as SteerMoE's: run by hand, with pandas 2.2, which nothing else needs."""
+"""Made `steermoe_like.pkl`, a table as SteerMoE's: run by hand, with pandas 2.3."""
 
 from __future__ import annotations
 
