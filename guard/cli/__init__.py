@@ -9,6 +9,7 @@ from guard.cli.check import check
 from guard.cli.demo import demo
 from guard.cli.diff import diff
 from guard.cli.discover import discover
+from guard.cli.import_sets import import_sets
 from guard.cli.policy_tests import run_policy_tests
 from guard.cli.record import record
 from guard.cli.replay import replay
@@ -32,6 +33,7 @@ app.command()(record)
 app.command()(discover)
 app.command()(calibrate)
 app.command()(report)
+app.command("import")(import_sets)
 
 
 def main() -> None:

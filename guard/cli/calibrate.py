@@ -44,6 +44,12 @@ def calibrate(
         Path | None,
         typer.Option(help="The prompts' own file, for a baseline that reads their words alone."),
     ] = None,
+    sequential: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A set of the profile: show what SPRT and CUSUM on it would detect, and how soon."
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write what was found there as JSON, for `moe-guard report`.")
     ] = None,
@@ -56,6 +62,7 @@ def calibrate(
         fail("calibrate needs scikit-learn and scipy; install moe-guard[discover]")
     import torch
 
+    from guard.cli.calibrate_report import print_report, report_json
     from guard.cli.calibrate_run import CalibrationRun
 
     torch.set_num_threads(1)  # steps are small: more threads would wait for one another
@@ -69,12 +76,12 @@ def calibrate(
                 (label, target, reference, pair),
                 seed,
             )
-            run.calibrate(held_out, prompts)
+            run.calibrate(held_out, prompts, sequential or [])
     except GuardError as error:
         fail(error)
-    run.print(out)
+    print_report(out, run)
     if report is not None:
-        report.write_text(json.dumps(run.report(), indent=1) + "\n", encoding="utf-8")
+        report.write_text(json.dumps(report_json(run), indent=1) + "\n", encoding="utf-8")
     if to is not None:
         written: dict[str, Any] = run.profile_with_thresholds()
         to.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")

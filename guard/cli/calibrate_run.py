@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +11,23 @@ from typing import Any
 
 import numpy as np
 import yaml
-from rich.console import Console
-from rich.table import Table
 
+from guard.cli.calibrate_report import facts
 from guard.cli.record import read_prompts
 from guard.discover.calibration import Calibrated, Measured, Split, calibrate
-from guard.discover.conformal import Floats
 from guard.discover.errors import DiscoverError
+from guard.discover.sequential import (
+    SequentialOutcome,
+    SequentialSplit,
+    calibrate_sequential,
+    chosen,
+)
 from guard.discover.text_baseline import TextBaseline, Texts, text_baseline
+from guard.policy.fault import Location
 from guard.policy.model import Phase
-from guard.policy.suggest import one_of, quote
+from guard.policy.profile import load_profile
+from guard.policy.suggest import did_you_mean, one_of, quote
+from guard.policy.texts import Text
 from guard.program.topology import Topology
 from guard.trace.format import TracedRequest
 from guard.trace.reader import TraceReader, trace_files
@@ -41,7 +47,7 @@ class Roles:
 
 @dataclass
 class CalibrationRun:
-    """requests: those of either label, of all traces"""
+    """requests: those of either label, of all traces; text: of the profile"""
 
     profile: Mapping[str, Any]
     topology: Topology
@@ -51,7 +57,9 @@ class CalibrationRun:
     requests: Sequence[TracedRequest]
     files: Sequence[Path]
     seed: int
+    text: Text
     found: list[Calibrated] = field(default_factory=list)
+    sequential: dict[str, list[SequentialOutcome]] = field(default_factory=dict)
     baseline: TextBaseline | None = None
 
     @staticmethod
@@ -85,10 +93,14 @@ class CalibrationRun:
             if not any(request.labels[names.label] == value for request in requests):
                 raise DiscoverError(f"no prompt has {names.label} {quote(value)}")
         measured = _measured(known.get("thresholds", []) if conditions is None else _yaml(conditions))
-        return CalibrationRun(known, topology, measured, budgets, names, requests, files, seed)
+        text = Text(str(profile), json.dumps(known))
+        return CalibrationRun(known, topology, measured, budgets, names, requests, files, seed, text)
 
-    def calibrate(self, held_out: float, prompts: Path | None) -> None:
-        """Raises GuardError."""
+    def calibrate(self, held_out: float, prompts: Path | None, sequential: Sequence[str]) -> None:
+        """sequential: sets that the sequential tests read
+
+        Raises GuardError.
+        """
         is_fresh = self._set_aside(held_out)
         known, fresh = (
             [request for request in self.requests if is_fresh[self._group(request)] is side]
@@ -104,6 +116,35 @@ class CalibrationRun:
             text_of = {str(n): one["prompt"] for n, one in enumerate(read_prompts(prompts), 1)}
             sides = [self._texts(part, text_of, prompts) for part in (known, fresh)]
             self.baseline = text_baseline(sides[0], sides[1], self.budgets, seed=self.seed)
+        self.sequential = {name: self._sequential(name, known, fresh) for name in sequential}
+
+    def _sequential(
+        self, name: str, known: Sequence[TracedRequest], fresh: Sequence[TracedRequest]
+    ) -> list[SequentialOutcome]:
+        experts = self._experts(name)
+
+        def side(requests: Sequence[TracedRequest], which: str) -> list[np.ndarray]:
+            own = self._of(requests, which)
+            return [chosen(one.routing, self.topology, experts) for one in own]
+
+        benign = side(known, "benign")
+        # Those that rates are taken from are not calibrated on.
+        num_rates = len(benign) // 4
+        split = SequentialSplit(
+            benign[:num_rates],
+            side(known, "target"),
+            benign[num_rates:],
+            side(fresh, "benign"),
+            side(fresh, "target"),
+        )
+        return calibrate_sequential(split, self.budgets)
+
+    def _experts(self, name: str) -> list[tuple[int, int]]:
+        sets = load_profile(self.text, Location(self.text.file)).sets
+        if name not in sets:
+            hint = did_you_mean(name, sets) or f"; it has {one_of(sorted(sets), 'and')}"
+            raise DiscoverError(f"{self.text.file}: has no set {quote(name)}{hint}")
+        return sorted(sets[name].weights)
 
     def _set_aside(self, held_out: float) -> dict[str, bool]:
         """By group, whether its prompts are."""
@@ -146,88 +187,10 @@ class CalibrationRun:
                     "command": "moe-guard calibrate",
                     "seed": self.seed,
                     "traces": {path.name: _sha256(path) for path in self.files},
-                    "conditions": [_facts(one) for one in self.found],
+                    "conditions": [facts(one) for one in self.found],
                 },
             },
         }
-
-    def report(self) -> dict[str, Any]:
-        """Everything, with the scores of the prompts set aside."""
-        text = self.baseline
-        return {
-            "kind": "Calibration",
-            "conditions": [
-                _facts(one)
-                | {
-                    "direction": one.condition.direction,
-                    "scores": {"benign": _known(one.benign_N), "target": _known(one.target_N)},
-                }
-                for one in self.found
-            ],
-            "text": None
-            if text is None
-            else {
-                "auroc": text.auroc,
-                "budgets": [
-                    {
-                        "budget": budget,
-                        "falsePositives": false_positives._asdict(),
-                        "detected": detected._asdict(),
-                    }
-                    for budget, (false_positives, detected) in text.by_budget.items()
-                ],
-                "scores": {"benign": _known(text.benign_N), "target": _known(text.target_N)},
-            },
-        }
-
-    def print(self, console: Console) -> None:
-        table = Table(
-            "condition", "budget", "threshold", "false positives", "detected", "tokens", "AUROC"
-        )
-        for one in self.found:
-            for budget, outcome in one.by_budget.items():
-                table.add_row(
-                    str(one.condition),
-                    f"{budget:g}",
-                    f"{one.condition.direction} {outcome.threshold:g}",
-                    str(outcome.false_positives),
-                    "" if outcome.detected is None else str(outcome.detected),
-                    "" if outcome.tokens_to_detection is None else f"{outcome.tokens_to_detection:g}",
-                    "" if one.auroc is None else f"{one.auroc:.3f}",
-                )
-        if self.baseline is not None:
-            for budget, (false_positives, detected) in self.baseline.by_budget.items():
-                auroc = "" if self.baseline.auroc is None else f"{self.baseline.auroc:.3f}"
-                row = (f"{budget:g}", "", str(false_positives), str(detected), "0", auroc)
-                table.add_row("the prompts' words alone", *row)
-        console.print(table)
-        console.print(
-            "Rates are of prompts set aside, with exact 95 % intervals. They hold for prompts like "
-            "these, and for no others.",
-            soft_wrap=True,
-            markup=False,
-        )
-
-
-def _facts(one: Calibrated) -> dict[str, Any]:
-    return {
-        "condition": str(one.condition),
-        "auroc": one.auroc,
-        "budgets": [
-            {
-                "budget": budget,
-                "threshold": outcome.threshold,
-                "falsePositives": outcome.false_positives._asdict(),
-                "detected": None if outcome.detected is None else outcome.detected._asdict(),
-                "tokensToDetection": outcome.tokens_to_detection,
-            }
-            for budget, outcome in one.by_budget.items()
-        ],
-    }
-
-
-def _known(values_N: Floats) -> list[float | None]:
-    return [None if math.isnan(value) else round(value, 6) for value in values_N.tolist()]
 
 
 def _measured(entries: object) -> list[Measured]:

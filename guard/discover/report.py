@@ -131,6 +131,17 @@ def _thresholds(found: Mapping[str, Any]) -> str:
         rows.append(
             ["the prompts' words alone", f"{budget['budget']:g}", "", false_positives, detected, "0"]
         )
+    for one in found["sequential"]:
+        rows.append(
+            [
+                f"{one['test']} of {one['set']} (Wald's bound: {_proportion(one['wald'])})",
+                f"{one['budget']:g}",
+                f"{one['threshold']:g}",
+                _proportion(one["false_positives"]),
+                _proportion(one["detected"]),
+                "" if one["tokens_to_detection"] is None else f"{one['tokens_to_detection']:g}",
+            ]
+        )
     heads = ("condition", "budget", "threshold", "false positives", "detected", "tokens")
     head = "".join(f"<th>{text}</th>" for text in heads)
     body = "".join(

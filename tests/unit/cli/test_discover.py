@@ -135,12 +135,43 @@ def test_words_that_say_nothing_are_worth_nothing_beside_the_routing(
             }
         )
     )
+    report = tmp_path / "report.json"
     code, text, error = run(
         *("calibrate", trace, "--profile", profile, "--prompts", prompts, "--target", "target"),
-        *("--budget", 0.05),
+        *("--budget", 0.05, "--sequential", "planted", "--report", report),
     )
     assert code == 0, error
     assert "the prompts' words alone" in text
+    assert "SPRT of planted" in text
+    assert "CUSUM of planted" in text
+    code, _, error = run("report", report, "--out", tmp_path / "report.html")
+    assert code == 0, error
+    assert (tmp_path / "report.html").read_text().count("<svg") == 1
+
+
+def test_a_set_that_the_profile_does_not_have_is_refused(trace: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text(
+        json.dumps(
+            {
+                "apiVersion": "moe-guard/v1",
+                "kind": "Profile",
+                "model": {"architecture": "PlantedForCausalLM"},
+                "sets": {"planted": [{"layer": 0, "experts": [1]}]},
+                "thresholds": [
+                    {
+                        "phase": "output",
+                        "when": {"rate": {"experts": "planted", "over": 16}},
+                        "budgets": [{"budget": 0.5, "above": 0.1}],
+                    }
+                ],
+            }
+        )
+    )
+    arguments = ("--profile", profile, "--target", "target", "--budget", 0.05)
+    code, _, error = run("calibrate", trace, *arguments, "--sequential", "plantd")
+    assert code == 1
+    assert "has no set 'plantd'; did you mean 'planted'?" in error
 
 
 def test_what_cannot_be_calibrated_is_refused(trace: Path, tmp_path: Path) -> None:

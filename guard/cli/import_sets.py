@@ -1,0 +1,100 @@
+"""`moe-guard import`: other tools' lists of experts, as sets of a profile."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from guard.cli.output import err, fail
+from guard.errors import GuardError
+
+
+class FormatOption(StrEnum):
+    STEERMOE = "steermoe"
+    EASYSTEER = "easysteer"
+    ESFT = "esft"
+    MASK = "mask"
+
+
+def import_sets(
+    file: Annotated[Path, typer.Argument(help="The list. Nothing in it is executed.")],
+    kind: Annotated[FormatOption, typer.Option("--format", help="Whose list it is.")],
+    profile: Annotated[Path, typer.Option(help="The profile of the model that it is for.")],
+    prefix: Annotated[
+        str | None, typer.Option(help="Sets are called PREFIX-raised and so on; by default the format.")
+    ] = None,
+    least_effect: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Of a table's risk difference.")
+    ] = 0.3,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="Write the profile there, and not in its place.")
+    ] = None,
+) -> None:
+    """Add the experts of FILE to a profile, under names that it does not have yet.
+
+    A list of experts says what somebody found in some data. Record prompts of your own, and see with
+    `discover` whether it holds there.
+    """
+    from guard.discover import importers
+
+    try:
+        known = _profile(profile)
+        found = importers.import_sets(file, kind.value, least_effect=least_effect)
+        sets = {
+            f"{prefix or kind.value}-{name}": experts for name, experts in found.sets.items() if experts
+        }
+        added = importers.as_profile_sets(sets)
+        for name in added:
+            if name in known.get("sets", {}):
+                fail(f"{profile}: has a set {name!r} already; give another --prefix")
+        written = _with_sets(
+            known, added, {"file": file.name, "sha256": _sha256(file), "note": found.note}
+        )
+        _check(written, profile)
+    except GuardError as error:
+        fail(error)
+    target = to or profile
+    target.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    for name, experts in sets.items():
+        err.print(f"{target}: {name}: {len(experts)} experts", soft_wrap=True, markup=False)
+
+
+def _profile(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot be read as JSON: {error}")
+    if not isinstance(found, dict):
+        fail(f"{path}: is no profile: it is not a JSON object")
+    return found
+
+
+def _with_sets(
+    known: dict[str, Any], added: dict[str, list[dict[str, Any]]], source: dict[str, str]
+) -> dict[str, Any]:
+    provenance = known.get("provenance")
+    before = provenance if isinstance(provenance, dict) else {"before": provenance}
+    imported = [*before.get("imported", []), source | {"sets": sorted(added)}]
+    return {
+        **known,
+        "sets": {**known.get("sets", {}), **added},
+        "provenance": {**before, "imported": imported},
+    }
+
+
+def _check(written: dict[str, Any], path: Path) -> None:
+    """Raises PolicyError where what would be written is no profile."""
+    from guard.policy.fault import Location
+    from guard.policy.profile import load_profile
+    from guard.policy.texts import Text
+
+    load_profile(Text(str(path), json.dumps(written)), Location(str(path)))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
