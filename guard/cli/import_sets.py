@@ -78,7 +78,7 @@ def _with_sets(
     known: dict[str, Any], added: dict[str, list[dict[str, Any]]], source: dict[str, str]
 ) -> dict[str, Any]:
     provenance = known.get("provenance")
-    before = provenance if isinstance(provenance, dict) else {"before": provenance}
+    before: dict[str, Any] = provenance if isinstance(provenance, dict) else {"before": provenance}
     imported = [*before.get("imported", []), source | {"sets": sorted(added)}]
     return {
         **known,
