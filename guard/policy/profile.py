@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from pydantic import ValidationError
@@ -60,6 +61,7 @@ class _Builder:
 
     def build(self) -> Profile:
         model = self._document.model
+        sets = self._sets()
         profile = Profile(
             location=Location(self._root.location.file),
             named_at=self._named_at,
@@ -71,8 +73,8 @@ class _Builder:
                 experts=model.experts,
                 top_k=model.top_k,
             ),
-            never_mask=self._never_mask(),
-            sets=self._sets(),
+            never_mask=(*self._never_mask(), *self._protective(sets)),
+            sets=sets,
             baselines=self._baselines(),
             probes=self._probes(),
         )
@@ -88,6 +90,20 @@ class _Builder:
             )
             for index, entry in enumerate(self._document.never_mask)
         )
+
+    def _protective(self, sets: Mapping[str, ExpertSet]) -> Iterator[NeverMask]:
+        """Masking what makes a model refuse is an attack, so it takes a word to that effect."""
+        for name, spec in self._document.protective.items():
+            path: _Path = ("protective", name)
+            if name not in sets:
+                known = f"it has {one_of(sets, 'and')}" if sets else "it has no sets"
+                hint = did_you_mean(name, sets) or f"; {known}"
+                self._fault(path, f"the profile has no set {quote(name)}{hint}")
+            elif spec.override is None:
+                place = locate(self._root, path, key=True)
+                reason = f"{name} is protective; an `override` there, which says why, allows it"
+                for entry in sets[name].entries:
+                    yield NeverMask(entry.layers, tuple(sorted(entry.weights)), reason, place)
 
     def _sets(self) -> dict[str, ExpertSet]:
         sets = {}

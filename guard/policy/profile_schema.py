@@ -11,7 +11,8 @@
       "thresholds": [{"phase": "output",
                       "when": {"rate": {"experts": "chemistry", "over": 64, "minTokens": 16}},
                       "budgets": [{"budget": 0.01, "above": 0.12}]}],
-      "neverMask": [{"layer": 12, "experts": [3], "reason": "super expert"}]
+      "neverMask": [{"layer": 12, "experts": [3], "reason": "super expert"}],
+      "protective": {"refusals": {}}
     }
 
 Layers and experts are the model's own numbers; JSON writes numbers that are keys as text.
@@ -73,6 +74,14 @@ class NeverMaskSpec(Spec):
     @classmethod
     def problems(cls, data: Mapping[object, object]) -> Iterator[Problem]:
         yield from cls.exactly_one(data, ["layer", "layers"], "the entry")
+
+
+class ProtectiveSpec(Spec):
+    """A set that makes the model refuse, or keeps it safe in another way: no policy may mask it."""
+
+    override: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="Why policies may mask it all the same, for people."
+    )
 
 
 class ProfileEntrySpec(ListedEntrySpec):
@@ -168,6 +177,9 @@ class ProfileDocument(Spec):
     )
     sets: dict[SetName, Annotated[tuple[ProfileEntrySpec, ...], Field(min_length=1)]] = Field(
         default_factory=dict, description="Named sets of experts."
+    )
+    protective: dict[SetName, ProtectiveSpec] = Field(
+        default_factory=dict, description="Those of `sets` that no policy may mask."
     )
     baselines: BaselinesSpec | None = Field(default=None, description="Activation on benign traffic.")
     thresholds: tuple[CalibratedThresholdSpec, ...] = Field(

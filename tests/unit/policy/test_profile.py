@@ -171,6 +171,46 @@ def test_a_profile_that_is_no_text_is_a_fault_where_it_is_named(tmp_path: Path) 
     )
 
 
+REFUSALS = PROFILE | {
+    "sets": {"refusals": [{"layer": 3, "experts": [7]}, {"layer": 4, "experts": [1, 2]}]}
+}
+
+
+@pytest.mark.parametrize("method", ["reroute", "drop", "drop_renorm"])
+def test_a_protective_set_is_not_masked_by_whatever_name_it_comes(tmp_path: Path, method: str) -> None:
+    text = policy("{layer: 4, experts: [1, 9]}", method=method)
+    (fault,) = faults(tmp_path, text, profile=REFUSALS | {"protective": {"refusals": {}}})
+
+    assert fault.message.startswith("p/r masks L4/E1, which the profile")
+    assert "refusals is protective; an `override` there, which says why, allows it" in fault.message
+
+
+def test_an_override_that_says_why_allows_it_and_forcing_needs_none(tmp_path: Path) -> None:
+    protective = {"refusals": {"override": "a red team measures what is left of the refusals"}}
+    assert load(
+        tmp_path, policy("{layer: 4, experts: 1}"), profile=REFUSALS | {"protective": protective}
+    )
+    forced = policy("{layer: 4, experts: 1}", method="force")
+    assert load(tmp_path, forced, profile=REFUSALS | {"protective": {"refusals": {}}})
+
+
+@pytest.mark.parametrize(
+    ("protective", "message"),
+    [
+        ({"refusal": {}}, "the profile has no set 'refusal'; did you mean 'refusals'?"),
+        ({"refusals": {"override": ""}}, "protective.refusals.override"),
+        ({"refusals": {"overide": "x"}}, "did you mean 'override'?"),
+    ],
+)
+def test_a_protective_set_that_is_none_is_refused(
+    tmp_path: Path, protective: object, message: str
+) -> None:
+    (fault,) = faults(
+        tmp_path, policy("{layer: 1, experts: 1}"), profile=REFUSALS | {"protective": protective}
+    )
+    assert message in fault.message
+
+
 def test_the_revision_follows_what_a_profile_says_not_where_it_lies(tmp_path: Path) -> None:
     harmless = policy("{layer: 1, experts: 1}")
     longer = [*PROFILE["neverMask"], {"layers": "3-4", "experts": 7}]
