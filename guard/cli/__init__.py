@@ -15,6 +15,7 @@ from guard.cli.record import record
 from guard.cli.replay import replay
 from guard.cli.report import report
 from guard.cli.serve import serve
+from guard.cli.verify import verify
 
 app = typer.Typer(
     name="moe-guard",
@@ -34,6 +35,7 @@ app.command()(discover)
 app.command()(calibrate)
 app.command()(report)
 app.command("import")(import_sets)
+app.command()(verify)
 
 
 def main() -> None:
