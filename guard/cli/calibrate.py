@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -63,7 +62,8 @@ def calibrate(
     import torch
 
     from guard.cli.calibrate_report import print_report, report_json
-    from guard.cli.calibrate_run import CalibrationRun
+    from guard.cli.calibrate_run import CalibrationRun, Roles
+    from guard.cli.documents import write_document
 
     torch.set_num_threads(1)  # steps are small: more threads would wait for one another
     try:
@@ -73,15 +73,14 @@ def calibrate(
                 profile,
                 conditions,
                 budget or [0.01, 0.05],
-                (label, target, reference, pair),
+                Roles(label, target, reference, pair),
                 seed,
             )
             run.calibrate(held_out, prompts, sequential or [])
+        print_report(out, run)
+        if report is not None:
+            write_document(report, report_json(run))
+        if to is not None:
+            write_document(to, run.profile_with_thresholds())
     except GuardError as error:
         fail(error)
-    print_report(out, run)
-    if report is not None:
-        report.write_text(json.dumps(report_json(run), indent=1) + "\n", encoding="utf-8")
-    if to is not None:
-        written: dict[str, Any] = run.profile_with_thresholds()
-        to.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,7 @@
-"""Reads what `moe-guard calibrate` is given, and shows what came of it."""
+"""Reads what `moe-guard calibrate` is given, and calibrates."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import numpy as np
 import yaml
 
 from guard.cli.calibrate_report import facts
+from guard.cli.documents import read_document, sha256
 from guard.cli.record import read_prompts
 from guard.discover.calibration import Calibrated, Measured, Split, calibrate
 from guard.discover.errors import DiscoverError
@@ -68,11 +68,11 @@ class CalibrationRun:
         profile: Path,
         conditions: Path | None,
         budgets: Sequence[float],
-        roles: tuple[str, str | None, str, str],
+        roles: Roles,
         seed: int,
     ) -> CalibrationRun:
         """Raises GuardError."""
-        known = _json(profile)
+        known = read_document(profile)
         files = [file for path in traces for file in trace_files(path)]
         readers = [TraceReader(file) for file in files]
         topology = readers[0].header.topology
@@ -81,20 +81,19 @@ class CalibrationRun:
                 raise DiscoverError(
                     f"{reader.path}: is of another model than {files[0]}; calibrate them apart"
                 )
-        names = Roles(*roles)
-        wanted = {names.target, names.reference} - {None}
+        wanted = {roles.target, roles.reference} - {None}
         requests = [
             request
             for reader in readers
             for request in reader
-            if request.labels.get(names.label) in wanted
+            if request.labels.get(roles.label) in wanted
         ]
         for value in sorted(filter(None, wanted)):
-            if not any(request.labels[names.label] == value for request in requests):
-                raise DiscoverError(f"no prompt has {names.label} {quote(value)}")
+            if not any(request.labels[roles.label] == value for request in requests):
+                raise DiscoverError(f"no prompt has {roles.label} {quote(value)}")
         measured = _measured(known.get("thresholds", []) if conditions is None else _yaml(conditions))
         text = Text(str(profile), json.dumps(known))
-        return CalibrationRun(known, topology, measured, budgets, names, requests, files, seed, text)
+        return CalibrationRun(known, topology, measured, budgets, roles, requests, files, seed, text)
 
     def calibrate(self, held_out: float, prompts: Path | None, sequential: Sequence[str]) -> None:
         """sequential: sets that the sequential tests read
@@ -113,7 +112,7 @@ class CalibrationRun:
         )
         self.found = calibrate(self.profile, self.topology, self.conditions, self.budgets, split)
         if prompts is not None and self.roles.target is not None:
-            text_of = {str(n): one["prompt"] for n, one in enumerate(read_prompts(prompts), 1)}
+            text_of = {str(n): _text(one) for n, one in enumerate(read_prompts(prompts), 1)}
             sides = [self._texts(part, text_of, prompts) for part in (known, fresh)]
             self.baseline = text_baseline(sides[0], sides[1], self.budgets, seed=self.seed)
         self.sequential = {name: self._sequential(name, known, fresh) for name in sequential}
@@ -186,7 +185,7 @@ class CalibrationRun:
                 "calibration": {
                     "command": "moe-guard calibrate",
                     "seed": self.seed,
-                    "traces": {path.name: _sha256(path) for path in self.files},
+                    "traces": {path.name: sha256(path) for path in self.files},
                     "conditions": [facts(one) for one in self.found],
                 },
             },
@@ -224,14 +223,11 @@ def _measured(entries: object) -> list[Measured]:
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DiscoverError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise DiscoverError(f"{path}: is no profile: it is not a JSON object")
-    return found
+def _text(prompt: Mapping[str, Any]) -> str:
+    """Of a chat, the texts of its messages."""
+    if "prompt" in prompt:
+        return str(prompt["prompt"])
+    return "\n".join(str(message.get("content", "")) for message in prompt["messages"])
 
 
 def _yaml(path: Path) -> object:
@@ -239,8 +235,3 @@ def _yaml(path: Path) -> object:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DiscoverError(f"{path}: cannot be read as YAML: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -62,6 +62,7 @@ def discover(
     except ImportError:
         fail("discover needs scikit-learn and scipy; install moe-guard[discover]")
     from guard.cli.discover_report import print_report
+    from guard.cli.documents import sha256, write_document
     from guard.discover.discovery import Demands
     from guard.discover.discovery import discover as find
     from guard.discover.probe import fit_probe
@@ -80,11 +81,13 @@ def discover(
             table = read_table(files, choice)
             found = find(table, demands, say=status.update)
             status.update("the probe")
-            report = summary(found, choice, fit_probe(table), files)
+            report = summary(
+                found, choice, fit_probe(table), {path.name: sha256(path) for path in files}
+            )
+        if to is not None:
+            write_document(to, report)
     except GuardError as error:
         fail(error)
-    if to is not None:
-        to.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if output is Format.JSON:
         out.print_json(json.dumps(report))
     else:

@@ -79,6 +79,6 @@ def _print_controls(console: Console, report: Mapping[str, Any]) -> None:
                 else "no category could be left out"
             )
         )
-    lines.append("Routing that goes with a label is no proof that it causes it: see the causal check.")
+    lines.append("Routing that goes with a label is no proof that it causes it.")
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from enum import StrEnum
 from pathlib import Path
@@ -40,10 +39,11 @@ def import_sets(
     A list of experts says what somebody found in some data. Record prompts of your own, and see with
     `discover` whether it holds there.
     """
+    from guard.cli.documents import read_document, sha256, write_document
     from guard.discover import importers
 
     try:
-        known = _profile(profile)
+        known = read_document(profile)
         found = importers.import_sets(file, kind.value, least_effect=least_effect)
         sets = {
             f"{prefix or kind.value}-{name}": experts for name, experts in found.sets.items() if experts
@@ -53,25 +53,15 @@ def import_sets(
             if name in known.get("sets", {}):
                 fail(f"{profile}: has a set {name!r} already; give another --prefix")
         written = _with_sets(
-            known, added, {"file": file.name, "sha256": _sha256(file), "note": found.note}
+            known, added, {"file": file.name, "sha256": sha256(file), "note": found.note}
         )
         _check(written, profile)
+        target = to or profile
+        write_document(target, written)
     except GuardError as error:
         fail(error)
-    target = to or profile
-    target.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     for name, experts in sets.items():
         err.print(f"{target}: {name}: {len(experts)} experts", soft_wrap=True, markup=False)
-
-
-def _profile(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        fail(f"{path}: cannot be read as JSON: {error}")
-    if not isinstance(found, dict):
-        fail(f"{path}: is no profile: it is not a JSON object")
-    return found
 
 
 def _with_sets(
@@ -94,7 +84,3 @@ def _check(written: dict[str, Any], path: Path) -> None:
     from guard.policy.texts import Text
 
     load_profile(Text(str(path), json.dumps(written)), Location(str(path)))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,21 +22,11 @@ def report(
         import matplotlib  # noqa: F401 - not every installation has it
     except ImportError:
         fail("report needs matplotlib; install moe-guard[discover]")
-    from guard.discover.errors import DiscoverError
+    from guard.cli.documents import read_document, write_text
     from guard.discover.report import html_report
 
-    found = []
     try:
-        for path in documents:
-            try:
-                document = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise DiscoverError(f"{path}: cannot be read as JSON: {error}") from error
-            if not isinstance(document, dict):
-                raise DiscoverError(f"{path}: is no report: it is not a JSON object")
-            found.append(document)
-        page = html_report(found)
+        write_text(to, html_report([read_document(path) for path in documents]))
     except GuardError as error:
         fail(error)
-    to.write_text(page, encoding="utf-8")
     err.print(f"{to}: written", soft_wrap=True, markup=False)

@@ -26,6 +26,8 @@ def conformal_threshold(furthest_N: Floats, budget: float, *, decimals: int = 6)
 
         Raises DiscoverError where there are too few prompts for the budget.
     """
+    if not 0 < budget < 1:
+        raise DiscoverError(f"a budget lies between 0 and 1; {budget:g} does not")
     num_prompts = len(furthest_N)
     rank = math.ceil((num_prompts + 1) * (1 - budget) - 1e-9)
     if rank > num_prompts:

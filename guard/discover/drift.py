@@ -16,11 +16,12 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from guard.discover.effects import Floats
 from guard.discover.errors import DiscoverError
 from guard.program.topology import Topology
 from guard.program.verdict import Routing
 from guard.trace.reader import TraceReader
+
+Floats = NDArray[np.float64]
 
 DEFAULT_LIMIT: Final = 0.01
 """Nats. Between runs of the same weights in other batches or another precision some tokens choose

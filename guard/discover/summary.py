@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from guard.discover.discovery import Discovery
@@ -17,9 +15,12 @@ VERSION = 1
 
 
 def summary(
-    found: Discovery, choice: Choice, probe: Probe | None, traces: Iterable[Path]
+    found: Discovery, choice: Choice, probe: Probe | None, data: Mapping[str, str]
 ) -> dict[str, Any]:
-    """`experts` are the flagged ones, those with the largest effect first."""
+    """`experts` are the flagged ones, those with the largest effect first.
+
+    data: SHA-256 of each trace by its name
+    """
     table, effects, controls = found.table, found.effects, found.controls
     column_of = {expert: x for x, expert in enumerate(table.experts_X)}
     topology = table.topology
@@ -64,7 +65,7 @@ def summary(
             "low": _rounded(effects.low_X),
             "high": _rounded(effects.high_X),
         },
-        "data": {path.name: _sha256(path) for path in traces},
+        "data": dict(data),
     }
 
 
@@ -91,8 +92,3 @@ def _number(value: float) -> float:
 
 def _rounded(values: Iterable[float]) -> list[float]:
     return [_number(value) for value in values]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -109,11 +109,17 @@ def test_calibrated_thresholds_are_what_a_policy_with_a_budget_takes(
     assert calibration["conditions"][0]["budgets"][0]["falsePositives"]["total"] == 60
 
 
+def asked(number: int) -> dict[str, object]:
+    """Every other one as a chat."""
+    text = f"question {number % 7}"
+    return {"messages": [{"role": "user", "content": text}]} if number % 2 else {"prompt": text}
+
+
 def test_words_that_say_nothing_are_worth_nothing_beside_the_routing(
     trace: Path, tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"question {n % 7}"}) + "\n" for n in range(240)))
+    prompts.write_text("".join(json.dumps(asked(n)) + "\n" for n in range(240)))
     profile = tmp_path / "profile.json"
     profile.write_text(
         json.dumps(

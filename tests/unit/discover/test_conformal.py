@@ -64,6 +64,12 @@ def test_too_few_prompts_are_refused_with_how_many_are_needed() -> None:
         conformal_threshold(np.zeros(98), 0.01)
 
 
+@pytest.mark.parametrize("budget", [0.0, 1.0])
+def test_a_budget_of_nothing_or_of_all_is_refused(budget: float) -> None:
+    with pytest.raises(DiscoverError, match="lies between 0 and 1"):
+        conformal_threshold(np.zeros(9), budget)
+
+
 @pytest.mark.parametrize(("hits", "total"), [(0, 10), (3, 10), (10, 10), (1, 400)])
 def test_intervals_are_exact(hits: int, total: int) -> None:
     expected = scipy.stats.binomtest(hits, total).proportion_ci(method="exact")

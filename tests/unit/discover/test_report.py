@@ -35,7 +35,7 @@ class _Tags(HTMLParser):
 def page_of(planted: Planted) -> str:
     table = table_of(planted)
     probe = fit_probe(table) if planted.planted else None
-    return html_report([summary(discover(table, QUICK), Choice("target", "benign"), probe, [])])
+    return html_report([summary(discover(table, QUICK), Choice("target", "benign"), probe, {})])
 
 
 def test_the_page_has_the_verdict_the_pictures_and_what_it_does_not_show() -> None:
