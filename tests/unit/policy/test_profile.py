@@ -191,7 +191,8 @@ def test_an_override_that_says_why_allows_it_and_forcing_needs_none(tmp_path: Pa
         tmp_path, policy("{layer: 4, experts: 1}"), profile=REFUSALS | {"protective": protective}
     )
     forced = policy("{layer: 4, experts: 1}", method="force")
-    assert load(tmp_path, forced, profile=REFUSALS | {"protective": {"refusals": {}}})
+    named = REFUSALS | {"protective": {"refusals": {}}}
+    assert len(load(tmp_path, forced, profile=named).policies) == 1
 
 
 @pytest.mark.parametrize(
