@@ -186,13 +186,13 @@ def test_a_protective_set_is_not_masked_by_whatever_name_it_comes(tmp_path: Path
 
 
 def test_an_override_that_says_why_allows_it_and_forcing_needs_none(tmp_path: Path) -> None:
-    protective = {"refusals": {"override": "a red team measures what is left of the refusals"}}
-    assert load(
-        tmp_path, policy("{layer: 4, experts: 1}"), profile=REFUSALS | {"protective": protective}
-    )
+    why = {"override": "a red team measures what is left of the refusals"}
+    overridden = REFUSALS | {"protective": {"refusals": why}}
+    masked = load(tmp_path, policy("{layer: 4, experts: 1}"), profile=overridden)
+    assert len(masked.policies) == 1
     forced = policy("{layer: 4, experts: 1}", method="force")
-    named = REFUSALS | {"protective": {"refusals": {}}}
-    assert len(load(tmp_path, forced, profile=named).policies) == 1
+    protected = REFUSALS | {"protective": {"refusals": {}}}
+    assert len(load(tmp_path, forced, profile=protected).policies) == 1
 
 
 @pytest.mark.parametrize(
