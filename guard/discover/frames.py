@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,13 +21,19 @@ from guard.discover.errors import DiscoverError
 
 Cell = int | float | str
 MAX_CELLS: Final = 1 << 24
+MAX_MEMO: Final = 1 << 20
+_MEMO_OPCODES: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 _KINDS: Final = "iufb"
 
 
 def read_frame(data: bytes) -> dict[str, list[Cell]]:
     """Columns by name. Raises DiscoverError."""
     try:
+        _refuse_bombs(data)
         found = _Reader(io.BytesIO(data)).load()
+        if not isinstance(found, _Frame) or found.manager is None:
+            raise DiscoverError("is a pickle of something else than a pandas table")
+        return found.columns()
     except DiscoverError:
         raise
     # What a damaged or hostile pickle makes the unpickler and the stand-ins raise, by its documentation
@@ -44,9 +51,16 @@ def read_frame(data: bytes) -> dict[str, list[Cell]]:
         ValueError,
     ) as error:
         raise DiscoverError(f"is no pickled table ({type(error).__name__}: {error})") from error
-    if not isinstance(found, _Frame) or found.manager is None:
-        raise DiscoverError("is a pickle of something else than a pandas table")
-    return found.columns()
+
+
+def _refuse_bombs(data: bytes) -> None:
+    """The unpickler allocates what a length or a memo's number says, whether it is there or not.
+
+    Here each opcode's argument is read in full first.
+    """
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in _MEMO_OPCODES and isinstance(argument, int) and argument > MAX_MEMO:
+            raise DiscoverError(f"keeps more than {MAX_MEMO} objects")
 
 
 class _Kept:
@@ -168,6 +182,8 @@ class _Frame(_Kept):
             cells = block.values.cells()
             for row, number in zip(cells, block.numbers(len(names)), strict=True):
                 found[str(names[number])] = [_cell(value) for value in row.tolist()]
+        if len({len(column) for column in found.values()}) > 1:
+            raise DiscoverError("has columns of different lengths")
         return found
 
 

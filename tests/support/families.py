@@ -27,10 +27,17 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """error: part of vLLM's own message; why: the same for a reader"""
+    """error: part of vLLM's own message; why: the same for a reader
+
+    without_avx512: part of the message on a CPU without AVX-512, where it is another one
+    """
 
     error: str
     why: str
+    without_avx512: str = ""
+
+    def explains(self, message: str) -> bool:
+        return self.error in message or bool(self.without_avx512 and self.without_avx512 in message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -600,6 +607,7 @@ FAMILIES: tuple[Family, ...] = (
         failure=Failure(
             "'function' object is not subscriptable",
             "its attention needs Triton",
+            without_avx512="has no attribute 'convert_weight_packed'",
         ),
     ),
     Family(

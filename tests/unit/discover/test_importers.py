@@ -61,6 +61,26 @@ def test_a_pickle_of_something_else_is_refused() -> None:
         read_frame(pickle.dumps({"layer": [1]}))
 
 
+def test_a_table_whose_columns_are_fewer_than_it_says_is_refused() -> None:
+    content = bytearray(FRAME.read_bytes())
+    content[541] = 0
+    with pytest.raises(DiscoverError, match="is no pickled table"):
+        read_frame(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x05r\xff\xff\xff\x7f.", "keeps more than"),
+        (b"\x80\x05\x96\x00\x00\x00\x00\x0f\x00\x00\x00x.", "is no pickled table"),
+    ],
+    ids=["a memo of 2**31 objects", "a bytearray of 60 GiB"],
+)
+def test_what_would_fill_the_memory_is_refused_first(content: bytes, message: str) -> None:
+    with pytest.raises(DiscoverError, match=message):
+        read_frame(content)
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_a_damaged_pickle_is_refused_or_read_and_never_a_bug(data: st.DataObject) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from vllm.model_executor.layers.fused_moe.router import (
+    cpu_router,
     fused_topk_bias_router,
     fused_topk_router,
     grouped_topk_router,
@@ -219,7 +220,7 @@ ON_CUDA = [
 
 
 def stand_in_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let routers that end in a CUDA kernel run here."""
+    """Let routers that end in a CUDA kernel run here, or in one that needs a CPU with AVX-512."""
 
     def topk(scoring: str) -> Callable[..., Any]:
         def run(weights: Any, ids: Any, _: Any, logits: torch.Tensor, renormalize: bool = False) -> Any:
@@ -250,6 +251,58 @@ def stand_in_for_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         gemma4_routing_function_torch,
     )
     monkeypatch.setattr(AiterSharedRoutedFusedMoERouter, "_compute_routing", _shared_behind(topk))
+    for name, stand_in in CPU_KERNELS.items():
+        if not has_cpu_kernel(name):
+            monkeypatch.setattr(cpu_router, name, stand_in)
+
+
+def has_cpu_kernel(name: str) -> bool:
+    return hasattr(torch.ops._C, name)
+
+
+def _sqrtsoftplus(logits: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.softplus(logits.float()).sqrt()
+
+
+def _biased_topk(
+    hidden_states: torch.Tensor,
+    gating_output: torch.Tensor,
+    correction_bias: torch.Tensor,
+    topk: int,
+    renormalize: bool,
+    scoring_func: str,
+    num_fused_shared_experts: int,
+    routed_scaling_factor: float,
+    apply_routed_scaling_factor_on_output: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert renormalize
+    assert apply_routed_scaling_factor_on_output
+    assert (scoring_func, num_fused_shared_experts) == ("sqrtsoftplus", 0)
+    scores = _sqrtsoftplus(gating_output)
+    ids = (scores + correction_bias.float()).topk(topk).indices
+    weights = scores.gather(1, ids)
+    return weights / weights.sum(-1, keepdim=True) * routed_scaling_factor, ids.int()
+
+
+def _hash_topk(
+    gating_output: torch.Tensor,
+    tid2eid: torch.Tensor,
+    topk: int,
+    scoring_func: str,
+    num_fused_shared_experts: int,
+    num_experts: int,
+    routed_scaling_factor: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert (scoring_func, num_fused_shared_experts) == ("sqrtsoftplus", 0)
+    weights = _sqrtsoftplus(gating_output).gather(1, tid2eid.long())
+    return weights / weights.sum(-1, keepdim=True) * routed_scaling_factor, tid2eid.int()
+
+
+CPU_KERNELS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
+    "biased_topk_cpu": _biased_topk,
+    "hash_topk_cpu": _hash_topk,
+}
+"""vLLM's, of AVX-512, and the same in torch."""
 
 
 def _identity_experts(

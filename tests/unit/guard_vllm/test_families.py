@@ -24,12 +24,14 @@ from tests.support.support_facts import METHODS as WORDS
 from tests.support.support_recorder import SupportRecord
 from tests.unit.device.driving import policy_text, rule_text
 from tests.unit.guard_vllm.family_routers import (
+    CPU_KERNELS,
     EXPERTS,
     ON_CPU,
     ON_CUDA,
     TOP_K,
     Built,
     InternS1ProBlock,
+    has_cpu_kernel,
     stand_in_for_kernels,
 )
 
@@ -183,7 +185,10 @@ def test_the_tap_has_gate_weights_before_any_scaling(attached: Attached) -> None
 
 
 @pytest.mark.parametrize("built", ON_CPU, ids=lambda built: built.name)
-def test_vllms_compiler_can_trace_a_guarded_router_without_a_break(built: Built) -> None:
+def test_vllms_compiler_can_trace_a_guarded_router_without_a_break(
+    built: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in_for_kernels(monkeypatch)
     torch._dynamo.reset()
     attached = Attached(built)
     eager = attached.masked(asks_of_some_rows(attached.facts))
@@ -229,7 +234,30 @@ def test_a_class_of_router_that_is_not_known_is_refused_by_name() -> None:
     assert family.unmaskable == "the router NewRouter is not known to this release"
 
 
-def test_a_layer_that_a_table_routes_is_watched_and_never_masked() -> None:
+@pytest.mark.parametrize("name", CPU_KERNELS)
+def test_what_stands_in_for_a_kernel_routes_as_it_does(name: str) -> None:
+    if not has_cpu_kernel(name):
+        pytest.skip("this CPU lacks AVX-512, and vLLM's library for it lacks the kernel")
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn((ROWS, 256), generator=generator) * 2
+    arguments: tuple[Any, ...]
+    if name == "hash_topk_cpu":
+        table = torch.stack([torch.randperm(256, generator=generator)[:6] for _ in range(ROWS)]).int()
+        arguments = (logits, table, 6, "sqrtsoftplus", 0, 256, 1.5)
+    else:
+        bias = torch.randn(256, generator=generator) * 0.2 + 3
+        arguments = (logits, logits, bias, 6, True, "sqrtsoftplus", 0, 1.5, True)
+    weights, ids = getattr(torch.ops._C, name)(*arguments)
+    stand_in_weights, stand_in_ids = CPU_KERNELS[name](*arguments)
+    assert torch.equal(ids.sort(-1).values, stand_in_ids.sort(-1).values)
+    order, stand_in_order = ids.argsort(-1), stand_in_ids.argsort(-1)
+    torch.testing.assert_close(weights.gather(1, order), stand_in_weights.gather(1, stand_in_order))
+
+
+def test_a_layer_that_a_table_routes_is_watched_and_never_masked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stand_in_for_kernels(monkeypatch)
     table = torch.stack([torch.randperm(256)[:6] for _ in range(10)]).to(torch.int32)
 
     def build() -> CPURouter:
