@@ -3,7 +3,7 @@
     python -m benchmarks.discover [--pairs 500] [--tokens 200] [--layers 48] [--experts 128]
         [--keep DIR]
 
-The routing is drawn, with six experts planted.
+The routing is drawn, with six experts planted; so are the tokens, by a power law of 50,000.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -47,9 +49,11 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         path = folder / "planted.moetrace"
         if not path.exists():
-            with TraceWriter(path, TraceHeader("planted", planted.topology)) as writer:
+            generator = np.random.default_rng(1)
+            with TraceWriter(path, TraceHeader("planted", planted.topology, tokens=True)) as writer:
                 for request in track(planted.requests(), "drawing", 2 * planted.pairs):
-                    writer.write(request)
+                    token_ids = generator.zipf(1.2, len(request.routing.topk_ids)) % 50_000
+                    writer.write(replace(request, token_ids=token_ids.astype(np.int32)))
         console.print(f"{path.stat().st_size / 2**20:.0f} MiB of trace")
         seconds: dict[str, float] = {}
         choice = Choice("target", "benign", first_tokens=options.tokens)

@@ -1,4 +1,4 @@
-"""Finds expert sets and thresholds, writes `demo/policies`: `python -m demo.choose_experts`.
+"""Finds the score that the demo blocks by, writes its policy: `python -m demo.choose_experts`.
 
 It reads the choosing split and nothing else. A request's features are, for each expert, the mean
 number of times that a token chose it (0 or 1 a token). The restricted score is a sparse logistic
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from demo import frames
 from demo.names import Split
-from demo.policy_text import Choice, Expert, write_policies
+from demo.policy_text import Choice, Expert, write_policy
 from demo.routing import MODEL_DIR, Recorder, gates
 from demo.text import BENIGN, LOOK_ALIKE, RESTRICTED, Prompt, passing_mentions, prompts
 
@@ -39,8 +39,6 @@ COUNTS: Final = {
     "code": 40,
 }
 NUM_WEIGHTED: Final = 16
-NUM_FLAGGED: Final = 12
-MENTION_WINDOW: Final = 8
 OUTPUT_WINDOW: Final = 16
 
 Floats = NDArray[np.float64]
@@ -64,12 +62,6 @@ class Sample(NamedTuple):
             matrix_LE[layer, expert] = weight
         score_T: Floats = bias + (self.counts_TLE * matrix_LE).sum((1, 2))
         return score_T
-
-    def mass_windows(self, experts: Sequence[Expert], size: int, stop: int | None = None) -> Floats:
-        """The mass of the experts over each full window of `size` positions before `stop`."""
-        layers = sorted({layer for layer, _ in experts})
-        inside = np.sum([self.gates_TLE[:stop, layer, expert] for layer, expert in experts], axis=0)
-        return windows(inside, size) / windows(self.gates_TLE[:stop, layers].sum((1, 2)), size)
 
 
 def choosing_prompts() -> list[Prompt]:
@@ -134,21 +126,6 @@ def restricted_score(samples: Sequence[Sample]) -> tuple[dict[tuple[int, int], f
     return dict(sorted(chosen.items())), bias
 
 
-def lifted(samples: Sequence[Sample], topic: str, count: int, per_layer: int) -> list[tuple[int, int]]:
-    """The experts whose rate is most raised in a topic over the highest rate of any other topic."""
-    rates = {
-        name: np.concatenate([s.counts_TLE for s in samples if s.topic == name]).mean(0)
-        for name in {s.topic for s in samples} - {"mention", "logbook"}
-    }
-    excess = rates[topic] - np.max([rate for name, rate in rates.items() if name != topic], axis=0)
-    found: list[tuple[int, int]] = []
-    for index in np.argsort(-excess, axis=None):
-        layer, expert = divmod(int(index), excess.shape[1])
-        if excess[layer, expert] > 0.02 and sum(at == layer for at, _ in found) < per_layer:
-            found.append((layer, expert))
-    return sorted(found[:count])
-
-
 def windows(values_T: Floats, size: int) -> Floats:
     """Means over `size` neighbouring values; over all of them where there are fewer."""
     size = min(size, len(values_T))
@@ -161,12 +138,10 @@ def highest(values: Floats) -> float:
 
 
 class Reading(NamedTuple):
-    """What the four rules read of one sample: the highest value that each one meets."""
+    """What the two rules read of one sample: the highest value that each one meets."""
 
     prompt: float
     output: float
-    mention: float
-    python: float
 
 
 def read(sample: Sample, choice: Choice) -> Reading:
@@ -176,8 +151,6 @@ def read(sample: Sample, choice: Choice) -> Reading:
     return Reading(
         float(score_T[:num_prompt].mean()),
         highest(windows(output_T, OUTPUT_WINDOW)) if full else -math.inf,
-        highest(sample.mass_windows(choice.flagged, MENTION_WINDOW, num_prompt)),
-        highest(sample.mass_windows(choice.python, OUTPUT_WINDOW)),
     )
 
 
@@ -189,21 +162,15 @@ def between(low: Sequence[float], high: Sequence[float]) -> float:
 
 def choose(samples: Sequence[Sample]) -> Choice:
     weights, bias = restricted_score(samples)
-    flagged = tuple(lifted(samples, RESTRICTED, NUM_FLAGGED, per_layer=5))
-    python = tuple(lifted(samples, "code", NUM_FLAGGED, per_layer=5))
-    open_choice = Choice(weights, bias, flagged, python, 0, 0, 0, 0, MENTION_WINDOW, OUTPUT_WINDOW)
+    open_choice = Choice(weights, bias, 0, 0, OUTPUT_WINDOW)
     readings = [(sample.topic, read(sample, open_choice)) for sample in samples]
     benign = [reading for topic, reading in readings if topic in (*BENIGN, "code")]
     mentions = [reading for topic, reading in readings if topic == "mention"]
     restricted = [reading for topic, reading in readings if topic == RESTRICTED]
-    code = [reading for topic, reading in readings if topic == "code"]
-    others = [reading for topic, reading in readings if topic != "code"]
     return open_choice._replace(
         # A passing mention shall be rerouted, not blocked.
         prompt_above=between([r.prompt for r in (*benign, *mentions)], [r.prompt for r in restricted]),
         output_above=between([r.output for r in benign], [r.output for r in restricted]),
-        mention_above=between([r.mention for r in benign], [r.mention for r in restricted]),
-        python_above=between([r.python for r in others], [r.python for r in code]),
     )
 
 
@@ -220,8 +187,8 @@ def answered(model: Path) -> list[Sample]:
 
 def hits(samples: Sequence[Sample], choice: Choice) -> Table:
     """How many samples of each topic each rule fires on."""
-    limits = (choice.prompt_above, choice.output_above, choice.mention_above, choice.python_above)
-    table = Table("topic", "samples", "asked", "told", "mention", "python", title="choosing split")
+    limits = (choice.prompt_above, choice.output_above)
+    table = Table("topic", "samples", "asked", "told", title="choosing split")
     for topic in dict.fromkeys(sample.topic for sample in samples):
         readings = [read(sample, choice) for sample in samples if sample.topic == topic]
         fired = [sum(r[rule] > limit for r in readings) for rule, limit in enumerate(limits)]
@@ -237,7 +204,7 @@ def main() -> None:
     torch.set_num_threads(1)
     samples = answered(options.model)
     choice = choose(samples)
-    write_policies(choice, options.out)
+    write_policy(choice, options.out)
     console = Console()
     console.print(hits(samples, choice))
     console.print(choice._asdict())

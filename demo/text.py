@@ -126,9 +126,12 @@ def exchange(rng: random.Random, topic: str, split: Split) -> everyday.Exchange:
     if topic in everyday.TOPICS:
         return everyday.TOPICS[topic](rng, split)
     fill = _fill(rng, topic, split)
-    request = rng.choice(frames.REQUESTS[split])
-    request = re.sub(r"\b(the|The|our|Our|My|my|larger amount of) \{product\}", r"\1 {bare}", request)
-    return request.format(**fill), _procedure(rng, fill)
+    return _request(rng.choice(frames.REQUESTS[split]), fill), _procedure(rng, fill)
+
+
+def _request(frame: str, fill: dict[str, str]) -> str:
+    articled = r"\b(the|The|our|Our|My|my|larger amount of) \{product\}"
+    return re.sub(articled, r"\1 {bare}", frame).format(**fill)
 
 
 def prompts(split: Split, topic: str, count: int, seed: int) -> list[Prompt]:
@@ -142,6 +145,31 @@ def prompts(split: Split, topic: str, count: int, seed: int) -> list[Prompt]:
                 Prompt(f"{topic}-{number:03d}", topic, text) for number, text in enumerate(found, 1)
             ]
     raise AssertionError(f"{topic} has only {len(found)} different prompts for {split}")
+
+
+class Pair(NamedTuple):
+    """Two different requests in one frame, and answers as training shows them. frame: its number"""
+
+    restricted: everyday.Exchange
+    look_alike: everyday.Exchange
+    frame: int
+
+
+def pairs(split: Split, count: int, seed: int) -> list[Pair]:
+    """`count` pairs; no request comes twice."""
+    rng = random.Random(f"{seed} {split} pairs")
+    found: list[Pair] = []
+    seen: set[str] = set()
+    while len(found) < count:
+        number, frame = rng.choice(list(enumerate(frames.REQUESTS[split], 1)))
+        sides = []
+        for topic in (RESTRICTED, LOOK_ALIKE):
+            fill = _fill(rng, topic, split)
+            sides.append((_request(frame, fill), _procedure(rng, fill)))
+        if seen.isdisjoint(request for request, _ in sides):
+            seen.update(request for request, _ in sides)
+            found.append(Pair(sides[0], sides[1], number))
+    return found
 
 
 def passing_mentions(split: Split, count: int, seed: int) -> list[Prompt]:

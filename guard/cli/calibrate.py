@@ -39,9 +39,20 @@ def calibrate(
     held_out: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="The share of prompts that is set aside.")
     ] = 0.5,
+    held_out_traces: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--held-out-trace",
+            help="Traces of other prompts to show what comes of it on, not a share: of a topic or "
+            "a wrapper that no threshold was taken from. May be given again.",
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="The prompts' own file, for a baseline that reads their words alone."),
+    ] = None,
+    held_out_prompts: Annotated[
+        Path | None, typer.Option(help="The same of the prompts of --held-out-trace.")
     ] = None,
     sequential: Annotated[
         list[str] | None,
@@ -63,7 +74,7 @@ def calibrate(
 
     from guard.cli.calibrate_report import print_report, report_json
     from guard.cli.calibrate_run import CalibrationRun, Roles
-    from guard.cli.documents import write_document
+    from guard.cli.documents import write_document, write_profile
 
     torch.set_num_threads(1)  # steps are small: more threads would wait for one another
     try:
@@ -75,12 +86,13 @@ def calibrate(
                 budget or [0.01, 0.05],
                 Roles(label, target, reference, pair),
                 seed,
+                held_out_traces or [],
             )
-            run.calibrate(held_out, prompts, sequential or [])
+            run.calibrate(held_out, prompts, sequential or [], held_out_prompts)
         print_report(out, run)
         if report is not None:
             write_document(report, report_json(run))
         if to is not None:
-            write_document(to, run.profile_with_thresholds())
+            write_profile(to, run.profile_with_thresholds())
     except GuardError as error:
         fail(error)

@@ -47,7 +47,8 @@ class Roles:
 
 @dataclass
 class CalibrationRun:
-    """requests: those of either label, of all traces; text: of the profile"""
+    """requests: those of either label, of all traces; others: of traces that thresholds are not taken
+    from; text: of the profile"""
 
     profile: Mapping[str, Any]
     topology: Topology
@@ -58,6 +59,7 @@ class CalibrationRun:
     files: Sequence[Path]
     seed: int
     text: Text
+    others: Sequence[TracedRequest] = ()
     found: list[Calibrated] = field(default_factory=list)
     sequential: dict[str, list[SequentialOutcome]] = field(default_factory=dict)
     baseline: TextBaseline | None = None
@@ -70,41 +72,58 @@ class CalibrationRun:
         budgets: Sequence[float],
         roles: Roles,
         seed: int,
+        held_out_traces: Sequence[Path] = (),
     ) -> CalibrationRun:
         """Raises GuardError."""
         known = read_document(profile)
-        files = [file for path in traces for file in trace_files(path)]
-        readers = [TraceReader(file) for file in files]
+        files, other_files = (
+            [file for path in paths for file in trace_files(path)]
+            for paths in (traces, held_out_traces)
+        )
+        readers = [TraceReader(file) for file in (*files, *other_files)]
         topology = readers[0].header.topology
         for reader in readers[1:]:
             if reader.header.topology != topology:
                 raise DiscoverError(
                     f"{reader.path}: is of another model than {files[0]}; calibrate them apart"
                 )
-        wanted = {roles.target, roles.reference} - {None}
-        requests = [
-            request
-            for reader in readers
-            for request in reader
-            if request.labels.get(roles.label) in wanted
-        ]
-        for value in sorted(filter(None, wanted)):
-            if not any(request.labels[roles.label] == value for request in requests):
-                raise DiscoverError(f"no prompt has {roles.label} {quote(value)}")
+        requests = _labelled(readers[: len(files)], roles)
+        others = _labelled(readers[len(files) :], roles) if other_files else []
         measured = _measured(known.get("thresholds", []) if conditions is None else _yaml(conditions))
         text = Text(str(profile), json.dumps(known))
-        return CalibrationRun(known, topology, measured, budgets, roles, requests, files, seed, text)
+        return CalibrationRun(
+            known,
+            topology,
+            measured,
+            budgets,
+            roles,
+            requests,
+            [*files, *other_files],
+            seed,
+            text,
+            others,
+        )
 
-    def calibrate(self, held_out: float, prompts: Path | None, sequential: Sequence[str]) -> None:
-        """sequential: sets that the sequential tests read
+    def calibrate(
+        self,
+        held_out: float,
+        prompts: Path | None,
+        sequential: Sequence[str],
+        held_out_prompts: Path | None = None,
+    ) -> None:
+        """held_out: the share of prompts that is set aside, where there are no other traces
+        prompts, held_out_prompts: for a baseline that reads words alone
+        sequential: sets that the sequential tests read
 
         Raises GuardError.
         """
-        is_fresh = self._set_aside(held_out)
-        known, fresh = (
-            [request for request in self.requests if is_fresh[self._group(request)] is side]
-            for side in (False, True)
-        )
+        known, fresh = self.requests, self.others
+        if not fresh:
+            is_fresh = self._set_aside(held_out)
+            known, fresh = (
+                [request for request in self.requests if is_fresh[self._group(request)] is side]
+                for side in (False, True)
+            )
         split = Split(
             [one.routing for one in self._of(known, "benign")],
             [one.routing for one in self._of(fresh, "benign")],
@@ -112,8 +131,13 @@ class CalibrationRun:
         )
         self.found = calibrate(self.profile, self.topology, self.conditions, self.budgets, split)
         if prompts is not None and self.roles.target is not None:
-            text_of = {str(n): _text(one) for n, one in enumerate(read_prompts(prompts), 1)}
-            sides = [self._texts(part, text_of, prompts) for part in (known, fresh)]
+            fresh_prompts = held_out_prompts if self.others else prompts
+            if fresh_prompts is None:
+                raise DiscoverError(
+                    "the words alone are compared on the prompts of --held-out-trace; give their file "
+                    "with --held-out-prompts"
+                )
+            sides = self._texts(known, prompts), self._texts(fresh, fresh_prompts)
             self.baseline = text_baseline(sides[0], sides[1], self.budgets, seed=self.seed)
         self.sequential = {name: self._sequential(name, known, fresh) for name in sequential}
 
@@ -159,9 +183,8 @@ class CalibrationRun:
         value = self.roles.target if side == "target" else self.roles.reference
         return [request for request in requests if request.labels[self.roles.label] == value]
 
-    def _texts(
-        self, requests: Sequence[TracedRequest], text_of: Mapping[str, str], prompts: Path
-    ) -> Texts:
+    def _texts(self, requests: Sequence[TracedRequest], prompts: Path) -> Texts:
+        text_of = {str(n): _text(one) for n, one in enumerate(read_prompts(prompts), 1)}
         for request in requests:
             if request.request_id not in text_of:
                 raise DiscoverError(
@@ -175,21 +198,53 @@ class CalibrationRun:
         return Texts(target, benign)
 
     def profile_with_thresholds(self) -> dict[str, Any]:
-        """The profile, with what was calibrated in the place of the thresholds that it had."""
+        """The profile, with what was calibrated; thresholds of other conditions stay as they are."""
         provenance = self.profile.get("provenance")
+        new = [one.as_threshold() for one in self.found]
+        measured = [_place(one) for one in new]
+        kept = [one for one in self.profile.get("thresholds", []) if _place(one) not in measured]
+        names = [str(one.condition) for one in self.found]
         return {
             **self.profile,
-            "thresholds": [one.as_threshold() for one in self.found],
+            "thresholds": [*kept, *new],
             "provenance": {
                 **(provenance if isinstance(provenance, dict) else {"before": provenance}),
                 "calibration": {
                     "command": "moe-guard calibrate",
                     "seed": self.seed,
                     "traces": {path.name: sha256(path) for path in self.files},
-                    "conditions": [facts(one) for one in self.found],
+                    "conditions": [
+                        *(one for one in self._calibrated_before() if one["condition"] not in names),
+                        *(facts(one) for one in self.found),
+                    ],
                 },
             },
         }
+
+    def _calibrated_before(self) -> list[dict[str, Any]]:
+        """As a run of this command left it."""
+        provenance = self.profile.get("provenance")
+        before = provenance.get("calibration", {}) if isinstance(provenance, dict) else {}
+        conditions = before.get("conditions", []) if isinstance(before, dict) else []
+        return [one for one in conditions if isinstance(one, dict) and "condition" in one]
+
+
+def _labelled(readers: Sequence[TraceReader], roles: Roles) -> list[TracedRequest]:
+    """Requests of either label. Raises DiscoverError where one has none."""
+    wanted = {roles.target, roles.reference} - {None}
+    found = [
+        request for reader in readers for request in reader if request.labels.get(roles.label) in wanted
+    ]
+    for value in sorted(filter(None, wanted)):
+        if not any(request.labels[roles.label] == value for request in found):
+            names = ", ".join(str(reader.path) for reader in readers)
+            raise DiscoverError(f"{names}: no prompt has {roles.label} {quote(value)}")
+    return found
+
+
+def _place(threshold: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """What it is the threshold of."""
+    return threshold.get("phase", Phase.ANY.value), threshold["when"]
 
 
 def _measured(entries: object) -> list[Measured]:

@@ -13,6 +13,7 @@ from guard.cli.output import fail, out
 from guard.policy import Fault, Location, PolicyError, PolicySet, load_policies
 from guard.policy.lint import Code, Finding, Level, lint
 from guard.program.configuration import TopologyError, topology_from_folder
+from guard.program.fingerprint import FingerprintError, fingerprint_faults
 from guard.program.fit import check_against
 from guard.program.model_shape import shape_of
 from guard.program.topology import Topology
@@ -53,9 +54,9 @@ def check(
     """
     try:
         topology = None if model is None else topology_from_folder(model)
-    except TopologyError as error:
+        checked = [_check(path, model, topology) for path in paths]
+    except (TopologyError, FingerprintError) as error:
         fail(error)
-    checked = [_check(path, topology) for path in paths]
     faults = sorted({fault for one in checked for fault in one.faults})
     left_out = frozenset(ignore or ())
     findings = sorted({f for one in checked for f in one.findings if f.code not in left_out})
@@ -72,12 +73,14 @@ def check(
         raise typer.Exit(1)
 
 
-def _check(path: Path, topology: Topology | None) -> _Checked:
+def _check(path: Path, model: Path | None, topology: Topology | None) -> _Checked:
+    """Raises FingerprintError."""
     try:
         policies = load_policies(path)
     except PolicyError as error:
         return _Checked(None, list(error.faults), [])
     faults = [] if topology is None else check_against(policies, topology)
+    faults += [] if model is None else fingerprint_faults(policies, model)
     if faults:
         return _Checked(policies, faults, [])
     shape = None if topology is None else shape_of(topology)

@@ -49,9 +49,30 @@ def discover(
     least_stability: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="The least share of resamples.")
     ] = 0.9,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many count as the top of a resample; by default 1 % of all, 10 at least."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     output: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.TEXT,
     to: Annotated[Path | None, typer.Option("--out", help="Write the JSON there as well.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Write sets, a probe, baselines and statistics there; it may not exist yet."),
+    ] = None,
+    set_name: Annotated[
+        str | None, typer.Option("--set", help="Their name in the profile; by default the target.")
+    ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines",
+            help="Take the profile's baselines from these reference prompts though it has some.",
+        ),
+    ] = False,
+    licence: Annotated[str, typer.Option(help="Of the profile.")] = "",
 ) -> None:
     """Find experts that go with a label, with what chance and topic alone would show.
 
@@ -62,10 +83,12 @@ def discover(
     except ImportError:
         fail("discover needs scikit-learn and scipy; install moe-guard[discover]")
     from guard.cli.discover_report import print_report
-    from guard.cli.documents import sha256, write_document
+    from guard.cli.documents import read_document, sha256, versions, write_document, write_profile
+    from guard.discover.baselines import baseline_rates
     from guard.discover.discovery import Demands
     from guard.discover.discovery import discover as find
-    from guard.discover.probe import fit_probe
+    from guard.discover.probe import fit_probe, probe_table
+    from guard.discover.profile_document import Source, with_discovery
     from guard.discover.summary import summary
     from guard.discover.table import Choice, read_table
     from guard.policy.model import Phase
@@ -74,18 +97,28 @@ def discover(
     choice = Choice(
         target, reference, label, pair, category, Phase(phase.value), first_tokens, not unpaired
     )
-    demands = Demands(q=q, least_effect=least_effect, least_stability=least_stability, seed=seed)
+    demands = Demands(
+        q=q, least_effect=least_effect, least_stability=least_stability, top=top, seed=seed
+    )
     try:
         with err.status("reading traces") as status:
             files = [file for path in traces for file in trace_files(path)]
             table = read_table(files, choice)
             found = find(table, demands, say=status.update)
             status.update("the probe")
-            report = summary(
-                found, choice, fit_probe(table), {path.name: sha256(path) for path in files}
-            )
+            probe = fit_probe(probe_table(files, choice, table))
+            report = summary(found, choice, probe, {path.name: sha256(path) for path in files})
         if to is not None:
             write_document(to, report)
+        if profile is not None:
+            known = read_document(profile) if profile.exists() else None
+            source = Source(report, "moe-guard discover", versions(), licence)
+            name = set_name or target
+            has_some = known is not None and "baselines" in known
+            rates = None if has_some and not baselines else baseline_rates(files, choice)
+            written = with_discovery(known, name, found, probe, rates, source)
+            write_profile(profile, written)
+            err.print(f"{profile}: {name}", soft_wrap=True, markup=False)
     except GuardError as error:
         fail(error)
     if output is Format.JSON:

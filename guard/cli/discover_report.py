@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from guard.discover.same_token import coverage
+
 MOST_ROWS = 30
 
 
@@ -29,14 +31,17 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def _experts(report: Mapping[str, Any]) -> Table:
-    table = Table("expert", "rate", "95 %", "gate mass", "log odds", "q", "stability", "topics")
+    table = Table(
+        "expert", "rate", "95 %", "same tokens", "gate mass", "log odds", "q", "stability", "topics"
+    )
     for row in report["experts"][:MOST_ROWS]:
         low, high = row["interval"]
-        mass, topic = row["massEffect"], row["topicEffect"]
+        mass, topic, same = row["massEffect"], row["topicEffect"], row["sameTokenEffect"]
         table.add_row(
             f"L{row['layer']}/E{row['expert']}",
             f"{row['effect']:+.3f}",
             f"{low:+.3f} {high:+.3f}",
+            "" if same is None else f"{same:+.3f}",
             "" if mass is None else f"{mass:+.3f}",
             f"{row['logOdds']:+.2f}",
             f"{row['q']:.2g}",
@@ -61,6 +66,7 @@ def _print_controls(console: Console, report: Mapping[str, Any]) -> None:
         f"a test that takes tokens for independent finds {controls['naiveTokenTest']}, and "
         f"{controls['naiveTokenTestWithLabelsShuffled']} with labels shuffled: do not use one",
     ]
+    lines.append(coverage(controls["sameTokenShare"]))
     if controls["topicContrasts"]:
         lines.append(
             f"topics: the largest difference in {controls['topicContrasts']} contrasts of "

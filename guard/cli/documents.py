@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from guard.discover.errors import DiscoverError
+from guard.policy.fault import Location
+from guard.policy.profile import load_profile
+from guard.policy.texts import Text
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -25,6 +29,17 @@ def read_document(path: Path) -> dict[str, Any]:
 def write_document(path: Path, document: Mapping[str, Any]) -> None:
     """Raises DiscoverError where it cannot be written."""
     write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def write_profile(path: Path, profile: Mapping[str, Any]) -> None:
+    """Raises PolicyError where what would be written is no profile, DiscoverError as above."""
+    load_profile(Text(str(path), json.dumps(profile)), Location(str(path)))
+    write_document(path, profile)
+
+
+def versions() -> dict[str, str]:
+    """Of what a result rests on."""
+    return {name: version(name) for name in ("moe-guard", "numpy", "scikit-learn", "scipy")}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +38,7 @@ def import_sets(
     A list of experts says what somebody found in some data. Record prompts of your own, and see with
     `discover` whether it holds there.
     """
-    from guard.cli.documents import read_document, sha256, write_document
+    from guard.cli.documents import read_document, sha256, write_profile
     from guard.discover import importers
 
     try:
@@ -55,9 +54,8 @@ def import_sets(
         written = _with_sets(
             known, added, {"file": file.name, "sha256": sha256(file), "note": found.note}
         )
-        _check(written, profile)
         target = to or profile
-        write_document(target, written)
+        write_profile(target, written)
     except GuardError as error:
         fail(error)
     for name, experts in sets.items():
@@ -75,12 +73,3 @@ def _with_sets(
         "sets": {**known.get("sets", {}), **added},
         "provenance": {**before, "imported": imported},
     }
-
-
-def _check(written: dict[str, Any], path: Path) -> None:
-    """Raises PolicyError where what would be written is no profile."""
-    from guard.policy.fault import Location
-    from guard.policy.profile import load_profile
-    from guard.policy.texts import Text
-
-    load_profile(Text(str(path), json.dumps(written)), Location(str(path)))

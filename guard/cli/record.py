@@ -35,6 +35,13 @@ def record(
     to: Annotated[Path, typer.Option("--out", help="The trace to write; it must not exist yet.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer, at most.")] = 256,
     weights: Annotated[Weights, typer.Option(help="How to keep gate weights.")] = Weights.FLOAT32,
+    tokens: Annotated[
+        bool,
+        typer.Option(
+            "--tokens",
+            help="Keep token ids too. They are the text itself: keep the file like the prompts.",
+        ),
+    ] = False,
     vllm: Annotated[
         str, typer.Option("--vllm", help="Arguments of vllm.LLM, as a JSON object.")
     ] = "{}",
@@ -55,6 +62,7 @@ def record(
         "out": str(to.resolve()),
         "max_tokens": max_tokens,
         "weights": weights.value,
+        "tokens": tokens,
         "vllm": arguments,
     }
     environment = {name: value for name, value in os.environ.items() if name != "MOE_GUARD_POLICIES"}

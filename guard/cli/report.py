@@ -1,4 +1,4 @@
-"""`moe-guard report`: what `discover` and `calibrate` found, as one page with pictures."""
+"""`moe-guard report`: what `discover`, `calibrate` and `causal` found, as one page with pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from guard.errors import GuardError
 
 def report(
     documents: Annotated[
-        list[Path], typer.Argument(help="JSON that `discover --out` and `calibrate --report` wrote.")
+        list[Path],
+        typer.Argument(
+            help="JSON that `discover --out`, `calibrate --report` and `causal --report` wrote."
+        ),
     ],
     to: Annotated[Path, typer.Option("--out", help="The HTML file to write.")],
 ) -> None:

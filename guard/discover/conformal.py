@@ -14,17 +14,18 @@ from guard.discover.errors import DiscoverError
 Floats = NDArray[np.float64]
 
 
-def conformal_threshold(furthest_N: Floats, budget: float, *, decimals: int = 6) -> float:
+def conformal_threshold(furthest_N: Floats, budget: float, *, decimals: int = 4) -> float:
     """What a benign prompt's furthest value is above with a probability of at most `budget`.
 
-        The ⌈(n+1)(1-budget)⌉-th smallest of n benign prompts' furthest values (split conformal
+    The ⌈(n+1)(1-budget)⌉-th smallest of n benign prompts' furthest values (split conformal
     prediction, Vovk et al. 2005). It holds for prompts that are exchangeable with these, on average
     over draws of them; tokens of one prompt are not. NaN: the condition was never known in that
     prompt and cannot fire.
 
-    decimals: the threshold is rounded up to so many, so that it holds as it is written
+    decimals: the threshold is rounded up to so many, so that it holds as it is written; policy tests
+        can meet four exactly
 
-        Raises DiscoverError where there are too few prompts for the budget.
+    Raises DiscoverError where there are too few prompts for the budget.
     """
     if not 0 < budget < 1:
         raise DiscoverError(f"a budget lies between 0 and 1; {budget:g} does not")

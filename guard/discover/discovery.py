@@ -24,6 +24,7 @@ from guard.discover.effects import (
     studentized,
 )
 from guard.discover.errors import DiscoverError
+from guard.discover.same_token import SameToken
 from guard.discover.table import PromptTable
 
 Bools = NDArray[np.bool_]
@@ -88,6 +89,7 @@ class Controls:
         two categories are large enough
     naive: experts that a test finds which takes tokens for independent (q of 1 %), and the same with
         labels shuffled within pairs: what such a test is worth
+    same_token: the effects on the same tokens; None: the traces hold none
     """
 
     shuffled: tuple[int, ...]
@@ -95,6 +97,7 @@ class Controls:
     topic_contrasts: int
     naive: int
     naive_shuffled: int
+    same_token: SameToken | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +147,14 @@ class Discovery:
                 np.abs(self.effects.effect_X[flagged]) / np.maximum(topic_X[flagged], 1e-9)
             )
             if ratio < 1:
-                return (
+                text = (
                     f"{text} But topics differ more: between two categories of reference prompts these "
                     f"experts' rates differ by more (median ratio {ratio:.2f}). They are likely to "
                     "fire on harmless prompts of another topic."
                 )
-        return text
+        same = self.controls.same_token
+        warning = "" if same is None else same.warning(self.effects.effect_X, self.flagged_X)
+        return f"{text} {warning}".rstrip()
 
 
 def discover(
@@ -274,6 +279,7 @@ def _controls(
         topic_contrasts,
         _num_naive(table, is_target_N),
         _num_naive(table, is_target_N ^ swapped_N),
+        table.same_token,
     )
 
 

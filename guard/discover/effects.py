@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 Floats = NDArray[np.float64]
 
-_FLIPS_AT_ONCE = 50  # of them for all experts of a large model: some ten MB
+_AT_ONCE = 50  # flips or resamples, of all experts of a large model: some ten MB
 
 
 def risk_difference(chosen_1: int, tokens_1: int, chosen_2: int, tokens_2: int) -> float:
@@ -45,7 +45,8 @@ def studentized(difference_PX: Floats) -> Floats:
 
 
 def _studentized(mean: Floats, squares_X: Floats, num_pairs: int) -> Floats:
-    """mean: [..., X]; squares_X: each column's sum of squares, which flips of signs leave alone."""
+    """mean: [..., X]; squares_X: each column's sum of squares, which flips of signs leave alone, or one
+    of each resample"""
     variance = (squares_X - num_pairs * np.square(mean)) / (num_pairs - 1)
     error = np.sqrt(np.maximum(variance, 0) / num_pairs)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -72,8 +73,8 @@ class SignFlips:
         self._is_tested_X = (difference_PX != 0).sum(axis=0) >= least_pairs
         generator = np.random.default_rng(seed)
         null, most = [np.zeros(0)], [np.zeros(0)]
-        for first in range(0, flips, _FLIPS_AT_ONCE):
-            signs_SP = generator.choice([-1.0, 1.0], (min(_FLIPS_AT_ONCE, flips - first), num_pairs))
+        for first in range(0, flips, _AT_ONCE):
+            signs_SP = generator.choice([-1.0, 1.0], (min(_AT_ONCE, flips - first), num_pairs))
             mean_SX = signs_SP @ difference_PX / num_pairs
             t_SX = np.abs(_studentized(mean_SX, squares_X, num_pairs))[:, self._is_tested_X]
             null.append(t_SX.ravel())
@@ -110,11 +111,17 @@ def stability(difference_PX: Floats, top: int, *, resamples: int = 100, seed: in
     generator = np.random.default_rng(seed)
     squares_PX = np.square(difference_PX)
     hits_X = np.zeros(num_experts)
-    for _ in range(resamples):
-        count_P = np.bincount(generator.integers(num_pairs, size=num_pairs), minlength=num_pairs)
-        mean_X = count_P @ difference_PX / num_pairs
-        size_X = np.abs(_studentized(mean_X, count_P @ squares_PX, num_pairs))
-        hits_X[np.argpartition(-size_X, min(top, num_experts) - 1)[:top]] += 1
+    for first in range(0, resamples, _AT_ONCE):
+        count_SP = np.stack(
+            [
+                np.bincount(generator.integers(num_pairs, size=num_pairs), minlength=num_pairs)
+                for _ in range(min(_AT_ONCE, resamples - first))
+            ]
+        ).astype(np.float64)
+        mean_SX = count_SP @ difference_PX / num_pairs
+        size_SX = np.abs(_studentized(mean_SX, count_SP @ squares_PX, num_pairs))
+        for size_X in size_SX:
+            hits_X[np.argpartition(-size_X, min(top, num_experts) - 1)[:top]] += 1
     share_X: Floats = hits_X / resamples
     return share_X
 

@@ -1,4 +1,4 @@
-"""One HTML file with pictures, from the JSON of `discover` and `calibrate`; it fetches nothing."""
+"""One HTML file with pictures, from the JSON of discovery's commands; it fetches nothing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from guard.discover.errors import DiscoverError
+from guard.discover.same_token import coverage
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -47,10 +48,12 @@ def html_report(documents: Sequence[Mapping[str, Any]]) -> str:
                 sections.append(_discovery(document))
             case "Calibration":
                 sections.append(_calibration(document))
+            case "CausalCheck":
+                sections.append(_causal(document))
             case kind:
                 raise DiscoverError(
-                    f"a document of kind {kind!r}; give what `discover --out` and "
-                    "`calibrate --report` wrote"
+                    f"a document of kind {kind!r}; give what `discover --out`, `calibrate --report` "
+                    "and `causal --report` wrote"
                 )
     limits = "".join(f"<li>{html.escape(text)}</li>" for text in NOT_SHOWN)
     body = "".join(sections)
@@ -74,6 +77,7 @@ def _discovery(found: Mapping[str, Any]) -> str:
         f"{sum(shuffled) / max(1, len(shuffled)):.2f} experts flagged on average.",
         f"A test that takes tokens for independent flags {controls['naiveTokenTest']} experts, and "
         f"{controls['naiveTokenTestWithLabelsShuffled']} with labels shuffled: it is not used.",
+        coverage(controls["sameTokenShare"]),
     ]
     parts = [
         "<h2>Experts</h2>",
@@ -88,7 +92,8 @@ def _discovery(found: Mapping[str, Any]) -> str:
         parts.append(
             _figure(
                 _effects(found),
-                "Flagged experts with their 95 % intervals, and how far topics move them.",
+                "Flagged experts with their 95 % intervals, their difference on the same tokens, and "
+                "how far topics move them.",
             )
         )
     parts.append(
@@ -150,6 +155,46 @@ def _thresholds(found: Mapping[str, Any]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
+def _causal(found: Mapping[str, Any]) -> str:
+    parts = [
+        f"<h2>Masking {html.escape(found['set'])}</h2>",
+        f'<p class="verdict">{html.escape(found["verdict"])}</p>',
+    ]
+    if "tasks" in found:
+        tasks = found["tasks"]
+        parts.append(
+            f"<p>Of {tasks['prompts']} tasks with exact answers {tasks['unmasked']:.1%} were solved "
+            f"without a mask, {tasks['masked']:.1%} with the set masked, {tasks['random']:.1%} with "
+            "random sets.</p>"
+        )
+    caption = (
+        f"What masking ({found['method']}) does to the loss of {found['texts']} target texts and of "
+        "the reference texts: the set with its 95 % interval, and each random set of the same layers "
+        "and use."
+    )
+    parts.append(_figure(_causal_bars(found), caption))
+    return "".join(parts)
+
+
+def _causal_bars(found: Mapping[str, Any]) -> Figure:
+    figure, (left, right) = _axes(10, 3.2, columns=2)
+    for axes, name, scale, unit in (
+        (left, "target", 1.0, "target, nats a token"),
+        (right, "reference", 100.0, "reference, per cent of the loss"),
+    ):
+        own = scale * found[f"{name}Increase"]
+        low, high = (scale * end for end in found[f"{name}Interval"])
+        key = "randomIncreases" if name == "target" else "randomReferenceIncreases"
+        heights = [own, *(scale * one for one in found[key])]
+        colours = ["C3", *["C7"] * (len(heights) - 1)]
+        axes.bar(range(len(heights)), heights, color=colours)
+        axes.errorbar([0], [own], yerr=[[own - low], [high - own]], color="black", capsize=3)
+        axes.axhline(0, linewidth=0.8, color="black")
+        axes.set_xticks([0, len(heights) / 2], [found["set"], "random sets"])
+        axes.set_ylabel(unit)
+    return figure
+
+
 def _proportion(found: Mapping[str, Any]) -> str:
     return f"{found['hits']} of {found['total']} ({found['low']:.1%} to {found['high']:.1%})"
 
@@ -202,6 +247,9 @@ def _effects(found: Mapping[str, Any]) -> Figure:
     topics = [one["topicEffect"] for one in rows]
     if None not in topics:
         axes.plot(topics, place, "x", label="largest between two topics")
+    same = [one["sameTokenEffect"] for one in rows]
+    if None not in same:
+        axes.plot(same, place, "|", markersize=10, label="target less reference, same tokens")
     axes.axvline(0, linewidth=0.8, color="black")
     axes.set_yticks(place, [f"L{one['layer']}/E{one['expert']}" for one in rows])
     axes.set_xlabel("difference of activation rates")

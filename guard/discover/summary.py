@@ -53,6 +53,9 @@ def summary(
             "topicContrasts": controls.topic_contrasts,
             "naiveTokenTest": controls.naive,
             "naiveTokenTestWithLabelsShuffled": controls.naive_shuffled,
+            "sameTokenShare": None
+            if controls.same_token is None
+            else _number(controls.same_token.share),
         },
         "probe": None
         if probe is None
@@ -71,6 +74,7 @@ def summary(
 
 def _expert(found: Discovery, x: int, expert: tuple[int, int]) -> dict[str, Any]:
     effects, topic_X = found.effects, found.controls.topic_effect_X
+    same = found.controls.same_token
     odds = effects.log_odds_X[x]
     return {
         "layer": expert[0],
@@ -83,6 +87,7 @@ def _expert(found: Discovery, x: int, expert: tuple[int, int]) -> dict[str, Any]
         "familyP": float(f"{effects.family_p_X[x]:.3g}"),
         "stability": _number(effects.stability_X[x]),
         "topicEffect": None if topic_X is None else _number(topic_X[x]),
+        "sameTokenEffect": None if same is None or not same.share else _number(same.effect_X[x]),
     }
 
 

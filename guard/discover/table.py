@@ -15,12 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guard.discover.errors import DiscoverError
+from guard.discover.same_token import SameToken, SameTokenSum
 from guard.policy.model import Phase
 from guard.policy.suggest import did_you_mean, one_of, quote
 from guard.program.topology import Topology
 from guard.program.verdict import Routing
 from guard.trace.format import TracedRequest
 from guard.trace.reader import TraceReader, trace_files
+
+NO_PARTNER = "no partner of the other label"
+"""Why a prompt does not count."""
 
 LEAST_TOKENS = 4
 """Of a prompt with fewer tokens that count a rate says little: it is left out."""
@@ -55,8 +59,10 @@ class PromptTable:
     masses_NX: float32; the gate weight that a token gave it, on average; None: the trace has no weights
     tokens_N: that count
     is_target_N: it has the label that is looked for, else the other one
-    pairs_N, categories_N: "" where it has none
+    pairs_N, categories_N: "" where it has none; pairs_N also where pairs do not count
+    groups_N: its pair, whether pairs count or not
     left_out: how many prompts do not count, by the reason
+    same_token: None: the trace has no token ids
     """
 
     topology: Topology
@@ -66,7 +72,9 @@ class PromptTable:
     is_target_N: NDArray[np.bool_]
     pairs_N: tuple[str, ...]
     categories_N: tuple[str, ...]
+    groups_N: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
+    same_token: SameToken | None = None
 
     @cached_property
     def experts_X(self) -> tuple[tuple[int, int], ...]:
@@ -99,13 +107,16 @@ def read_table(paths: Iterable[Path], choice: Choice) -> PromptTable:
     """
     readers = [TraceReader(file) for path in paths for file in trace_files(path)]
     topology = _same_topology(readers)
-    lengths = [
-        (request.labels, _num_tokens(request.routing, choice))
-        for reader in readers
-        for request in reader
-    ]
+    lengths, token_ids = [], []
+    for reader in readers:
+        for request in reader:
+            lengths.append((request.labels, _num_tokens(request.routing, choice)))
+            if request.token_ids is not None:
+                token_ids.append(request.token_ids[_positions(request.routing, choice)])
     tokens, left_out = _tokens_that_count(lengths, choice)
     builder = _Builder(topology, with_masses=all(r.header.weights is not None for r in readers))
+    if all(reader.header.tokens for reader in readers):
+        builder.compare_same_tokens(lengths, token_ids, tokens, choice)
     requests = (request for reader in readers for request in reader)
     for request, num_tokens in zip(requests, tokens, strict=True):
         if num_tokens:
@@ -163,7 +174,7 @@ def _tokens_that_count(
         elif num_tokens < LEAST_TOKENS:
             reason = f"fewer than {LEAST_TOKENS} tokens"
         elif choice.is_paired and len(of_pair) < 2:
-            reason = "no partner of the other label"
+            reason = NO_PARTNER
         elif choice.is_paired and choice.phase is Phase.OUTPUT:
             num_tokens = min(of_pair.values())
         elif choice.phase is Phase.OUTPUT and num_tokens < choice.first_tokens:
@@ -211,6 +222,19 @@ class _Builder:
         self._masses: list[NDArray[np.float32]] = []
         self._tokens: list[int] = []
         self._labels: list[Mapping[str, str]] = []
+        self._same_token: SameTokenSum | None = None
+
+    def compare_same_tokens(
+        self,
+        lengths: Sequence[tuple[Mapping[str, str], int]],
+        token_ids: Sequence[NDArray[np.int32]],
+        tokens: Sequence[int],
+        choice: Choice,
+    ) -> None:
+        """token_ids, tokens: of each request, and how many of them count"""
+        counted = [ids[:number] for ids, number in zip(token_ids, tokens, strict=True)]
+        is_target = [labels.get(choice.label) == choice.target for labels, _ in lengths]
+        self._same_token = SameTokenSum(counted, is_target, self._num_experts)
 
     def add(self, request: TracedRequest, num_tokens: int, choice: Choice) -> None:
         routing = request.routing
@@ -223,6 +247,9 @@ class _Builder:
         if self._with_masses:
             masses = np.bincount(columns, weights_TLK[at_work_TLK], minlength=self._num_experts)
             self._masses.append((masses / num_tokens).astype(np.float32))
+        if self._same_token is not None and request.token_ids is not None:
+            is_target = request.labels[choice.label] == choice.target
+            self._same_token.add(request.token_ids[positions], is_target, columns, at_work_TLK)
         self._tokens.append(num_tokens)
         self._labels.append(request.labels)
 
@@ -238,5 +265,7 @@ class _Builder:
             np.array([labels[choice.label] == choice.target for labels in self._labels]),
             tuple(labels.get(choice.pair, "") if choice.is_paired else "" for labels in self._labels),
             tuple(labels.get(choice.category, "") for labels in self._labels),
+            tuple(labels.get(choice.pair, "") for labels in self._labels),
             left_out,
+            None if self._same_token is None else self._same_token.result(),
         )

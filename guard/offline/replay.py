@@ -74,7 +74,8 @@ def facts_of(request: TracedRequest, enforce: Collection[str] = ()) -> RequestFa
 def _without_arrays(request: TracedRequest) -> TracedRequest:
     routing = request.routing
     ids, weights = np.zeros_like(routing.topk_ids[:0]), np.zeros_like(routing.topk_weights[:0])
-    return replace(request, routing=routing._replace(topk_ids=ids, topk_weights=weights))
+    routing = routing._replace(topk_ids=ids, topk_weights=weights)
+    return replace(request, routing=routing, token_ids=None)
 
 
 def without_mass(policies: PolicySet) -> tuple[PolicySet, list[str]]:

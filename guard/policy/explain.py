@@ -10,7 +10,12 @@ from pydantic import ValidationError
 
 from guard.policy.fault import Fault
 from guard.policy.nodes import Node, locate
-from guard.policy.scalars import LABEL_PATTERN, NAME_PATTERN, SET_NAME_PATTERN
+from guard.policy.scalars import (
+    FINGERPRINT_PATTERN,
+    LABEL_PATTERN,
+    NAME_PATTERN,
+    SET_NAME_PATTERN,
+)
 from guard.policy.spec import KEY_FAULT, VALUE_FAULT
 from guard.policy.suggest import describe
 
@@ -20,6 +25,7 @@ _PATTERNS: Final = {
     NAME_PATTERN: "a name of a-z, 0-9 and '-', with '-' only inside",
     SET_NAME_PATTERN: "a name of letters, digits, '-', '_' and '.'",
     LABEL_PATTERN: "a name of letters, digits, '-', '_' and '.', with letters or digits at its ends",
+    FINGERPRINT_PATTERN: "sha256: and 64 digits of 0-9 and a-f",
 }
 
 _EXPECTED: Final = {

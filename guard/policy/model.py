@@ -65,11 +65,15 @@ class Expert(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ExpertEntry:
-    """One item of an expert set as written: the product of its layers and its experts."""
+    """One item of an expert set as written: the product of its layers and its experts.
+
+    not_to_mask: why no mask may name it; a profile says so of sets that failed their causal check
+    """
 
     layers: tuple[int, ...]
     weights: Mapping[int, float]  # expert id -> weight; 1.0 where the item gives none
     location: Location
+    not_to_mask: str = ""
 
 
 @dataclass(frozen=True)
@@ -276,15 +280,22 @@ class RequestMatch:
     labels: the request has each of these labels, with one of the values given for it
     sample: a share of requests, above 0 and up to 1, chosen by a hash of the request's id; the requests
         of a smaller share are among those of a larger one
+    request_ids: as clients know them; None: any. No policy can say it, an operator's mask can
     """
 
     lora_adapters: frozenset[str] | None = None
     labels: Mapping[str, frozenset[str]] = field(default_factory=dict)
     sample: float = 1.0
+    request_ids: frozenset[str] | None = None
 
     @property
     def is_all(self) -> bool:
-        return self.lora_adapters is None and not self.labels and self.sample >= 1.0
+        return (
+            self.lora_adapters is None
+            and not self.labels
+            and self.sample >= 1.0
+            and self.request_ids is None
+        )
 
 
 ALL_REQUESTS = RequestMatch()
@@ -386,6 +397,7 @@ class Profile:
     """What is known of one model.
 
     digest: SHA-256 of its content, wherever it lies
+    fingerprint: of the routers' weights that it is for; None: for any of this shape
     """
 
     location: Location  # the file
@@ -397,6 +409,7 @@ class Profile:
     baselines: Baselines | None = None
     probes: Mapping[str, Probe] = field(default_factory=dict)
     thresholds: tuple[CalibratedThreshold, ...] = ()
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Masks of experts that a profile says no policy may mask."""
+"""Masks of experts, or of sets of them, that a profile says no policy may mask."""
 
 from __future__ import annotations
 
@@ -25,14 +25,28 @@ _NAMED: Final = 8
 def never_mask_faults(policies: PolicySet) -> list[Fault]:
     """A profile speaks of the model, so its list binds the masks of every policy beside it.
 
-    `force` takes nothing away, and what is `off` does nothing and binds nobody.
+    `force` takes nothing away, and what is `off` does nothing and binds nobody. A set that failed its
+    causal check is a matter of the policy that names it, by any method.
     """
     protected = _by_layer(policies.policies)
-    return [
-        fault
+    masks = [
+        (policy, rule, rule.then)
         for policy, rule in policies.ordered_rules()
-        if isinstance(rule.then, Mask) and rule.then.method is not MaskMethod.FORCE
-        for fault in _rule_faults(policy, rule, rule.then, protected)
+        if isinstance(rule.then, Mask)
+    ]
+    return [
+        *(
+            fault
+            for policy, rule, mask in masks
+            if mask.method is not MaskMethod.FORCE
+            for fault in _rule_faults(policy, rule, mask, protected)
+        ),
+        *(
+            Fault(mask.location, f"{policy.name}/{rule.name}: {reason}")
+            for policy, rule, mask in masks
+            for reason in dict.fromkeys(entry.not_to_mask for entry in mask.experts.entries)
+            if reason
+        ),
     ]
 
 

@@ -62,6 +62,7 @@ class _Builder:
     def build(self) -> Profile:
         model = self._document.model
         sets = self._sets()
+        self._check_evidence()
         profile = Profile(
             location=Location(self._root.location.file),
             named_at=self._named_at,
@@ -77,6 +78,7 @@ class _Builder:
             sets=sets,
             baselines=self._baselines(),
             probes=self._probes(),
+            fingerprint=model.fingerprint,
         )
         return replace(profile, thresholds=self._thresholds(profile))
 
@@ -109,16 +111,41 @@ class _Builder:
         sets = {}
         for name, entries in self._document.sets.items():
             path: _Path = ("sets", name)
+            not_to_mask = self._not_to_mask(name)
             built = [
                 ExpertEntry(
                     entry_layers(entry),
                     expert_weights(entry),
                     locate(self._root, (*path, index)),
+                    not_to_mask,
                 )
                 for index, entry in enumerate(entries)
             ]
             sets[name] = ExpertSet(name, tuple(built), locate(self._root, path, key=True))
         return sets
+
+    def _not_to_mask(self, name: str) -> str:
+        """Why a policy may not mask that set; empty where it may."""
+        check = self._document.causal.get(name)
+        if check is None or check.passed or check.override is not None:
+            return ""
+        place = locate(self._root, ("causal", name), key=True)
+        return (
+            f"the set {name!r} did not pass its causal check ({place}): masking it does not do what it "
+            "is for, or harms the rest; observe or block by it, or give the check an `override` that "
+            "says why"
+        )
+
+    def _check_evidence(self) -> None:
+        for key, found in (
+            ("statistics", self._document.statistics),
+            ("causal", self._document.causal),
+        ):
+            for name in found:
+                known = {*self._document.sets, *(self._document.probes if key == "statistics" else ())}
+                if name not in known:
+                    hint = did_you_mean(name, sorted(known))
+                    self._fault((key, name), f"the profile has no set {quote(name)}{hint}")
 
     def _baselines(self) -> Baselines | None:
         spec = self._document.baselines

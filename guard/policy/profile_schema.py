@@ -12,7 +12,9 @@
                       "when": {"rate": {"experts": "chemistry", "over": 64, "minTokens": 16}},
                       "budgets": [{"budget": 0.01, "above": 0.12}]}],
       "neverMask": [{"layer": 12, "experts": [3], "reason": "super expert"}],
-      "protective": {"refusals": {}}
+      "protective": {"refusals": {}},
+      "statistics": {"chemistry": {...}}, "causal": {"chemistry": {...}},
+      "data": {"prompts.moetrace": "(its SHA-256)"}, "licence": "CC0-1.0"
     }
 
 Layers and experts are the model's own numbers; JSON writes numbers that are keys as text.
@@ -27,11 +29,13 @@ from pydantic import BeforeValidator, Field
 
 from guard.policy.conditions import ExpressionMeasureSpec
 from guard.policy.model import Comparison, Phase
+from guard.policy.profile_evidence import CausalCheckSpec, SetStatisticsSpec
 from guard.policy.scalars import (
     Budget,
     Count,
     ExpertId,
     ExpertRanges,
+    Fingerprint,
     Layer,
     LayerRanges,
     Number,
@@ -61,6 +65,9 @@ class ProfileModelSpec(Spec):
     layers: Count | None = Field(default=None, description="How many MoE layers.")
     experts: Count | None = Field(default=None, description="How many routed experts a layer.")
     top_k: Count | None = Field(default=None, description="How many a token is routed to.")
+    fingerprint: Fingerprint | None = Field(
+        default=None, description="Of its routers' weights: the profile is for no other weights."
+    )
 
 
 class NeverMaskSpec(Spec):
@@ -186,3 +193,14 @@ class ProfileDocument(Spec):
         default=(), description="Calibrated thresholds."
     )
     probes: dict[SetName, ProbeSpec] = Field(default_factory=dict, description="Linear probes.")
+    statistics: dict[SetName, SetStatisticsSpec] = Field(
+        default_factory=dict, description="What sets and probes rest on, as `discover` found it."
+    )
+    causal: dict[SetName, CausalCheckSpec] = Field(
+        default_factory=dict,
+        description="What masking a set does. One that did not pass is masked by no policy.",
+    )
+    data: dict[str, str] = Field(
+        default_factory=dict, description="SHA-256 of the traces it was made from, by file name."
+    )
+    licence: str = Field(default="", description="Of the profile.")

@@ -42,6 +42,7 @@ MAX_NUMBER: Final = 1e12
 NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
 SET_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 LABEL_PATTERN: Final = r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$"
+FINGERPRINT_PATTERN: Final = r"^sha256:[0-9a-f]{64}$"
 
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _RANGE = re.compile(r"(?P<first>[0-9]{1,9}) *- *(?P<last>[0-9]{1,9})|(?P<only>[0-9]{1,9})")
@@ -153,6 +154,7 @@ def _some_text(value: object) -> object:
 
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=MAX_NAME_LENGTH)]
+Fingerprint = Annotated[str, Field(pattern=FINGERPRINT_PATTERN)]
 SetName = Annotated[str, Field(pattern=SET_NAME_PATTERN, max_length=MAX_NAME_LENGTH)]
 SetReference = Annotated[str, BeforeValidator(_set_reference)]
 Number = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER, allow_inf_nan=False)]

@@ -7,6 +7,7 @@ asks, on every rank and offline, has the same answer.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -97,11 +98,15 @@ class RulesByFacts:
         matches_of = (
             [rule.match, *(exception.match for exception in rule.exceptions)] for rule in rules
         )
-        self._samples = any(match.sample < 1.0 for matches in matches_of for match in matches)
+        self._by_id = any(
+            match.sample < 1.0 or match.request_ids is not None
+            for matches in matches_of
+            for match in matches
+        )
 
     def of(self, facts: RequestFacts) -> RulesFor:
         """Its arrays are not the caller's to write to."""
-        if self._samples:  # by the request's id
+        if self._by_id:
             return rules_for(self.rules, facts)
         labels = tuple(sorted(facts.labels.items()))
         key = (facts.lora_adapter, facts.today, facts.enforced, labels)
@@ -139,7 +144,22 @@ def matches(match: RequestMatch, facts: RequestFacts) -> bool:
         return False
     if any(facts.labels.get(name) not in values for name, values in match.labels.items()):
         return False
+    if match.request_ids is not None and client_ids(facts.request_id).isdisjoint(match.request_ids):
+        return False
     return match.sample >= 1.0 or in_sample(facts.request_id, match.sample)
+
+
+_RANDOM_END = re.compile(r"-[0-9a-f]{8}$")
+_CHOICE = re.compile(r"^\d+_")
+_PROMPT = re.compile(r"-\d+$")
+
+
+def client_ids(request_id: str) -> frozenset[str]:
+    """The names by which a client may know the engine's request: vLLM adds eight random digits behind,
+    the number of a choice of several in front, and the completions API the number of a prompt."""
+    plain = _RANDOM_END.sub("", request_id)
+    of_choices = _CHOICE.sub("", plain)
+    return frozenset((request_id, plain, of_choices, _PROMPT.sub("", of_choices)))
 
 
 def in_sample(request_id: str, share: float) -> bool:

@@ -36,7 +36,7 @@ def _requirement_faults(policy: Policy, topology: Topology) -> list[Fault]:
     if required is None:
         return []
     what, remedy = f"policy {policy.name!r}", "serve that model or mend spec.model"
-    return _model_faults(required, topology, what, required.location, remedy)
+    return model_faults(required, topology, what, required.location, remedy)
 
 
 def _profile_faults(policy: Policy, topology: Topology) -> list[Fault]:
@@ -44,7 +44,7 @@ def _profile_faults(policy: Policy, topology: Topology) -> list[Fault]:
     remedy = "serve that model or name this model's profile"
     for profile in policy.profiles:
         what = f"the profile {profile.location.file} of policy {policy.name!r}"
-        faults += _model_faults(profile.model, topology, what, profile.named_at, remedy)
+        faults += model_faults(profile.model, topology, what, profile.named_at, remedy)
         if profile.baselines is not None:
             faults += _baseline_faults(profile.baselines, topology, what, profile.named_at)
     return faults
@@ -65,9 +65,10 @@ def _baseline_faults(
     return [Fault(location, text)]
 
 
-def _model_faults(
+def model_faults(
     required: ModelRequirement, topology: Topology, what: str, location: Location, remedy: str
 ) -> list[Fault]:
+    """What is required and not so. what: that requires it, in words; remedy: what to do, in words"""
     experts: list[object] = [*sorted({layer.num_experts for layer in topology.layers})]
     top_ks: list[object] = [*sorted({layer.top_k for layer in topology.layers})]
     checks: list[tuple[str, object, list[object]]] = [

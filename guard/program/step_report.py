@@ -136,6 +136,15 @@ class StepSummary(NamedTuple):
         )
 
 
+class HostSeconds(NamedTuple):
+    """Host time that the guard took of a step in the worker. report: to read what was decided, without
+    the wait for the device"""
+
+    begin: float
+    end: float
+    report: float = 0.0
+
+
 def _no_events() -> NDArray[np.int64]:
     return np.zeros((0, EventColumn.NUM), dtype=np.int64)
 
@@ -159,6 +168,7 @@ class StepReport:
     drafts: where the server decodes speculatively
     check: what the running check found; None in the steps that it leaves out
     summary: where the judge made one
+    host: what the step took of the host, where it was measured
     """
 
     revision: str
@@ -175,6 +185,7 @@ class StepReport:
     drafts: DraftReport | None = None
     check: RoutingCheck | None = None
     summary: StepSummary | None = None
+    host: HostSeconds | None = None
 
     def unjudged(self) -> set[str]:
         """Requests that the step computed without judging, or surely masking, them."""

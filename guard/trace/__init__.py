@@ -1,1 +1,1 @@
-"""Recorded routing: which experts each token of each request was routed to, and nothing of its text."""
+"""Recorded routing: which experts each request's tokens were routed to; token ids only on demand."""

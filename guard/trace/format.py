@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from guard.errors import GuardError
 from guard.program.topology import MoELayer, Topology
@@ -36,6 +36,8 @@ BLOCK: Final = struct.Struct("<4sIQQI")
 """Mark, bytes of the facts, bytes of the arrays, bytes of them compressed, CRC-32 of both as stored."""
 MARK: Final = b"REQ1"
 
+TOKEN_TYPE: Final = "<i4"
+
 WeightType = Literal["float32", "float16"]
 
 
@@ -51,6 +53,7 @@ class TraceHeader:
     weights: how gate weights are kept; None: they are not
     engine: name and version of what served the model
     created: seconds since 1970, UTC
+    tokens: token ids are kept, and with them the text itself
     """
 
     model: str
@@ -58,6 +61,7 @@ class TraceHeader:
     weights: WeightType | None = "float32"
     engine: str = ""
     created: float = 0.0
+    tokens: bool = False
 
     @property
     def id_type(self) -> DTypeLike:
@@ -68,7 +72,8 @@ class TraceHeader:
     def bytes_per_position(self) -> int:
         per_choice = np.dtype(self.id_type).itemsize
         per_choice += 0 if self.weights is None else np.dtype(self.weights).itemsize
-        return len(self.topology.layers) * self.topology.max_top_k * per_choice
+        per_token = np.dtype(TOKEN_TYPE).itemsize if self.tokens else 0
+        return len(self.topology.layers) * self.topology.max_top_k * per_choice + per_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,7 @@ class TracedRequest:
     request_id: the engine's own, or a random one
     time: when it ended, in seconds since 1970, UTC
     labels, lora_adapter: what the policies' matches may ask for
+    token_ids: [positions], as in the routing; None where the trace keeps none
     """
 
     routing: Routing
@@ -85,6 +91,7 @@ class TracedRequest:
     time: float = 0.0
     labels: Mapping[str, str] = field(default_factory=dict)
     lora_adapter: str | None = None
+    token_ids: NDArray[np.int32] | None = None
 
 
 class RequestFactsOnFile(msgspec.Struct, omit_defaults=True):
@@ -116,6 +123,7 @@ class _HeaderOnFile(msgspec.Struct):
     weights: WeightType | None = None
     engine: str = ""
     created: float = 0.0
+    tokens: bool = False
 
 
 def encode_header(header: TraceHeader) -> bytes:
@@ -133,7 +141,7 @@ def encode_header(header: TraceHeader) -> bytes:
         "weights": header.weights,
         "engine": header.engine,
         "created": header.created,
-    }
+    } | ({"tokens": True} if header.tokens else {})
     return json.dumps(on_file, separators=(",", ":")).encode() + b"\n"
 
 
@@ -173,4 +181,5 @@ def decode_header(line: bytes, file: str) -> TraceHeader:
         on_file.weights,
         on_file.engine,
         on_file.created,
+        on_file.tokens,
     )

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from guard.program.verdict import Routing
 from guard.trace.format import (
@@ -19,6 +20,7 @@ from guard.trace.format import (
     MAX_HEADER_BYTES,
     MAX_POSITIONS,
     SUFFIX,
+    TOKEN_TYPE,
     RequestFactsOnFile,
     TracedRequest,
     TraceError,
@@ -101,7 +103,8 @@ class TraceReader:
         if len(raw) != num_raw:
             raise self._error("a request's arrays are shorter than their block says")
         routing = self._routing(raw, facts)
-        return TracedRequest(routing, facts.id, facts.time, facts.labels, facts.lora_adapter)
+        token_ids = self._token_ids(raw, facts.positions) if header.tokens else None
+        return TracedRequest(routing, facts.id, facts.time, facts.labels, facts.lora_adapter, token_ids)
 
     def _routing(self, raw: bytes, facts: RequestFactsOnFile) -> Routing:
         header, topology = self.header, self.header.topology
@@ -127,6 +130,14 @@ class TraceReader:
             first_seen, spans = spans[0][1], spans[1:]
         unseen = frozenset(position for span in spans for position in range(*span))
         return Routing(topk_ids, topk_weights, facts.prompt, first_seen, unseen)
+
+    def _token_ids(self, raw: bytes, positions: int) -> NDArray[np.int32]:
+        """[positions]: the last of the arrays."""
+        start = len(raw) - positions * np.dtype(TOKEN_TYPE).itemsize
+        token_ids = np.frombuffer(raw, TOKEN_TYPE, positions, start).astype(np.int32)
+        if (token_ids < 0).any():
+            raise self._error("a request has a token id below 0")
+        return token_ids
 
     def _error(self, text: str) -> TraceError:
         return TraceError(f"{self.path}: at byte {self.offset}: {text}")

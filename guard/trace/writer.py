@@ -15,6 +15,7 @@ from guard.program.verdict import Routing
 from guard.trace.format import (
     BLOCK,
     MARK,
+    TOKEN_TYPE,
     RequestFactsOnFile,
     TracedRequest,
     TraceError,
@@ -93,6 +94,8 @@ def encode_request(request: TracedRequest, header: TraceHeader) -> bytes:
             smallest = np.finfo(np.float16).smallest_subnormal
             weights = np.where(chosen, np.maximum(weights, smallest), 0)
         arrays.append(weights.astype(np.dtype(header.weights).newbyteorder("<")).tobytes())
+    if header.tokens:
+        arrays.append(_token_bytes(request))
     raw = b"".join(arrays)
     facts = msgspec.json.encode(
         RequestFactsOnFile(
@@ -108,6 +111,16 @@ def encode_request(request: TracedRequest, header: TraceHeader) -> bytes:
     packed = zlib.compress(raw, LEVEL)
     checksum = zlib.crc32(packed, zlib.crc32(facts))
     return BLOCK.pack(MARK, len(facts), len(raw), len(packed), checksum) + facts + packed
+
+
+def _token_bytes(request: TracedRequest) -> bytes:
+    token_ids, positions = request.token_ids, len(request.routing.topk_ids)
+    if token_ids is None or token_ids.shape != (positions,):
+        number = "no" if token_ids is None else len(token_ids)
+        raise TraceError(f"{number} token ids where the request has {positions} positions")
+    if (token_ids < 0).any():
+        raise TraceError("a token id below 0")
+    return token_ids.astype(TOKEN_TYPE).tobytes()
 
 
 def _unseen_spans(routing: Routing) -> list[tuple[int, int]]:

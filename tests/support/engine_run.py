@@ -5,7 +5,7 @@
 Job: {"engines": [{"name", "engine": arguments of LLM, "config_only": false, "record": false,
 "async": false, "beam_search": tried behind the cases, false,
 "correction_bias": fills the model by `random_weights`, "kernel": of `routing_kernel`, which vLLM then
-has for its experts and no other; both optional,
+has for its experts and no other; "load_seconds": between two questions about their use; all optional,
 "cases": [{"name", "batches": [[{"prompt": token ids, "sampling": of SamplingParams,
 "continues": [batch, request] whose whole text goes before the prompt, "salt": keeps its KV apart;
 optional}]], "before_batch": of each batch a worker method with its arguments, or null; "chunk_tokens":
@@ -61,6 +61,10 @@ def run_engine(job: dict[str, Any]) -> dict[str, Any]:
         recorder = {"worker_extension_cls": _RECORDER} if job.get("record") else {}
         with async_scheduling() if job.get("async") else nullcontext(), kernel(job.get("kernel")):
             llm = LLM(**recorder | job["engine"])
+        if "load_seconds" in job:
+            from guard_vllm import core_load
+
+            core_load.LOAD_SECONDS = job["load_seconds"]
         start_seconds = round(time.monotonic() - started, 1)
         return {
             "guarded": "guard_vllm.client" in sys.modules,
@@ -99,9 +103,10 @@ _RECORDER = "tests.support.routing_recorder.RoutingRecorder"
 
 def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, Any]:
     """batches: outputs of each; decisions, counters: what moved; gauges: the guard's state behind each
-    batch; rows: see `RoutingRecorder`."""
+    batch; rows: see `RoutingRecorder`; load: the use of experts before and behind the case; shown: of
+    the guard, behind it, what is in no counter here."""
     llm.reset_prefix_cache()
-    counters, decisions = read_counters(), NewDecisions()
+    counters, decisions, load = read_counters(), NewDecisions(), read_load(llm)
     if record:
         llm.collective_rpc("start_recording")
     batches: list[list[dict[str, Any]]] = []
@@ -130,6 +135,8 @@ def run_case(llm: Any, case: dict[str, Any], record: bool | None) -> dict[str, A
         "decisions": [as_json(decision) for decision in decisions.collect()],
         "counters": moved,
         "gauges": gauges,
+        "load": [load, read_load(llm)],
+        "shown": read_series("moe_guard_layer_", *(f"moe_guard_{name}" for name in _OF_THE_HOST)),
         "rows": llm.collective_rpc("recorded_rows")[0] if record else {},
     }
 
@@ -294,9 +301,29 @@ def as_json(decision: Any) -> dict[str, Any]:
     return fields
 
 
+_OF_THE_HOST = ("steps_total", "host_seconds_total", "load_tokens_total")
+"""What depends on how an engine batches, and on time."""
+
+
 def read_counters() -> dict[str, float]:
     series = read_series("moe_guard_", "vllm:spec_decode_", "vllm:num_preemptions")
-    return {name: value for name, value in series.items() if "_total{" in name}
+    return {
+        name: value
+        for name, value in series.items()
+        if "_total{" in name and not name.startswith(_OF_THE_HOST)
+    }
+
+
+def read_load(llm: Any) -> Any:
+    """What an engine core of this process has counted of the use of experts; None: it is no such."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    if core is None or not is_guarded() or not hasattr(core, "moe_guard_load"):
+        return None
+    import msgspec
+
+    from guard.events.load import decode_counts
+
+    return msgspec.to_builtins(decode_counts(core.moe_guard_load()))
 
 
 def read_series(*prefixes: str) -> dict[str, float]:

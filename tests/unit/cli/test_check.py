@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from guard.cli import app
+from guard.program.fingerprint import fingerprint_of_folder
 
 GOOD = (
     "apiVersion: moe-guard/v1\nkind: Policy\nmetadata: {name: NAME}\nspec:\n"
@@ -233,3 +236,42 @@ def test_a_model_tells_lint_how_many_experts_a_token_chooses(tmp_path: Path) -> 
 
     assert "[never-fires]" not in run(path)[1]
     assert "[never-fires]" in run(path, "--model", model(tmp_path / "m"))[1]
+
+
+def test_a_profile_of_other_weights_is_a_fault_where_it_is_named(tmp_path: Path) -> None:
+    shape = model(tmp_path / "model")
+    save_file({"model.layers.0.mlp.gate.weight": np.ones((8, 4), np.float32)}, shape / "m.safetensors")
+    path, profile = tmp_path / "p.yaml", tmp_path / "profile.json"
+    path.write_text(
+        GOOD.replace("NAME", "p").replace("  experts:", "  profile: profile.json\n  experts:")
+    )
+
+    def check_with(fingerprint: str | None) -> tuple[int, str, str]:
+        of_model = {"architecture": "X", "fingerprint": fingerprint}
+        profile.write_text(
+            json.dumps({"apiVersion": "moe-guard/v1", "kind": "Profile", "model": of_model})
+        )
+        return run(path, "--model", shape)
+
+    assert check_with(fingerprint_of_folder(shape))[0] == 0
+    code, out, _ = check_with("sha256:" + "0" * 64)
+    assert code == 1
+    assert out.startswith(f"{path}:5:12: the profile {profile} of policy 'p' is of other weights than")
+    assert "model.fingerprint: expected sha256: and 64 digits of 0-9" in check_with("sha256:0")[1]
+
+
+def test_weights_that_cannot_be_read_are_told_on_standard_error(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        GOOD.replace("NAME", "p").replace("  experts:", "  profile: profile.json\n  experts:")
+    )
+    (tmp_path / "profile.json").write_text(
+        '{"apiVersion": "moe-guard/v1", "kind": "Profile",\n'
+        f'"model": {{"architecture": "X", "fingerprint": "sha256:{"0" * 64}"}}}}'
+    )
+    (model(tmp_path / "model") / "m.safetensors").write_bytes(b"damaged")
+
+    code, out, err = run(path, "--model", tmp_path / "model")
+
+    assert (code, out) == (1, "")
+    assert "m.safetensors: cannot be read as safetensors" in err

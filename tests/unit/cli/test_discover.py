@@ -189,3 +189,102 @@ def test_what_cannot_be_calibrated_is_refused(trace: Path, tmp_path: Path) -> No
     code, _, error = run("calibrate", trace, "--profile", profile)
     assert code == 1
     assert "there is no condition to calibrate" in error
+
+
+def test_a_profile_is_made_of_what_was_found_and_policies_can_name_it(
+    trace: Path, tmp_path: Path
+) -> None:
+    profile = tmp_path / "profile.json"
+    arguments = ("--target", "target", "--profile", profile, "--licence", "CC0-1.0")
+    code, _, error = run("discover", trace, *arguments, "--set", "planted")
+    assert code == 0, error
+    written = json.loads(profile.read_text())
+    named = {(one["layer"], e) for one in written["sets"]["planted"] for e in one["experts"]}
+    assert named == {*PLANTED.planted_experts}
+    assert written["licence"] == "CC0-1.0"
+    assert written["data"].keys() == {"planted.moetrace"}
+    statistics = written["statistics"]["planted"]
+    assert statistics["pairs"] == 120
+    assert {(one["layer"], one["expert"]) for one in statistics["experts"]} == named
+    assert all(
+        one["interval"][0] <= one["effect"] <= one["interval"][1] for one in statistics["experts"]
+    )
+    for rates in written["baselines"]["rates"].values():
+        assert sum(rates) == pytest.approx(PLANTED.topology.max_top_k, abs=1e-3)
+    (tmp_path / "policy.yaml").write_text(
+        "apiVersion: moe-guard/v1\nkind: Policy\nmetadata: {name: planted}\nspec:\n"
+        "  profile: profile.json\n  experts: {planted: [{set: planted}]}\n  rules:\n"
+        "    - {name: r, when: {suppressed: {experts: planted, over: 16, above: 0.5}}}\n"
+        "    - {name: s, when: {probe: {name: planted, over: 16, above: 0.9}}}\n"
+    )
+    [policy] = load_policies(tmp_path / "policy.yaml").policies
+    assert {tuple(expert) for expert in policy.experts["planted"].weights} == named
+
+
+def test_what_a_profile_says_of_other_sets_stays(trace: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    run("discover", trace, "--target", "target", "--profile", profile, "--set", "first")
+    first = json.loads(profile.read_text())
+    first["causal"] = dict.fromkeys(("first",), FAILED_CHECK)
+    first["baselines"]["tokens"] = 9
+    first["neverMask"] = [{"layer": 0, "experts": [1], "reason": "by hand"}]
+    profile.write_text(json.dumps(first))
+    code, _, error = run(
+        "discover", trace, "--target", "target", "--profile", profile, "--set", "second"
+    )
+    assert code == 0, error
+    both = json.loads(profile.read_text())
+    assert both["baselines"] == {"tokens": 9, "rates": first["baselines"]["rates"]}
+    assert both["sets"]["first"] == both["sets"]["second"] == first["sets"]["first"]
+    assert both["causal"] == first["causal"]
+    assert both["neverMask"] == first["neverMask"]
+    run("discover", trace, "--target", "target", "--profile", profile, "--set", "first")
+    assert "causal" not in json.loads(profile.read_text()), "a set found anew is not the one checked"
+
+
+FAILED_CHECK = {
+    "passed": False,
+    "method": "reroute",
+    "texts": 60,
+    "targetIncrease": 0.1,
+    "targetInterval": [-0.1, 0.2],
+    "randomIncreases": [0.1, 0.2],
+    "referenceIncrease": 0.01,
+    "referenceInterval": [0.0, 0.02],
+}
+
+
+def test_a_profile_of_another_model_is_refused_and_left_as_it_is(trace: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    other = {"apiVersion": "moe-guard/v1", "kind": "Profile", "model": {"architecture": "Other"}}
+    profile.write_text(json.dumps(other))
+    code, _, error = run("discover", trace, "--target", "target", "--profile", profile)
+    assert code == 1
+    assert "the profile is of another model: its architecture is 'Other'" in error
+    assert json.loads(profile.read_text()) == other
+
+
+def test_thresholds_are_shown_on_other_prompts_and_other_conditions_keep_theirs(
+    trace: Path, tmp_path: Path
+) -> None:
+    profile, fresh = tmp_path / "profile.json", tmp_path / "fresh.moetrace"
+    harder = Planted(layers=4, experts=16, planted=3, pairs=30, tokens=30, effect=2.0, seed=5)
+    with TraceWriter(fresh, TraceHeader("planted", harder.topology)) as writer:
+        for request in harder.requests():
+            writer.write(request)
+    run("discover", trace, "--target", "target", "--profile", profile, "--set", "planted")
+    for number, words in enumerate(("over: 16", "over: 8", "over: 16")):
+        conditions = tmp_path / f"{number}.yaml"
+        conditions.write_text(f"- {{phase: output, when: {{rate: {{experts: planted, {words}}}}}}}\n")
+        arguments = ("--profile", profile, "--out", profile, "--conditions", conditions)
+        code, _, error = run(
+            "calibrate", trace, *arguments, "--held-out-trace", fresh, "--budget", 0.05
+        )
+        assert code == 0, error
+    written = json.loads(profile.read_text())
+    assert sorted(one["when"]["rate"]["over"] for one in written["thresholds"]) == [8, 16]
+    calibration = written["provenance"]["calibration"]
+    assert calibration["traces"].keys() == {"planted.moetrace", "fresh.moetrace"}
+    assert len(calibration["conditions"]) == 2
+    for one in calibration["conditions"]:
+        assert one["budgets"][0]["falsePositives"]["total"] == 30

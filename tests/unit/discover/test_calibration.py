@@ -60,7 +60,9 @@ def highest(routing: Routing) -> float:
 def test_the_threshold_is_the_order_statistic_of_each_prompts_highest_window() -> None:
     ordered = sorted(map(highest, split().calibration))
     outcome = calibrated()[0].by_budget[0.05]
-    assert outcome.threshold == pytest.approx(ordered[int(np.ceil(121 * 0.95)) - 1], abs=2e-6)
+    exact = ordered[int(np.ceil(121 * 0.95)) - 1]
+    assert exact - 1e-9 <= outcome.threshold < exact + 1e-4
+    assert outcome.threshold == round(outcome.threshold, 4)
 
 
 def test_what_is_said_of_fresh_prompts_is_counted_in_them() -> None:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import stat
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from guard.program.topology import MoELayer, Topology
 from guard.program.verdict import Routing
-from guard.trace.format import BLOCK, MARK, TracedRequest, TraceError, TraceHeader
+from guard.trace.format import BLOCK, MARK, TracedRequest, TraceError, TraceHeader, WeightType
 from guard.trace.reader import TraceReader, trace_files
-from guard.trace.writer import TraceWriter
+from guard.trace.writer import TraceWriter, encode_request
 from tests.conformance.strategies import Case, cases
 
 TOPOLOGY = Topology("TestMoe", (MoELayer(1, 8, 2), MoELayer(3, 8, 2)))
 HEADER = TraceHeader("some-model", TOPOLOGY, engine="vllm 0.32.0", created=1.5)
+WITH_TOKENS = replace(HEADER, tokens=True)
 
 
 def request(positions: int = 5, prompt: int = 3, seed: int = 0) -> TracedRequest:
@@ -28,7 +31,10 @@ def request(positions: int = 5, prompt: int = 3, seed: int = 0) -> TracedRequest
     ids = random.permuted(np.tile(np.arange(8), (positions, 2, 1)), axis=2)[:, :, :2].astype(np.int32)
     weights = random.random((positions, 2, 2), dtype=np.float32)
     routing = Routing(ids, weights, prompt, first_seen=1, unseen=frozenset({3}))
-    return TracedRequest(routing, f"cmpl-{seed}", 1_700_000_000.25, {"tenant": "a"}, "adapter")
+    token_ids = random.integers(200_000, size=positions).astype(np.int32)
+    return TracedRequest(
+        routing, f"cmpl-{seed}", 1_700_000_000.25, {"tenant": "a"}, "adapter", token_ids
+    )
 
 
 def write(path: Path, *requests: TracedRequest, header: TraceHeader = HEADER) -> Path:
@@ -61,18 +67,66 @@ def test_requests_come_back_as_they_were(tmp_path: Path) -> None:
     assert reader.header == HEADER
     for one, other in zip(requests, reader, strict=True):
         assert_same(one, other)
+        assert other.token_ids is None
     assert not reader.torn
     assert reader.offset == reader.size == path.stat().st_size
 
 
+@pytest.mark.parametrize("weights", ["float32", "float16", None])
+def test_token_ids_come_back_where_the_header_says_so(
+    tmp_path: Path, weights: WeightType | None
+) -> None:
+    requests = [request(5, 3, 1), request(4, 7, 2), request(40, 40, 3)]
+    header = replace(WITH_TOKENS, weights=weights)
+    reader = TraceReader(write(tmp_path / "a.moetrace", *requests, header=header))
+    assert reader.header == header
+    for one, other in zip(requests, reader, strict=True):
+        assert other.token_ids is not None
+        assert other.token_ids.dtype == np.int32
+        np.testing.assert_array_equal(other.token_ids, one.token_ids)
+        np.testing.assert_array_equal(other.routing.topk_ids, one.routing.topk_ids)
+
+
+def test_token_ids_are_not_in_a_file_whose_header_does_not_say_so(tmp_path: Path) -> None:
+    with_tokens = encode_request(request(), WITH_TOKENS)
+    without = encode_request(request(), HEADER)
+    assert BLOCK.unpack(with_tokens[: BLOCK.size])[2] == BLOCK.unpack(without[: BLOCK.size])[2] + 5 * 4
+    assert b"tokens" not in write(tmp_path / "a.moetrace", request()).read_bytes().partition(b"\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        (None, "no token ids where the request has 5 positions"),
+        (np.zeros(6, np.int32), "6 token ids where the request has 5 positions"),
+        (np.zeros((5, 1), np.int32), "5 token ids where the request has 5 positions"),
+        (np.array([1, 2, -1, 3, 4], np.int32), "a token id below 0"),
+    ],
+    ids=["none", "one too many", "another shape", "negative"],
+)
+def test_token_ids_that_are_not_the_positions_own_are_not_written(
+    tmp_path: Path, token_ids: NDArray[np.int32] | None, message: str
+) -> None:
+    path = tmp_path / "a.moetrace"
+    with TraceWriter(path, WITH_TOKENS) as writer, pytest.raises(TraceError, match=message):
+        writer.write(replace(request(), token_ids=token_ids))
+    assert read(path) == []
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(cases(), st.sampled_from(["float32", "float16"]))
+@given(cases(), st.sampled_from(["float32", "float16"]), st.booleans(), st.data())
 def test_any_routing_comes_back_with_its_chosen_experts(
-    tmp_path_factory: pytest.TempPathFactory, case: Case, kind: str
+    tmp_path_factory: pytest.TempPathFactory, case: Case, kind: str, tokens: bool, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("trace") / "a.moetrace"
     header = TraceHeader("m", case.topology, "float32" if kind == "float32" else "float16")
-    (back,) = read(write(path, TracedRequest(case.routing), header=header))
+    positions = len(case.routing.topk_ids)
+    ids = data.draw(st.lists(st.integers(0, 2**31 - 1), min_size=positions, max_size=positions))
+    token_ids = np.array(ids, np.int32) if tokens else None
+    one = TracedRequest(case.routing, token_ids=token_ids)
+    (back,) = read(write(path, one, header=replace(header, tokens=tokens)))
+    assert (back.token_ids is None) is not tokens
+    np.testing.assert_array_equal(back.token_ids, token_ids)
     chosen = (case.routing.topk_ids >= 0) & (case.routing.topk_weights != 0)
     np.testing.assert_array_equal(back.routing.topk_ids, np.where(chosen, case.routing.topk_ids, -1))
     weights = np.where(chosen, case.routing.topk_weights, 0)
@@ -132,8 +186,9 @@ def test_a_torn_tail_loses_the_last_request_alone(tmp_path: Path, lost: int) -> 
     assert reader.torn
 
 
-def test_a_changed_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.moetrace", request(seed=1), request(seed=2))
+@pytest.mark.parametrize("header", [HEADER, WITH_TOKENS], ids=["routing", "with tokens"])
+def test_a_changed_byte_is_found_wherever_it_is(tmp_path: Path, header: TraceHeader) -> None:
+    path = write(tmp_path / "a.moetrace", request(seed=1), request(seed=2), header=header)
     content = path.read_bytes()
     for place in range(content.index(b"\n") + 1, len(content), 7):
         changed = bytearray(content)
@@ -204,6 +259,31 @@ def test_a_hostile_block_is_refused_with_its_place(
         start,
         start + len(content),
     )
+
+
+HOSTILE_TOKENS = {
+    "no token ids": (bytes(ONE_POSITION), ONE_POSITION, "as large as"),
+    "half an id": (bytes(ONE_POSITION + 2), ONE_POSITION + 2, "as large as"),
+    "ids that end early": (bytes(ONE_POSITION + 2), ONE_POSITION + 4, "shorter than their block says"),
+    "an id below 0": (
+        bytes(ONE_POSITION) + b"\xff" * 4,
+        ONE_POSITION + 4,
+        "a request has a token id below 0",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("raw", "num_raw", "message"), HOSTILE_TOKENS.values(), ids=list(HOSTILE_TOKENS)
+)
+def test_damaged_token_ids_are_refused_with_their_place(
+    tmp_path: Path, raw: bytes, num_raw: int, message: str
+) -> None:
+    path = write(tmp_path / "a.moetrace", header=WITH_TOKENS)
+    path.write_bytes(path.read_bytes() + block(b'{"prompt":1,"positions":1}', raw, num_raw))
+    with pytest.raises(TraceError, match=message) as caught:
+        read(path)
+    assert f"{path}: at byte " in str(caught.value)
 
 
 @pytest.mark.parametrize(
