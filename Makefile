@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed-by-make
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check seams support schema clean
+.PHONY: help install demo serve test check seams support schema dashboards clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
@@ -21,6 +21,8 @@ serve: install ## Leave the demo model running under the demo policies
 	$(BIN)/moe-guard serve demo/model --policies demo/policies $(ARGS)
 
 test: install ## Run the whole test suite, in two processes
+	@{ command -v prometheus && command -v promtool; } >/dev/null \
+		|| $(BIN)/python -m tools.debian_package prometheus >/dev/null
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(ARGS)
 
 check: install ## Lint, format, types, direction of imports, seams of the newest vLLM and the installed
@@ -38,6 +40,9 @@ support: install ## Write docs/support.* from what the last whole make test show
 
 schema: install ## Write policies/schema/* from the models of the policy language
 	$(BIN)/python -m tools.policy_schema
+
+dashboards: install ## Write integrations/grafana/dashboards/* from the code beside them
+	$(BIN)/python -m integrations.grafana.build
 
 clean: ## Remove .venv, build outputs and caches
 	rm -rf .venv .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

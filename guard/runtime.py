@@ -18,7 +18,8 @@ from guard.device.findings import CheckFindings
 from guard.device.inference import in_inference_mode
 from guard.device.kept_evidence import KeepRows, KeptEvidence
 from guard.device.kernels.backends import Judge
-from guard.device.layout import NULL_SLOT, Capacity
+from guard.device.layout import LOAD_EVERY_STEPS, NULL_SLOT, Capacity
+from guard.device.load import ExpertLoad
 from guard.device.mask import ExpertMask
 from guard.device.packed import PinnedPool
 from guard.device.readback import Readback, ReplayedDecisions, StepDecisions, StepFacts
@@ -56,6 +57,7 @@ class Guard:
     is_split: other ranks run another program, so that nothing ends the blindness but a restart
     tap: routing of the step, written by the model's routers
     agreement: of several ranks that compute the same rows (`agree_with`); None where one rank does
+    load: how often each expert was chosen, in a step of `load_every`; 0: in none
     mask: what the routers must exclude; None where the server was started to observe only, and then
         the rules that mask are in audit for every request
     """
@@ -63,7 +65,13 @@ class Guard:
     _has_all_layers = True
 
     def __init__(
-        self, program: Program, capacity: Capacity, device: torch.device, *, masking: bool = True
+        self,
+        program: Program,
+        capacity: Capacity,
+        device: torch.device,
+        *,
+        masking: bool = True,
+        load_every: int = LOAD_EVERY_STEPS,
     ) -> None:
         self.program = program
         self._rules_by_facts = RulesByFacts(program.rules)
@@ -76,6 +84,7 @@ class Guard:
         self.tap = RoutingTap(program.topology, capacity, device)
         self.mask = ExpertMask(program.topology, capacity, device) if masking else None
         self._check = LivenessCheck(program.topology, program.masks, device)
+        self.load = ExpertLoad(program.topology, device, load_every)
         self._layers = tuple(layer.number for layer in program.topology.layers)
         self._state = SlotState(program, capacity, device)
         self._start = make_start(self.tap, self.mask, self._state)
@@ -291,6 +300,7 @@ class Guard:
             return
         self._req_ids = tuple(req_ids)
         self._check.begin_step()
+        self.load.begin_step()
         with self.failures.caught(Stage.BEGIN_STEP):
             self._catch_up(req_ids)
             self._state.apply_staged_writes()
@@ -373,21 +383,30 @@ class Guard:
             keep = KeepRows(self.kept, self._kv_slot_T[:num_rows], batch, rejected_B)
         if self._has_all_layers and self._keeper is not None:
             self._findings, trusted_T1 = self._check.check(self.tap, batch, self._in_force_TA)
+            self._count_load(batch, rejected_B, trusted_T1)
             return self._keeper.kept_signals(self.tap, num_rows, trusted_T1, keep)
-        signal_TX = self._signals(batch)
+        signal_TX = self._signals(batch, rejected_B)
         if keep is not None:
             keep.write(signal_TX)
         return signal_TX
 
-    def _signals(self, batch: StepBatch) -> torch.Tensor:
+    def _signals(self, batch: StepBatch, rejected_B: torch.Tensor | None) -> torch.Tensor:
         """int64 [T, X]: the step's signals, of all layers."""
-        return self._own_signals(batch)
+        return self._own_signals(batch, rejected_B)
 
-    def _own_signals(self, batch: StepBatch) -> torch.Tensor:
+    def _own_signals(self, batch: StepBatch, rejected_B: torch.Tensor | None = None) -> torch.Tensor:
         """int64 [T, X]: those of this rank's layers; rows that its check does not trust are unseen."""
         assert self._evaluator is not None
         self._findings, trusted_T1 = self._check.check(self.tap, batch, self._in_force_TA)
+        self._count_load(batch, rejected_B, trusted_T1)
         return self._evaluator.signals(self.tap, len(batch.position_T)) * trusted_T1
+
+    def _count_load(
+        self, batch: StepBatch, rejected_B: torch.Tensor | None, trusted_T1: torch.Tensor
+    ) -> None:
+        if self.load.is_due:
+            with self.failures.caught(Stage.METRICS):
+                self.load.add(self.tap, batch, self._state.next_position_S, rejected_B, trusted_T1)
 
     def _judge(
         self,

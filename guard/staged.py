@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 import torch
 
-from guard.device.layout import NULL_SLOT, Capacity
+from guard.device.layout import LOAD_EVERY_STEPS, NULL_SLOT, Capacity
 from guard.device.pipeline import PendingStep, PipelineStage, StageEvidence
 from guard.device.readback import Readback, StepDecisions
 from guard.device.rows import StepBatch
@@ -38,8 +38,9 @@ class StagedGuard(Guard):
         *,
         stage: PipelineStage,
         masking: bool = True,
+        load_every: int = LOAD_EVERY_STEPS,
     ) -> None:
-        super().__init__(program, capacity, device, masking=masking)
+        super().__init__(program, capacity, device, masking=masking, load_every=load_every)
         self.stage = stage
         self._check.watch(stage.layers)
         self._num_signals = program.signals.num_evidence
@@ -170,7 +171,7 @@ class StagedGuard(Guard):
         is_here_np = np.array([req_id in self._slot_of for req_id in step.req_ids], dtype=np.bool_)
         return step.batch.slots_B.where(host_to_device(is_here_np, self.device), NULL_SLOT)
 
-    def _signals(self, batch: StepBatch) -> torch.Tensor:
+    def _signals(self, batch: StepBatch, rejected_B: torch.Tensor | None) -> torch.Tensor:
         return self.stage.complete(self._evidence.rows_TY, self._num_signals)
 
     def _judge(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from guard.cli.admin import kill_switch, mask, masks, mode, status, unmask
 from guard.cli.calibrate import calibrate
+from guard.cli.causal import causal
 from guard.cli.check import check
 from guard.cli.demo import demo
 from guard.cli.diff import diff
@@ -14,6 +16,7 @@ from guard.cli.policy_tests import run_policy_tests
 from guard.cli.record import record
 from guard.cli.replay import replay
 from guard.cli.report import report
+from guard.cli.saliency import saliency
 from guard.cli.serve import serve
 from guard.cli.verify import verify
 
@@ -33,9 +36,17 @@ app.command()(replay)
 app.command()(record)
 app.command()(discover)
 app.command()(calibrate)
+app.command()(causal)
 app.command()(report)
 app.command("import")(import_sets)
 app.command()(verify)
+app.command()(status)
+app.command()(mask)
+app.command()(unmask)
+app.command()(masks)
+app.command()(mode)
+app.command("kill-switch")(kill_switch)
+app.command()(saliency)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,14 @@ import typer
 from guard.cli.output import err, fail
 from guard.cli.server import GuardedServer, ServerSettings
 from guard.errors import GuardError
+from guard.events.log_file import KEEP
 from guard.source.remote import is_url
+
+
+class LogSync(StrEnum):
+    NEVER = "never"
+    SECOND = "second"
+    ALWAYS = "always"
 
 
 def serve(
@@ -39,12 +47,37 @@ def serve(
     decision_log: Annotated[
         Path | None, typer.Option(help="A file that gets a JSON line for each decision.")
     ] = None,
+    decision_log_max_mib: Annotated[
+        float | None,
+        typer.Option(help="Rotate the decision log at so many MiB; without it, it grows."),
+    ] = None,
+    decision_log_keep: Annotated[
+        int, typer.Option(min=1, help="Keep so many rotated decision logs, FILE.1 the youngest.")
+    ] = KEEP,
+    decision_log_sync: Annotated[
+        LogSync,
+        typer.Option(help="When to wait for the disk: never, once a second, or after every line."),
+    ] = LogSync.NEVER,
+    webhooks: Annotated[
+        Path | None, typer.Option(help="A YAML file of URLs that are told of decisions.")
+    ] = None,
     label_header: Annotated[
         list[str] | None,
         typer.Option(help="LABEL=HEADER: the header gives requests the label. May be repeated."),
     ] = None,
     api_key_labels: Annotated[
         Path | None, typer.Option(help="A YAML or JSON file that maps API keys to labels.")
+    ] = None,
+    admin_keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="A YAML or JSON file of keys for /guard/v1: `sha256:DIGEST: {name: alice, role: "
+            "admin}`; without it there is no admin API."
+        ),
+    ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(help="A folder that keeps operators' masks and modes over restarts."),
     ] = None,
     record: Annotated[
         Path | None,
@@ -70,8 +103,14 @@ def serve(
         reload=reload,
         redact_reasons=redact_reasons,
         decision_log=decision_log,
+        decision_log_max_mib=decision_log_max_mib,
+        decision_log_keep=decision_log_keep,
+        decision_log_sync=decision_log_sync.value,
+        webhooks=webhooks,
         label_headers=headers,
         api_key_labels=api_key_labels,
+        admin_keys=admin_keys,
+        state_dir=state_dir,
         record=record,
         record_sample=record_sample,
         vllm_args=tuple(context.args),

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from guard.errors import GuardError, NotLiveError
+from guard.events.log_file import KEEP, SYNC
+from guard.events.webhooks import read_webhooks
 from guard.policy import PolicyError, load_policies
 from guard.program.compile import check_observe_only, compile_policies
 from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_folder
+from guard.program.fingerprint import check_fingerprints
 
 PLUGIN = "moe_guard"
 POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
@@ -49,8 +52,14 @@ class ServerSettings:
     reload: bool = True
     redact_reasons: bool = False
     decision_log: Path | None = None
+    decision_log_max_mib: float | None = None
+    decision_log_keep: int = KEEP
+    decision_log_sync: str = SYNC[0]
+    webhooks: Path | None = None
     label_headers: Mapping[str, str] = field(default_factory=dict)
     api_key_labels: Path | None = None
+    admin_keys: Path | None = None
+    state_dir: Path | None = None
     record: Path | None = None
     record_sample: float = 1.0
     vllm_args: tuple[str, ...] = ()
@@ -58,7 +67,7 @@ class ServerSettings:
     def check(self) -> None:
         """Refuse what can be refused before vLLM is started.
 
-        Raises PolicyError, TopologyError, ServerError.
+        Raises PolicyError, TopologyError, FingerprintError, WebhookError, ServerError.
         """
         if self.policies is None:
             return
@@ -69,6 +78,17 @@ class ServerSettings:
                 "vLLM would not find MoE Guard: its entry point is not installed in this "
                 "environment; install moe-guard with pip where vLLM is"
             )
+        if self.webhooks is not None:
+            read_webhooks(self.webhooks)
+        if self.decision_log is None and (self.decision_log_max_mib, self.decision_log_sync) != (
+            None,
+            SYNC[0],
+        ):
+            raise ServerError(
+                "--decision-log-max-mib and --decision-log-sync need --decision-log: there is no log"
+            )
+        if self.admin_keys is not None and self.state_dir is None:
+            raise ServerError("--admin-keys needs --state-dir: what operators change is kept there")
         chosen = os.environ.get("VLLM_PLUGINS")
         if chosen is not None and PLUGIN not in chosen.split(","):
             raise ServerError(
@@ -83,6 +103,7 @@ class ServerSettings:
             topology = topology_from_folder(Path(self.model))
             if topology.architecture in EXACT_ARCHITECTURES:
                 compile_policies(policies, topology)
+            check_fingerprints(policies, self.model)
 
     def command(self) -> list[str]:
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.model]
@@ -113,6 +134,13 @@ class ServerSettings:
             "redact_reasons": self.redact_reasons,
             "decision_log": None if log is None else str(log.resolve()),
         }
+        if self.decision_log_max_mib is not None:
+            section["decision_log_max_mib"] = self.decision_log_max_mib
+            section["decision_log_keep"] = self.decision_log_keep
+        if self.decision_log_sync != SYNC[0]:
+            section["decision_log_sync"] = self.decision_log_sync
+        if self.webhooks is not None:
+            section["webhooks"] = os.path.abspath(self.webhooks)
         if self.record is not None:
             section["record"] = str(self.record.resolve())
             section["record_sample"] = self.record_sample
@@ -120,6 +148,10 @@ class ServerSettings:
             section["label_headers"] = dict(self.label_headers)
         if self.api_key_labels is not None:
             section["api_key_labels"] = os.path.abspath(self.api_key_labels)
+        if self.admin_keys is not None:
+            section["admin_keys"] = os.path.abspath(self.admin_keys)
+        if self.state_dir is not None:
+            section["state_dir"] = os.path.abspath(self.state_dir)
         return section
 
     @property
@@ -166,6 +198,9 @@ class GuardedServer:
         variables = {**os.environ, **(environment or {})}
         if settings.policies is None:
             variables.pop(POLICIES_VARIABLE, None)
+        if settings.admin_keys is not None:
+            # vLLM loads routes of plugins that are named alone; so all others are named as well.
+            variables.setdefault("VLLM_PLUGINS", ",".join(_installed_plugins()))
         process = subprocess.Popen(
             settings.command(),
             env=variables,
@@ -257,6 +292,12 @@ def _get(url: str) -> str | None:
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException):
         return None
     return body.decode()
+
+
+def _installed_plugins() -> list[str]:
+    known = entry_points()
+    groups = [group for group in known.groups if group.startswith("vllm.")]
+    return sorted({PLUGIN, *(name for group in groups for name in known.select(group=group).names)})
 
 
 def _take_option(args: Sequence[str], name: str) -> tuple[str | None, list[str]]:

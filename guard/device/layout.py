@@ -16,6 +16,9 @@ MAX_EVENTS_PER_STEP = 512
 """So many of a step's firings are reported with their evidence, enforced masks and blocks first. Of
 more there is what counters need, fetched when it is needed; they have no line in the decision log."""
 
+LOAD_EVERY_STEPS = 8
+"""In a step of so many, the first one among them, it is counted which experts are chosen."""
+
 MASK_INTERVALS = 4
 """Stretches of positions that an action's mask was in force for, kept to repeat them in a recompute. Of
 a mask that is released and fires again more often, the oldest are forgotten."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from guard.device.packed import PackedDecisions, PinnedPool
 from guard.program.step_report import (
     DraftReport,
     EventColumn,
+    HostSeconds,
     RequestColumn,
     RoutingCheck,
     StepReport,
@@ -68,10 +70,13 @@ class Readback:
 
     revision: of the program that decided
     req_ids: the requests of the step
+    host: what the step took of the host until here, where somebody measured it
 
     On CUDA it runs on a stream of its own behind the decisions, into pinned memory that no other copy
     under way has, so the next step can begin before the host looks.
     """
+
+    host: HostSeconds | None = None
 
     def __init__(
         self,
@@ -117,13 +122,15 @@ class Readback:
         return host
 
     def result(self) -> StepReport:
+        began = time.perf_counter()
         if self._done is not None:
             self._done.synchronize()
             self._done = self._keep_alive = None
+            began = time.perf_counter()  # what came before was the device's time
         elif len(self._host) == 1 and not (
             len(self._host[0].events_V) and int(self._host[0].num_events)
         ):
-            return self._quiet()
+            return self._quiet(began)
         more = self._events_without_values()
         self._parts = []
         own = self._host[-1]
@@ -162,12 +169,13 @@ class Readback:
             more_events_V=more,
             drafts=None if own.drafts is None else DraftReport(*(a.numpy() for a in own.drafts)),
             check=self._check(),
+            host=self._host_seconds(began),
         )
         while self._borrowed:
             self._pool.give_back(self._borrowed.pop())
         return report
 
-    def _quiet(self) -> StepReport:
+    def _quiet(self, began: float) -> StepReport:
         """Of a step in which nothing fired, as in most, whose decisions are on the host already."""
         own = self._host[0]
         return StepReport(
@@ -183,7 +191,11 @@ class Readback:
             drafts=None if own.drafts is None else DraftReport(*(a.numpy() for a in own.drafts)),
             check=self._check(),
             summary=self._summary(own),
+            host=self._host_seconds(began),
         )
+
+    def _host_seconds(self, began: float) -> HostSeconds | None:
+        return self.host and self.host._replace(report=time.perf_counter() - began)
 
     @staticmethod
     def _summary(own: StepDecisions) -> StepSummary | None:

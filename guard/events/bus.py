@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 
 from guard.events.decision_log import DecisionLog
-from guard.events.message import Decision, Delta, Health, Hello, decode
+from guard.events.log_file import LogLimits
+from guard.events.message import Decision, Delta, Health, Hello, Load, decode
 from guard.events.metrics import GuardMetrics
 from guard.failures import Failures, Stage
 
@@ -24,17 +25,29 @@ class EventBus:
     A fault in here is counted and logged, and never reaches the engine or a request.
     """
 
-    def __init__(self, metrics: GuardMetrics, model: str, decision_log: Path | None = None) -> None:
+    def __init__(
+        self,
+        metrics: GuardMetrics,
+        model: str,
+        decision_log: Path | None = None,
+        log_limits: LogLimits | None = None,
+    ) -> None:
         self._metrics = metrics
         self._model = model
         self.failures = Failures()
         self._lock = threading.Lock()
         self._greeting = threading.Condition(self._lock)
         self._greeted: set[int] = set()
-        self._log = None if decision_log is None else DecisionLog(decision_log, self._dropped)
+        self._log = (
+            None
+            if decision_log is None
+            else DecisionLog(decision_log, self._dropped, log_limits, self._wrote)
+        )
         self.hellos: dict[int, Hello] = {}
+        self.health: dict[int, Health] = {}  # since the hello, where it changed
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
         self.on_hello: list[Callable[[Hello], None]] = []
+        self.on_decision: list[Callable[[Decision], None]] = []  # of what must not wait
 
     def receive(self, data: bytes) -> None:
         """Take a message of `guard.events.message` from an engine."""
@@ -44,6 +57,7 @@ class EventBus:
                     with self.failures.caught(Stage.METRICS):
                         self._metrics.greet(hello)
                     self.hellos[hello.engine] = hello
+                    self.health.pop(hello.engine, None)
                     for listener in self.on_hello:
                         listener(hello)
                     self._greeted.add(hello.engine)
@@ -51,8 +65,12 @@ class EventBus:
                 case Delta() as delta:
                     self._take(delta)
                 case Health() as health:
+                    self.health[health.engine] = health
                     with self.failures.caught(Stage.METRICS):
                         self._metrics.tell(health)
+                case Load() as load:
+                    with self.failures.caught(Stage.METRICS):
+                        self._metrics.show(load)
 
     def _take(self, delta: Delta) -> None:
         with self.failures.caught(Stage.METRICS):
@@ -62,6 +80,9 @@ class EventBus:
             self.decisions.append(decision)
             if self._log is not None:
                 self._log.write(decision)
+            for listener in tuple(self.on_decision):
+                with self.failures.caught(Stage.DELIVER):
+                    listener(decision)
         for stage, count in self.failures.take().items():
             for _ in range(count):
                 self._metrics.fail(delta.engine, Stage(stage))
@@ -90,10 +111,32 @@ class EventBus:
             self._greeting.wait_for(lambda: len(self._greeted) >= num_engines, timeout_s)
             return [self.hellos[engine] for engine in sorted(self._greeted)]
 
-    def _dropped(self, count: int) -> None:
+    def note_subscribers(self, count: int) -> None:
+        """So many clients read the stream of events in this process."""
+        with self.failures.caught(Stage.METRICS):
+            self._metrics.subscribers(self._first_engine, count)
+
+    def note_webhook(self, result: str, count: int = 1) -> None:
+        """result: see `moe_guard_webhooks_total`"""
+        with self.failures.caught(Stage.METRICS):
+            self._metrics.webhook(self._first_engine, result, count)
+
+    def note_drop(self, stage: Stage, count: int) -> None:
         """Called by the log's thread too: a fault here must not end that."""
         with self.failures.caught(Stage.METRICS):
-            self._metrics.drop(min(list(self.hellos), default=0), Stage.DECISION_LOG, count)
+            self._metrics.drop(self._first_engine, stage, count)
+
+    def _dropped(self, count: int) -> None:
+        self.note_drop(Stage.DECISION_LOG, count)
+
+    def _wrote(self, count: int) -> None:
+        with self.failures.caught(Stage.METRICS):
+            self._metrics.log_bytes(self._first_engine, count)
+
+    @property
+    def _first_engine(self) -> int:
+        """What belongs to no engine is counted under the first."""
+        return min(list(self.hellos), default=0)
 
     def close(self) -> None:
         if self._log is not None:

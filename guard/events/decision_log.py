@@ -3,49 +3,48 @@
 from __future__ import annotations
 
 import atexit
-import os
 import queue
-import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from guard.errors import GuardError
+from guard.events.log_file import LogFile, LogLimits
 from guard.events.message import Decision
 
 MAX_QUEUED_LINES = 10_000
 """Lines that may wait for the disk; more are dropped, and `on_drop` is told."""
 
 CLOSE_SECONDS = 5.0
-
-
-class DecisionLogError(GuardError):
-    """The decision log cannot be written."""
+SYNC_SECONDS = 1.0
+"""How old what is not on the disk may be, with `sync: second`."""
 
 
 class DecisionLog:
     """Appends whole lines, so that several API servers can share a file. Readable by its owner only.
 
     on_drop: called with how many lines were lost, whether to a full queue or to a failing disk
+    on_write: called with how many bytes the file got
 
     Raises DecisionLogError if the file cannot be opened.
     """
 
-    def __init__(self, path: Path, on_drop: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        on_drop: Callable[[int], None],
+        limits: LogLimits | None = None,
+        on_write: Callable[[int], None] = lambda count: None,
+    ) -> None:
         self._on_drop = on_drop
+        self._on_write = on_write
         self._encoder = msgspec.json.Encoder()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            if stat.S_ISREG(os.fstat(self._fd).st_mode):
-                os.fchmod(self._fd, 0o600)  # an older file may be open to others
-        except OSError as error:
-            raise DecisionLogError(
-                f"the decision log {path} cannot be opened: {error.strerror}; choose a file that "
-                "the server's user may write"
-            ) from error
+        limits = limits or LogLimits()
+        self._sync = limits.sync
+        self._file = LogFile(path, limits)
+        self._unsynced = 0  # lines
         self._lines: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED_LINES)
         self._thread = threading.Thread(
             target=self._write_lines, name="moe-guard-decision-log", daemon=True
@@ -73,14 +72,50 @@ class DecisionLog:
             self._thread.join(timeout=CLOSE_SECONDS)
 
     def _write_lines(self) -> None:
-        torn = b""
-        while (line := self._lines.get()) is not None:
+        synced_at = time.monotonic()
+        while True:
+            left = synced_at + SYNC_SECONDS - time.monotonic()
+            waits = self._sync == "second" and self._unsynced > 0
             try:
-                whole = os.write(self._fd, torn + line) == len(torn + line)
-            except OSError:
-                self._on_drop(1)
-                continue
-            torn = b"" if whole else b"\n"  # so that a line cut short spoils no other
-            if not whole:
-                self._on_drop(1)
-        os.close(self._fd)
+                line = self._lines.get(timeout=max(left, 0.001) if waits else None)
+            except queue.Empty:
+                line = b""
+            if line is None:
+                break
+            if line:
+                self._write(line)
+            if self._is_due(synced_at):
+                self._to_disk()
+                synced_at = time.monotonic()
+        if self._sync != "never":
+            self._to_disk()
+        self._file.close()
+
+    def _write(self, line: bytes) -> None:
+        try:
+            written = self._file.append(line)
+        except OSError:
+            self._on_drop(1)
+            return
+        self._on_write(written)
+        if written < len(line):
+            self._on_drop(1)
+        else:
+            self._unsynced += 1
+
+    def _is_due(self, synced_at: float) -> bool:
+        match self._sync:
+            case "always":
+                return self._unsynced > 0
+            case "second":
+                return self._unsynced > 0 and time.monotonic() - synced_at >= SYNC_SECONDS
+            case _:
+                return False
+
+    def _to_disk(self) -> None:
+        """Lines that the disk did not confirm count as lost, though they may be there."""
+        lines, self._unsynced = self._unsynced, 0
+        try:
+            self._file.sync()
+        except OSError:
+            self._on_drop(lines)

@@ -174,6 +174,17 @@ class Ledger:
             report, more_V[is_own_V & (more_V[:, EventColumn.POSITION] <= last_position)]
         )
 
+    def note_step(self, report: StepReport) -> None:
+        """A step was taken, once, however it went."""
+        self._tally.count_step()
+        if report.host is not None:
+            for part, seconds in report.host._asdict().items():
+                self._tally.spend(part, seconds)
+
+    def note_own_time(self, seconds: float) -> None:
+        """Host time that the engine core's part of the guard took."""
+        self._tally.spend("ledger", seconds)
+
     def note_failures(self, failures: Mapping[str, int]) -> None:
         """Faults in the engine core itself, by stage."""
         self._tally.count("failures", failures)

@@ -6,6 +6,9 @@ import msgspec
 
 from guard.program.program import ProgramRule
 
+HOST_PARTS = ("begin", "end", "report", "ledger")
+"""Of the guard's host time in a step: three in the worker, then the engine core's own."""
+
 
 class RuleFacts(msgspec.Struct, frozen=True):
     """A rule as the event plane needs it; its number in `Hello.rules` is its deciding order."""
@@ -122,6 +125,8 @@ class Delta(msgspec.Struct, tag="delta"):
     masked_requests: by policy, requests under one of its masks now
     mask_violations: by policy, how often the running check saw an expert at work that it masks
     dropped, failures: by stage
+    steps: that were judged, or should have been
+    host_seconds: of the guard's in steps, by part, one of `HOST_PARTS`
     """
 
     engine: int
@@ -136,6 +141,8 @@ class Delta(msgspec.Struct, tag="delta"):
     mask_violations: dict[str, int] = {}
     dropped: dict[str, int] = {}
     failures: dict[str, int] = {}
+    steps: int = 0
+    host_seconds: dict[str, float] = {}
 
 
 class Health(msgspec.Struct, frozen=True, tag="health"):
@@ -146,7 +153,33 @@ class Health(msgspec.Struct, frozen=True, tag="health"):
     blind_layers: int
 
 
-Message = Hello | Delta | Health
+class LayerLoad(msgspec.Struct, frozen=True):
+    """How the experts of a layer were used; see `guard.events.load`.
+
+    layer: the model's own number
+    divergence_nats: None where no profile has a baseline of the layer
+    """
+
+    layer: int
+    effective_experts: float
+    entropy_nats: float
+    max_share: float
+    divergence_nats: float | None = None
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """How experts were used since the last one, in sampled steps.
+
+    tokens: rows that were counted
+    layers: those that some row chose an expert of
+    """
+
+    engine: int
+    tokens: int
+    layers: tuple[LayerLoad, ...]
+
+
+Message = Hello | Delta | Health | Load
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

@@ -3,14 +3,17 @@ conditions and fixed words; never a request."""
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from guard.events.message import Delta, Health, Hello
+from guard.events.message import HOST_PARTS, Delta, Health, Hello, Load
 from guard.events.outcomes import OUTCOMES
 from guard.events.rulebook import KEPT_REVISIONS
+from guard.events.series import MOST_SERIES, SeriesCap
 from guard.failures import Stage
+from guard.overrides.model import OPERATOR
 
 VALUE_BUCKETS = (
     *(0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
@@ -23,13 +26,22 @@ Prometheus knows no sum for a histogram with negative buckets."""
 _ENGINE = ("model_name", "engine")
 _RULE = (*_ENGINE, "policy", "rule")
 _LATEST: Final = "mostrecent"
+WEBHOOK_RESULTS: Final = ("success", "failure", "dropped")
 
 
 class GuardMetrics:
     """Lives in API-server processes only: prometheus_client fixes how values are kept (alone, or
-    shared by several servers) when it is first imported there."""
+    shared by several servers) when it is first imported there.
 
-    def __init__(self, model_name: str, registry: CollectorRegistry = REGISTRY) -> None:
+    most_series: combinations of labels that it makes for an engine; others are left out and counted
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        registry: CollectorRegistry = REGISTRY,
+        most_series: int = MOST_SERIES,
+    ) -> None:
         self._model = model_name
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -109,12 +121,61 @@ class GuardMetrics:
             "failures_total", "Faults of the guard, by stage. Requests followed onError.", "stage"
         )
         self._reloads = counter("reloads_total", "Policy reloads, by result.", "result")
+        self._operator_masks = gauge("operator_masks", "Masks that an operator put in force by hand.")
+        self._layer_loads = {
+            "effective_experts": gauge(
+                "layer_effective_experts",
+                "Among how many experts of a layer the work is shared, 1/sum of squared shares; of "
+                "sampled steps, as those below.",
+                "layer",
+            ),
+            "entropy_nats": gauge(
+                "layer_entropy_nats", "Entropy of a layer's use of its experts, in nats.", "layer"
+            ),
+            "max_share": gauge(
+                "layer_max_share",
+                "What the busiest expert of a layer takes of its selections.",
+                "layer",
+            ),
+            "divergence_nats": gauge(
+                "layer_divergence_nats",
+                "Jensen-Shannon divergence of a layer's use of experts from the profile's baseline.",
+                "layer",
+            ),
+        }
+        self._load_tokens = counter(
+            "load_tokens_total", "Tokens that the figures of layers are made of."
+        )
+        self._steps = counter("steps_total", "Engine steps that the guard saw.")
+        self._host_seconds = counter(
+            "host_seconds_total", "Host time that the guard took in steps, by part.", "part"
+        )
+        self._log_bytes = counter("log_bytes_total", "Bytes that the decision log got.")
+        self._webhooks = counter(
+            "webhooks_total",
+            "Notifications that were delivered or given up, and decisions that found too many waiting.",
+            "result",
+        )
+        self._subscribers = Gauge(
+            "moe_guard_event_subscribers",
+            "Clients that read the stream of events now.",
+            _ENGINE,
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._series_dropped = counter(
+            "series_dropped_total",
+            "Label combinations that were left out of these metrics: there were too many.",
+        )
+        self._of = SeriesCap(most_series, self._series_dropped).of
+        self._shown: set[tuple[int, int, str]] = set()  # figures of (engine, layer)
         self._hellos: dict[int, dict[str, Hello]] = {}  # of each engine, the latest last
 
     def greet(self, hello: Hello) -> None:
         """An engine's guard started, or has new policies: show every series at zero before it moves.
 
-        Series of policies that are gone stay, as counters must; their gauges go to 0.
+        Series of policies that are gone stay, as counters must; their gauges go to 0, and their
+        thresholds, for which 0 would be a value, to NaN.
         """
         known = self._hellos.setdefault(hello.engine, {})
         before = next(reversed(known.values()), None)
@@ -123,15 +184,19 @@ class GuardMetrics:
         while len(known) > KEPT_REVISIONS + 1:
             del known[next(iter(known))]
         engine = (self._model, str(hello.engine))
-        self._up.labels(*engine).set(1 if hello.live else 0)
-        self._blind_layers.labels(*engine).set(hello.blind_layers)
+        self._of(self._up, *engine).set(1 if hello.live else 0)
+        self._of(self._blind_layers, *engine).set(hello.blind_layers)
+        self._show_at_zero(engine)
+        masks = sum(rule.policy == OPERATOR for rule in hello.rules)
+        self._of(self._operator_masks, *engine).set(masks)
         if before is not None:
-            self._program_info.labels(*engine, before.revision, ",".join(before.policies)).set(0)
-        self._program_info.labels(*engine, hello.revision, ",".join(hello.policies)).set(1)
+            self._of(self._program_info, *engine, before.revision, ",".join(before.policies)).set(0)
+        self._of(self._program_info, *engine, hello.revision, ",".join(hello.policies)).set(1)
         for rule in hello.rules:
             for phase in ("prompt", "output"):
                 if rule.phase in (phase, "any"):
-                    self._decisions.labels(
+                    self._of(
+                        self._decisions,
                         *engine,
                         rule.policy,
                         rule.rule,
@@ -142,33 +207,61 @@ class GuardMetrics:
                     )
             for number in rule.measured():
                 condition, threshold = rule.conditions[number], rule.thresholds[number]
-                self._thresholds.labels(*engine, rule.policy, rule.rule, condition).set(threshold)
+                self._of(self._thresholds, *engine, rule.policy, rule.rule, condition).set(threshold)
+        for gone in _measured(before) - _measured(hello):
+            self._of(self._thresholds, *engine, *gone).set(math.nan)
         masked_before = {} if before is None else before.masked_experts
         for policy in masked_before.keys() - hello.masked_experts.keys():
-            self._masked_experts.labels(*engine, policy).set(0)
-            self._masked_requests.labels(*engine, policy).set(0)
+            self._of(self._masked_experts, *engine, policy).set(0)
+            self._of(self._masked_requests, *engine, policy).set(0)
         for policy, experts in hello.masked_experts.items():
-            self._masked_experts.labels(*engine, policy).set(experts)
+            self._of(self._masked_experts, *engine, policy).set(experts)
             if policy not in masked_before:
-                self._masked_requests.labels(*engine, policy).set(0)
-            self._violations.labels(*engine, policy)
+                self._of(self._masked_requests, *engine, policy).set(0)
+            self._of(self._violations, *engine, policy)
         for named in hello.sets:
-            self._selections.labels(*engine, named.policy, named.name)
+            self._of(self._selections, *engine, named.policy, named.name)
+
+    def _show_at_zero(self, engine: tuple[str, str]) -> None:
+        """What every engine has, whatever its policies: ahead of what may come to be too much."""
+        self._series_dropped.labels(*engine)
         for outcome in OUTCOMES:
-            self._requests.labels(*engine, outcome)
+            self._of(self._requests, *engine, outcome)
         for phase in ("prompt", "output"):
-            self._tokens.labels(*engine, phase)
+            self._of(self._tokens, *engine, phase)
         for stage in Stage:
-            self._failures.labels(*engine, stage)
-            self._dropped.labels(*engine, stage)
+            self._of(self._failures, *engine, stage)
+            self._of(self._dropped, *engine, stage)
         for result in ("success", "failure"):
-            self._reloads.labels(*engine, result)
+            self._of(self._reloads, *engine, result)
+        self._of(self._log_bytes, *engine)
+        for result in WEBHOOK_RESULTS:
+            self._of(self._webhooks, *engine, result)
+        self._of(self._subscribers, *engine)
+        for part in HOST_PARTS:
+            self._of(self._host_seconds, *engine, part)
+        self._of(self._steps, *engine)
+        self._of(self._load_tokens, *engine)
 
     def tell(self, health: Health) -> None:
         """The state of an engine's guard changed."""
         engine = (self._model, str(health.engine))
-        self._up.labels(*engine).set(1 if health.up else 0)
-        self._blind_layers.labels(*engine).set(health.blind_layers)
+        self._of(self._up, *engine).set(1 if health.up else 0)
+        self._of(self._blind_layers, *engine).set(health.blind_layers)
+
+    def show(self, load: Load) -> None:
+        """How an engine's experts were used. A layer that was not used keeps what it shows; one whose
+        baseline is gone shows that there is no divergence to tell."""
+        engine = (self._model, str(load.engine))
+        self._of(self._load_tokens, *engine).inc(load.tokens)
+        for layer in load.layers:
+            for name, metric in self._layer_loads.items():
+                key, value = (load.engine, layer.layer, name), getattr(layer, name)
+                if value is not None:
+                    self._shown.add(key)
+                elif key not in self._shown:
+                    continue
+                self._of(metric, *engine, str(layer.layer)).set(math.nan if value is None else value)
 
     def apply(self, delta: Delta) -> None:
         """Add what happened. The engine's hello came before."""
@@ -176,37 +269,59 @@ class GuardMetrics:
         engine = (self._model, str(delta.engine))
         for counted in delta.decision_counts:
             rule = hello.rules[counted.rule]
-            self._decisions.labels(
+            self._of(
+                self._decisions,
                 *engine,
                 *(rule.policy, rule.rule, rule.action, counted.mode, rule.severity, counted.phase),
             ).inc(counted.count)
         for outcome, count in delta.outcomes.items():
-            self._requests.labels(*engine, outcome).inc(count)
+            self._of(self._requests, *engine, outcome).inc(count)
         for phase, count in delta.tokens.items():
-            self._tokens.labels(*engine, phase).inc(count)
+            self._of(self._tokens, *engine, phase).inc(count)
         for named, count in zip(hello.sets, delta.selections, strict=True):
-            self._selections.labels(*engine, named.policy, named.name).inc(count)
+            self._of(self._selections, *engine, named.policy, named.name).inc(count)
         for number, condition, values in delta.values:
             rule = hello.rules[number]
-            histogram = self._values.labels(*engine, rule.policy, rule.rule, rule.conditions[condition])
+            histogram = self._of(
+                self._values, *engine, rule.policy, rule.rule, rule.conditions[condition]
+            )
             for value in values:
                 histogram.observe(value)
         for policy, count in delta.masked_requests.items():
-            self._masked_requests.labels(*engine, policy).set(count)
+            self._of(self._masked_requests, *engine, policy).set(count)
         for policy, count in delta.mask_violations.items():
-            self._violations.labels(*engine, policy).inc(count)
+            self._of(self._violations, *engine, policy).inc(count)
         for stage, count in delta.dropped.items():
-            self._dropped.labels(*engine, stage).inc(count)
+            self._of(self._dropped, *engine, stage).inc(count)
         for stage, count in delta.failures.items():
-            self._failures.labels(*engine, stage).inc(count)
+            self._of(self._failures, *engine, stage).inc(count)
+        self._of(self._steps, *engine).inc(delta.steps)
+        for part, seconds in delta.host_seconds.items():
+            self._of(self._host_seconds, *engine, part).inc(seconds)
 
     def reload(self, engine: int, *, succeeded: bool) -> None:
         """A new policy set came into force, or was refused."""
         result = "success" if succeeded else "failure"
-        self._reloads.labels(self._model, str(engine), result).inc()
+        self._of(self._reloads, self._model, str(engine), result).inc()
 
     def drop(self, engine: int, stage: Stage, count: int = 1) -> None:
-        self._dropped.labels(self._model, str(engine), stage).inc(count)
+        self._of(self._dropped, self._model, str(engine), stage).inc(count)
+
+    def log_bytes(self, engine: int, count: int) -> None:
+        self._of(self._log_bytes, self._model, str(engine)).inc(count)
+
+    def webhook(self, engine: int, result: str, count: int = 1) -> None:
+        """result: one of WEBHOOK_RESULTS"""
+        self._of(self._webhooks, self._model, str(engine), result).inc(count)
+
+    def subscribers(self, engine: int, count: int) -> None:
+        self._of(self._subscribers, self._model, str(engine)).set(count)
 
     def fail(self, engine: int, stage: Stage) -> None:
-        self._failures.labels(self._model, str(engine), stage).inc()
+        self._of(self._failures, self._model, str(engine), stage).inc()
+
+
+def _measured(hello: Hello | None) -> set[tuple[str, str, str]]:
+    """Policy, rule and condition of each threshold."""
+    rules = () if hello is None else hello.rules
+    return {(rule.policy, rule.rule, rule.conditions[n]) for rule in rules for n in rule.measured()}

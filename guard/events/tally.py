@@ -29,6 +29,8 @@ class Tally:
         self._clock = clock
         self._sealed: deque[Delta] = deque()
         self._flushed_at = 0.0
+        self._steps = 0
+        self._host_seconds: dict[str, float] = {}
         self._begin(book)
 
     def _begin(self, book: RuleBook) -> None:
@@ -57,6 +59,14 @@ class Tally:
 
     def observe(self, rule: int, condition: int, value: float) -> None:
         self._values[rule, condition].append(value)
+
+    def count_step(self) -> None:
+        self._steps += 1
+        self._moved = True
+
+    def spend(self, part: str, seconds: float) -> None:
+        """Host time of the guard. It goes with the next delta and asks for none."""
+        self._host_seconds[part] = self._host_seconds.get(part, 0.0) + seconds
 
     def decide(self, key: tuple[int, str, str], count: int = 1) -> None:
         """key: number of the rule, mode, phase"""
@@ -95,6 +105,8 @@ class Tally:
         self._delta.selections = self._selections.tolist()
         self._delta.values = [(*key, values) for key, values in self._values.items()]
         self._delta.masked_requests = masked_requests
+        self._delta.steps, self._steps = self._steps, 0
+        self._delta.host_seconds, self._host_seconds = self._host_seconds, {}
         return self._delta
 
     def put_back(self, delta: Delta) -> None:
@@ -111,3 +123,6 @@ class Tally:
         for rule, condition, values in delta.values:
             self._values[rule, condition] += values
         self._selections += np.array(delta.selections, dtype=np.int64)
+        self._steps += delta.steps
+        for part, seconds in delta.host_seconds.items():
+            self.spend(part, seconds)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final, NoReturn, Protocol
 
 from guard.failures import Failures, Stage
-from guard.policy import PolicyError, PolicySet, load_texts
+from guard.policy import PolicyError, PolicySet, PolicyTexts, load_texts
 from guard.source.source import Source
 
 logger = logging.getLogger(__name__)
@@ -25,12 +25,26 @@ class Result(Protocol):
         """Why it is not in force."""
 
 
+class Overlay(Protocol):
+    """What lies over the policies as they are written."""
+
+    def revision_of(self, texts: PolicyTexts) -> str:
+        """Of the set under the overlay. Raises PolicyError."""
+
+    def take(self, texts: PolicyTexts) -> Result:
+        """Put the set in force under the overlay."""
+
+    def keep(self, texts: PolicyTexts) -> None:
+        """The set is in force already."""
+
+
 class PolicyWatcher:
     """Polls a source, and hands over each set whose content is not the one in force.
 
     apply: puts in force what it is given to load; counts and logs the attempt. A PolicyError that the
         load raises is a refusal. Called in the watcher's thread only
     in_force: the revision that the engines run
+    overlay: takes sets that were read in the place of `apply`
 
     A fault of the watcher itself is counted and logged, and the next turn comes all the same.
     """
@@ -41,8 +55,10 @@ class PolicyWatcher:
         apply: Callable[[Callable[[], PolicySet]], Result],
         in_force: Callable[[], str],
         failures: Failures,
+        overlay: Overlay | None = None,
     ) -> None:
         self._source = source
+        self._overlay = overlay
         self._apply = apply
         self._in_force = in_force
         self._failures = failures
@@ -100,20 +116,26 @@ class PolicyWatcher:
         if texts is None:
             return
         try:
-            policies = load_texts(texts)
+            overlay = self._overlay
+            found = load_texts(texts).revision if overlay is None else overlay.revision_of(texts)
         except PolicyError as error:
             self._is_refused = True
             self._refuse(error)
             return
         revision = self._in_force()
-        if policies.revision != revision:
-            self._put_in_force(policies)
-        elif is_asked or self._is_refused:
+        if found != revision:
+            self._put_in_force(texts)
+            return
+        if overlay is not None:
+            overlay.keep(texts)
+        if is_asked or self._is_refused:
             self._is_refused = False
             logger.info("policies unchanged: %s has revision %s", self._source.name, revision)
 
-    def _put_in_force(self, policies: PolicySet) -> None:
-        self._is_refused = self._apply(lambda: policies).fault is not None
+    def _put_in_force(self, texts: PolicyTexts) -> None:
+        overlay = self._overlay
+        result = self._apply(lambda: load_texts(texts)) if overlay is None else overlay.take(texts)
+        self._is_refused = result.fault is not None
         if not self._is_refused:
             self._keep()
 

@@ -33,8 +33,9 @@ LAYERS: dict[str, set[str]] = {
         "guard.trace",
     },
     "guard.testing": {"guard.policy", "guard.program", "guard.offline"},
-    "guard.events": {"guard.failures", "guard.policy", "guard.program"},
+    "guard.events": {"guard.failures", "guard.overrides", "guard.policy", "guard.program"},
     "guard.source": {"guard.failures", "guard.policy"},
+    "guard.overrides": {"guard.failures", "guard.policy"},
     "guard.discover": {"guard.policy", "guard.program", "guard.trace", "guard.offline"},
     "guard.prepared": {"guard.policy", "guard.program", "guard.device"},
     "guard.runtime": {
@@ -58,6 +59,7 @@ FOREIGN: dict[str, set[str]] = {
     "guard.errors": ARRAYS,
     "guard.policy": ARRAYS,
     "guard.source": ARRAYS,
+    "guard.overrides": ARRAYS,
     "guard.program": {"torch"},
     "guard.trace": {"torch"},
 }

@@ -52,10 +52,12 @@ def test_wheel_holds_every_module(names: set[str], source: str) -> None:
         ("demo/model", "guard/_demo/model"),
         ("demo/policies", "guard/_demo/policies"),
         ("demo/prompts", "guard/_demo/prompts"),
+        ("integrations/vllm/guard_vllm/admin", "guard_vllm/admin"),
     ],
 )
 def test_wheel_holds_the_data(names: set[str], source: str, target: str) -> None:
-    files = [path for path in (ROOT / source).rglob("*") if path.is_file()]
+    found = (ROOT / source).rglob("*")
+    files = [path for path in found if path.is_file() and "__pycache__" not in path.parts]
     assert files
     assert {f"{target}/{p.relative_to(ROOT / source).as_posix()}" for p in files} <= names
 

@@ -38,7 +38,8 @@ def open_bus(settings: Settings, model: str) -> EventBus:
     if not _buses:
         _receive_messages()
         path = None if settings.decision_log is None else Path(settings.decision_log)
-        _buses.append(EventBus(GuardMetrics(model, REGISTRY), model, path))
+        metrics = GuardMetrics(model, REGISTRY)
+        _buses.append(EventBus(metrics, model, path, settings.log_limits))
     bus = _buses[0]
     bus.expect_hellos()
     return bus

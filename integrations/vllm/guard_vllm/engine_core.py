@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from vllm.v1.serial_utils import UtilityResult
 from guard.errors import NotLiveError
 from guard.events.ledger import Ending, Ledger
 from guard.events.liveness import Liveness
-from guard.events.message import Delta, Health, Hello, RuleFacts, SetFacts, encode
+from guard.events.message import Delta, Health, Hello, Load, RuleFacts, SetFacts, encode
 from guard.events.rulebook import RuleBook
 from guard.failures import Failures, Stage
 from guard.policy.model import OnError
@@ -30,6 +31,7 @@ from guard.program.applicability import (
 from guard.program.step_report import StepReport
 from guard_vllm import kv_isolation
 from guard_vllm.client import MESSAGE_CALL_ID, deliver
+from guard_vllm.core_load import CoreLoad
 from guard_vllm.core_reload import CoreReload
 from guard_vllm.kv_blocks import KVBlocks, step_starts
 from guard_vllm.parallel import reports_for_all
@@ -88,6 +90,7 @@ class EngineCoreGuard:
         wrap(core, "add_request", self._add_request)
         wrap(core, "post_step", self._post_step)
         CoreReload(core, self._follow, self._computed, self._failures)
+        self._load = CoreLoad(core, self._engine, status, self._show_load if self._reports else None)
         if self._isolation is not None:
             self._isolation.install()
         self._broadcast(hello)
@@ -109,6 +112,7 @@ class EngineCoreGuard:
         if status.rules and not self._rules:
             self._unruled_steps = len(getattr(self._core, "batch_queue", None) or ())
         self._remember(status)
+        self._load.follow(status)
         self._ledger.follow(_book(status))
         if scheduler is not None:
             self._trust_no_earlier_prefix(scheduler)
@@ -191,6 +195,7 @@ class EngineCoreGuard:
         return bool((enforced_R & self._closed_R).any())
 
     def _update_from_output(self, stock: Any, scheduler_output: Any, output: Any) -> Any:
+        began = time.perf_counter()
         self._blocked = {}
         if self._kv_blocks is not None:
             self._kv_blocks.note_step(scheduler_output, getattr(output, REPORT_ATTRIBUTE, None))
@@ -198,15 +203,19 @@ class EngineCoreGuard:
         if req_ids and self._is_reported(output):
             with self._failures.caught(Stage.LEDGER) as attempt:
                 report = getattr(output, REPORT_ATTRIBUTE, None) or self._unreported(req_ids)
+                self._ledger.note_step(report)
                 self._blocked = self._ledger.begin_step(report, self._rows_of)
                 self._isolate_kv(report, scheduler_output)  # before this step's tokens fill a block
             if attempt.failed:
                 self._enter_failed_step(req_ids, scheduler_output)
         assert self._cut_tokens is not None, "requests come first"
         # Called for each request, so only in steps in which there is something to do.
+        spent = time.perf_counter() - began
         with self._cut_tokens.hung(bool(self._blocked) or self._ledger.awaits_tokens):
             outputs = stock(scheduler_output, output)
+        began = time.perf_counter()
         self._ledger.end_step()
+        self._ledger.note_own_time(spent + time.perf_counter() - began)
         return outputs
 
     def _is_reported(self, output: Any) -> bool:
@@ -306,6 +315,7 @@ class EngineCoreGuard:
 
     def _post_step(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)
+        began = time.perf_counter()
         with self._failures.caught(Stage.DELIVER):
             if faults := self._failures.take():
                 self._ledger.note_failures(faults)
@@ -323,14 +333,20 @@ class EngineCoreGuard:
                     self._broadcast(health)
                 if attempt.failed:
                     self._liveness.put_back()
+            self._ledger.note_own_time(time.perf_counter() - began)
+        with self._failures.caught(Stage.METRICS):
+            self._load.ask_if_due()
         return result
+
+    def _show_load(self, load: Load) -> None:
+        self._send(load, client_index=0)
 
     def _broadcast(self, message: Hello | Health) -> None:
         addresses = getattr(self._core, "addresses", None)
         for client_index in range(1 if addresses is None else len(addresses.outputs)):
             self._send(message, client_index)
 
-    def _send(self, message: Hello | Delta | Health, client_index: int) -> None:
+    def _send(self, message: Hello | Delta | Health | Load, client_index: int) -> None:
         data = encode(message)
         output_queue = getattr(self._core, "output_queue", None)
         if output_queue is None:

@@ -18,6 +18,12 @@ def agree_on_tensor_parallel_ranks(guard: Guard) -> None:
         guard.agree_with(group.device_group)
 
 
+def is_first_of_tensor_parallel() -> bool:
+    """Of ranks that route the same rows one speaks for all."""
+    rank: int = seam("vllm.distributed.parallel_state", "get_tp_group")().rank_in_group
+    return rank == 0
+
+
 def reports_for_all(parallel_config: Any) -> bool:
     """Under an external launcher each rank has an engine core of its own, in which the same is decided:
     the first rank of a replica tells it."""

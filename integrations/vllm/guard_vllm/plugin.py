@@ -105,7 +105,7 @@ def _init_llm_engine(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kw
         from guard_vllm.reload import reload_offline
 
         require_hellos(bus, num_engines(engine.engine_core))
-        reload_offline(engine, settings, bus)
+        reload_offline(engine, settings, bus, vllm_config.model_config.model)
 
 
 def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -119,7 +119,9 @@ def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwa
     async def guarded_get_supported_tasks() -> Any:
         """What an API server asks its engines before it serves. An engine's hello is ahead of its
         answer, on the same socket."""
+        from guard_vllm.admin.context import open_admin
         from guard_vllm.client import num_engines, require_hellos
+        from guard_vllm.notifying import notify_webhooks
         from guard_vllm.reload import reload_in_server
         from guard_vllm.watching import watch_policies
 
@@ -128,8 +130,10 @@ def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwa
         if is_up:
             return tasks  # vLLM asks again with each request
         require_hellos(bus, num_engines(engine.engine_core), timeout_s=0)
-        reload_in_server(engine, settings, bus)
-        watch_policies(engine, Settings.of(vllm_config.additional_config), bus)
+        reload_in_server(engine, settings, bus, vllm_config.model_config.model)
+        open_admin(engine, settings, bus)
+        watch_policies(engine, settings, bus)
+        notify_webhooks(engine, settings, bus)
         is_up = True
         return tasks
 

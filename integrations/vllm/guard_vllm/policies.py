@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from guard.policy import PolicySet, load_policies, load_texts
+from guard.overrides.apply import apply_overrides
+from guard.overrides.store import OverrideStore
+from guard.policy import PolicySet, PolicyTexts, load_texts, read_policies
 from guard.source.files import FileSource
 from guard.source.remote import BundleAddress, BundleSource, fetch_at_start, is_url, kept
 from guard.source.source import Source
@@ -27,13 +30,48 @@ class Found(NamedTuple):
 def find_policies(settings: Settings) -> Found:
     """In the process that starts a server, what its other processes are to load, too.
 
+    Raises PolicyError, and OverrideError where the state folder cannot be used.
+    """
+    if multiprocessing.parent_process() is not None:  # the parent has found it
+        return Found(load_in_worker(settings), keep=lambda: None)
+    address, store = _address(settings), override_store(settings)
+    texts, keep_source = _texts_at_start(settings, address)
+    if store is None:
+        return Found(load_texts(texts), keep_source)
+    with store.locked():
+        before = store.read()
+        overrides = before.without_expired(time.time())
+        policies = apply_overrides(load_texts(texts), overrides)
+        if overrides is not before:
+            store.write(overrides)
+
+    def keep() -> None:
+        keep_source()
+        store.keep_texts(texts)
+
+    return Found(policies, keep)
+
+
+def texts_now(settings: Settings) -> tuple[PolicyTexts, Callable[[], None]]:
+    """What lies where the policies come from (a bundle is fetched), and what to do once it is in force.
+
     Raises PolicyError.
     """
-    address = _address(settings)
-    if address is None or multiprocessing.parent_process() is not None:  # the parent has found it
-        return Found(load_in_worker(settings), keep=lambda: None)
+    return _texts_at_start(settings, _address(settings))
+
+
+def _texts_at_start(
+    settings: Settings, address: BundleAddress | None
+) -> tuple[PolicyTexts, Callable[[], None]]:
+    if address is None:
+        return read_policies(settings.policies), lambda: None
     texts, source = fetch_at_start(address)
-    return Found(load_texts(texts), source.keep)
+    return texts, source.keep
+
+
+def override_store(settings: Settings) -> OverrideStore | None:
+    """None where operators change nothing at run time."""
+    return None if settings.state_dir is None else OverrideStore(Path(settings.state_dir))
 
 
 def load_in_worker(settings: Settings) -> PolicySet:
@@ -42,10 +80,11 @@ def load_in_worker(settings: Settings) -> PolicySet:
     A bundle's texts are in a file, not in the settings: those are in vLLM's compile key, and another
     policy must not cost another compilation.
 
-    Raises PolicyError.
+    Raises PolicyError, OverrideError.
     """
-    address = _address(settings)
-    return load_policies(settings.policies) if address is None else load_texts(kept(address))
+    address, store = _address(settings), override_store(settings)
+    texts = read_policies(settings.policies) if address is None else kept(address)
+    return load_texts(texts) if store is None else apply_overrides(load_texts(texts), store.read())
 
 
 def source_to_watch(settings: Settings) -> Source | None:

@@ -20,7 +20,7 @@ from guard.events.bus import EventBus
 from guard.policy import PolicyError, PolicySet, load_policies
 from guard.program.codec import decode_program, encode_program
 from guard.program.compile import check_observe_only, compile_policies
-from guard.program.program import Program
+from guard.program.fingerprint import check_fingerprints
 from guard_vllm.compat import seam
 from guard_vllm.core_reload import CORE_COMMIT_METHOD, CORE_PREPARE_METHOD, CORE_PROGRAM_METHOD
 from guard_vllm.settings import Settings
@@ -54,17 +54,30 @@ Call = Callable[..., Any]
 
 
 class Reloader:
-    """One a process that speaks with engines; in a server, the first API server's.
+    """One a process that speaks with engines. In a server the first API server's watches the policies;
+    an operator's change may come to any.
 
     Every attempt counts in `moe_guard_reloads_total` and is logged.
+
+    watches: this process looks for changed policies
     """
 
-    def __init__(self, call: Call, bus: EventBus, *, observe_only: bool) -> None:
+    def __init__(
+        self, call: Call, bus: EventBus, *, observe_only: bool, model: str, watches: bool = True
+    ) -> None:
+        self.watches = watches
         self._call = call
         self._bus = bus
         self._observe_only = observe_only
+        self._model = model
         self._lock = threading.Lock()
-        self._program: Program | None = None  # in force, as far as is known
+
+    def ask(self, method: str, *args: Any) -> Any:
+        """What the first engine core answers between two of its steps: never call it on the event loop.
+
+        Raises ReloadRefusedError where there is no answer.
+        """
+        return self._call(method, *args)
 
     def apply(self, load: Callable[[], PolicySet]) -> ReloadResult:
         """Load a policy set and put it in force; what cannot be loaded or not be honoured is refused,
@@ -80,7 +93,7 @@ class Reloader:
                 policies = load()
                 revision = self._put_in_force(policies)
             except GuardError as error:
-                fault, self._program = str(error), None
+                fault = str(error)
                 revision = self._bus.revision
             self._bus.note_reload(succeeded=fault is None)
         if fault is None:
@@ -94,21 +107,21 @@ class Reloader:
         return ReloadResult(revision, fault)
 
     def _put_in_force(self, policies: PolicySet) -> str:
-        """Its revision. Raises PolicyError, ReloadRefusedError."""
-        running = self._program or decode_program(self._call(CORE_PROGRAM_METHOD))
+        """Its revision. Raises PolicyError, FingerprintError, ReloadRefusedError."""
+        # Asked for each time: another process may have changed it.
+        running = decode_program(self._call(CORE_PROGRAM_METHOD))
         if policies.revision == running.revision:
-            self._program = running
             return running.revision
         if self._observe_only and (faults := check_observe_only(policies)):
             raise PolicyError(faults)
         program = compile_policies(policies, running.topology, running)
+        check_fingerprints(policies, self._model)
         fault = self._call(CORE_PREPARE_METHOD, encode_program(program))
         while fault is None:
             fault = self._call(CORE_PREPARE_METHOD)
         fault = fault or self._call(CORE_COMMIT_METHOD)
         if fault:
             raise ReloadRefusedError(fault)
-        self._program = program
         return program.revision
 
 
@@ -136,23 +149,22 @@ def reload_policies(llm: Any, path: Path | str) -> ReloadResult:
     return result
 
 
-def reload_in_server(engine: Any, settings: Settings, bus: EventBus) -> None:
-    """For the event loop of an API server, once its engine answers."""
+def reload_in_server(engine: Any, settings: Settings, bus: EventBus, model: str) -> None:
+    """For the event loop of an API server, once its engine answers. model: as vLLM takes it"""
     client = seam(engine, "engine_core")
-    if int(getattr(client, "client_index", 0)) != 0:
-        return  # the first one reloads for all
     loop, call_utility = asyncio.get_running_loop(), seam(client, "call_utility_async")
 
     def call(method: str, *args: Any) -> Any:
         answer = asyncio.run_coroutine_threadsafe(call_utility(method, *args), loop)
         return _answer(lambda: answer.result(CALL_TIMEOUT_S))
 
-    own = Reloader(call, bus, observe_only=settings.observe_only)
+    is_first = int(getattr(client, "client_index", 0)) == 0
+    own = Reloader(call, bus, observe_only=settings.observe_only, model=model, watches=is_first)
     _reloaders[:] = [lambda: own]
 
 
-def reload_offline(engine: Any, settings: Settings, bus: EventBus) -> None:
-    """For an engine that the program itself drives, step by step."""
+def reload_offline(engine: Any, settings: Settings, bus: EventBus, model: str) -> None:
+    """For an engine that the program itself drives, step by step. model: as vLLM takes it"""
     client = seam(engine, "engine_core")
     core = getattr(client, "engine_core", None)
 
@@ -161,7 +173,7 @@ def reload_offline(engine: Any, settings: Settings, bus: EventBus) -> None:
             return _answer(lambda: seam(client, "call_utility")(method, *args))
         return _answer(lambda: getattr(core, method)(*args))
 
-    own = Reloader(call, bus, observe_only=settings.observe_only)
+    own = Reloader(call, bus, observe_only=settings.observe_only, model=model)
     setattr(engine, _RELOADER_ATTRIBUTE, own)
     # An engine that nobody has any more must go before the next one starts.
     _reloaders[:] = [weakref.ref(own)]

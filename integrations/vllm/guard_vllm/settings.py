@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
+from guard.device.layout import LOAD_EVERY_STEPS
 from guard.errors import GuardError
+from guard.events.log_file import KEEP, SYNC, LogLimits
 from guard.program.program import WORD_BITS
 
 CONFIG_KEY = "moe_guard"
 POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
 MIN_SECONDS, MAX_SECONDS = 0.1, 86_400
+MAX_LOG_MIB, MAX_KEPT_LOGS = 1 << 20, 999
 RECORD_WEIGHTS = ("float32", "float16", "none")
 FORMAT = 3
 """Part of vLLM's compile key, by way of `additional_config`: raise it when the traced code changes."""
@@ -34,6 +37,10 @@ class Settings:
     prefix_evidence: keep the evidence of cached tokens, so that prefixes taken from the cache count as
         if they had been computed; without it they are reported as unseen. Costs memory, see the log
     decision_log: file that gets one JSON line a decision
+    decision_log_max_mib: a log that would grow beyond it is rotated; None: never
+    decision_log_keep: so many older logs, FILE.1 the youngest
+    decision_log_sync: when the disk is waited for: never, once a second, or always (after every line)
+    webhooks: file with the URLs that are told of decisions
     mask_actions: how many mask actions the policies of a running server may come to have; reloads that
         need more are refused
     reload: look for changed policies while the server runs, and at SIGHUP
@@ -42,6 +49,13 @@ class Settings:
     bundle_cache: folder for the bundle in force, from which a server starts while the URL is down
     bundle_token_variable: environment variable with the bearer token for the URL
     bundle_allow_http: take a bundle unencrypted from other hosts than this one
+    state_dir: folder for what operators change at run time (masks, modes, the kill switch), so that a
+        restart keeps it; every process of the server must be able to use it. Without it nothing can be
+        changed over HTTP
+    admin_keys: file that maps API keys, or `sha256:` and their digest, to the names of people who may
+        change it; without it there is no `/guard/v1`
+    load_every: count in one step of so many which experts all requests use, for the metrics of layers;
+        0: never
     label_headers: by label, the header that gives it to a request
     api_key_labels: file that maps API keys to labels
     record: folder that gets a trace of all routing, for `moe-guard replay`. It is as sensitive
@@ -58,6 +72,10 @@ class Settings:
     redact_reasons: bool = False
     prefix_evidence: bool = True
     decision_log: str | None = None
+    decision_log_max_mib: float | None = None
+    decision_log_keep: int = KEEP
+    decision_log_sync: str = SYNC[0]
+    webhooks: str | None = None
     mask_actions: int = 64
     reload: bool = True
     reload_seconds: float | None = None
@@ -65,6 +83,9 @@ class Settings:
     bundle_cache: str | None = None
     bundle_token_variable: str | None = None
     bundle_allow_http: bool = False
+    state_dir: str | None = None
+    admin_keys: str | None = None
+    load_every: int = LOAD_EVERY_STEPS
     label_headers: dict[str, str] | None = None
     api_key_labels: str | None = None
     record: str | None = None
@@ -110,6 +131,10 @@ class Settings:
             "redact_reasons": flag,
             "prefix_evidence": flag,
             "decision_log": path,
+            "decision_log_max_mib": ((int, float), "a number of MiB"),
+            "decision_log_keep": number,
+            "decision_log_sync": word,
+            "webhooks": path,
             "mask_actions": number,
             "reload": flag,
             "reload_seconds": ((int, float), "a number of seconds"),
@@ -117,6 +142,9 @@ class Settings:
             "bundle_cache": path,
             "bundle_token_variable": word,
             "bundle_allow_http": flag,
+            "state_dir": path,
+            "admin_keys": path,
+            "load_every": number,
             "label_headers": (dict, "a mapping of labels to headers"),
             "api_key_labels": path,
             "record": path,
@@ -149,6 +177,11 @@ class Settings:
                 f"additional_config.{CONFIG_KEY}.record_max_gib is {self.record_max_gib}; it must be "
                 "above 0"
             )
+        if isinstance(self.load_every, bool) or self.load_every < 0:
+            raise SettingsError(
+                f"additional_config.{CONFIG_KEY}.load_every is {self.load_every}; it must be 0 or more"
+            )
+        self._check_decision_log()
         if self.mask_actions < 0:
             raise SettingsError(
                 f"additional_config.{CONFIG_KEY}.mask_actions is {self.mask_actions}; it must be 0 or "
@@ -159,6 +192,32 @@ class Settings:
                 f"additional_config.{CONFIG_KEY}.reload_seconds is {self.reload_seconds}; it must be "
                 f"{MIN_SECONDS} to {MAX_SECONDS}, and `reload: false` looks for no changes at all"
             )
+
+    def _check_decision_log(self) -> None:
+        place = f"additional_config.{CONFIG_KEY}.decision_log"
+        mib, keep = self.decision_log_max_mib, self.decision_log_keep
+        # True is a number to Python, and no number of MiB.
+        if mib is not None and (type(mib) is bool or not 0 < mib <= MAX_LOG_MIB):
+            raise SettingsError(
+                f"{place}_max_mib is {mib}; it must be above 0 and up to "
+                f"{MAX_LOG_MIB}; leave it out for a log that is not rotated"
+            )
+        if isinstance(keep, bool) or not 1 <= keep <= MAX_KEPT_LOGS:
+            raise SettingsError(f"{place}_keep is {keep}; it must be 1 to {MAX_KEPT_LOGS}")
+        if self.decision_log_sync not in SYNC:
+            raise SettingsError(
+                f"{place}_sync is {self.decision_log_sync!r}; it must be {', '.join(SYNC[:-1])} or "
+                f"{SYNC[-1]}"
+            )
+
+    @property
+    def log_limits(self) -> LogLimits:
+        mib = self.decision_log_max_mib
+        return LogLimits(
+            max_bytes=None if mib is None else max(int(mib * (1 << 20)), 1),
+            keep=self.decision_log_keep,
+            sync=self.decision_log_sync,
+        )
 
     def resolved(self, mask_words: int, kernels: str = "torch") -> Settings:
         """With what every process must agree on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ import torch
 from guard.device.kernels.choice import kernels_on
 from guard.events.bus import EventBus
 from guard.events.message import Hello
+from guard.events.webhooks import read_webhooks
 from guard.policy.fault import PolicyError
 from guard.program.compile import check_observe_only, compile_policies, num_mask_words
 from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_config
+from guard.program.fingerprint import check_fingerprints
 from guard_vllm.client import open_bus
 from guard_vllm.frontend.install import install_frontend
 from guard_vllm.frontend.refusals import refuse_unguarded_frontends
@@ -27,19 +30,23 @@ from guard_vllm.settings import Settings
 def resolve(config: Any, settings: Settings) -> Settings:
     """Check all that can be checked before a model is loaded.
 
-    Raises PolicyError for policies that are wrong or do not fit the model, UnsupportedHostError for
-    a server that cannot be guarded, LabelError for sources of labels that cannot be read.
+    Raises PolicyError for policies that are wrong or do not fit the model, FingerprintError for weights
+    that cannot be read, UnsupportedHostError for a server that cannot be guarded, LabelError for
+    sources of labels that cannot be read, WebhookError for webhooks that cannot be told.
     """
     refuse_unguarded_frontends(sys.argv, os.environ)
     check_host(config)
     check_recording(config, settings)
     label_sources(settings)
+    if settings.webhooks is not None:
+        read_webhooks(Path(settings.webhooks))
     policies, keep = find_policies(settings)
     if settings.observe_only and (faults := check_observe_only(policies)):
         raise PolicyError(faults)
     topology = topology_from_config(config.model_config.hf_config.to_dict())
     if topology.architecture in EXACT_ARCHITECTURES:
         compile_policies(policies, topology)
+    check_fingerprints(policies, config.model_config.model)
     keep()
     kernels = kernels_on(torch.device(config.device_config.device_type))
     return settings.resolved(mask_words=num_mask_words(policies), kernels=kernels)

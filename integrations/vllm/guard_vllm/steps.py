@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from guard.device.readback import Readback
 from guard.failures import Stage
-from guard.program.step_report import StepReport
+from guard.program.step_report import HostSeconds, StepReport
 from guard.record.recorder import TraceRecorder
 from guard.runtime import Guard
 from guard_vllm.compat import seam
@@ -33,6 +35,7 @@ class StepHooks:
         self.pending: Readback | StepReport | None = None
         self.prefixes: PrefixEvidence | None = None
         self.recorder: TraceRecorder | None = None
+        self._begin_s = 0.0
 
     def install(self, runner: Any) -> None:
         """Wrap the parts that the runners have in common."""
@@ -64,14 +67,23 @@ class StepHooks:
     def begin_step(
         self, req_ids: Sequence[str], query_start_B1: torch.Tensor, position_T: torch.Tensor
     ) -> None:
+        began = time.perf_counter()
         self.guard.begin_step(req_ids, query_start_B1, position_T)
         if self.recorder is not None:
             self.recorder.begin_step(req_ids, query_start_B1, position_T)
+        self._begin_s = time.perf_counter() - began
 
     def end_step(self, rejected_B: torch.Tensor | None = None) -> None:
+        began = time.perf_counter()
         if self.recorder is not None:
             self.recorder.end_step(rejected_B)
-        self.pending = self.guard.end_step(rejected_B)
+        pending = self.guard.end_step(rejected_B)
+        host = HostSeconds(self._begin_s, time.perf_counter() - began)
+        if isinstance(pending, Readback):
+            pending.host = host
+        elif pending is not None:
+            pending = replace(pending, host=host)
+        self.pending = pending
 
     def admit(self, scheduler_output: Any) -> None:
         self.guard.finish_requests(scheduler_output.finished_req_ids)
@@ -116,6 +128,7 @@ def with_report(output: Any, pending: Readback | StepReport | None, guard: Guard
     if attempt.failed:
         faults = guard.failures.take()
         report = StepReport.of_failed_step(pending.revision, pending.req_ids, faults)
+        report = replace(report, host=pending.host)
     setattr(output, REPORT_ATTRIBUTE, report)
     return output
 

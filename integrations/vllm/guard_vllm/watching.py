@@ -8,6 +8,7 @@ from typing import Any, Final
 from guard.events.bus import EventBus
 from guard.source.watcher import PolicyWatcher
 from guard_vllm import hangup
+from guard_vllm.admin.context import admin_context
 from guard_vllm.policies import source_to_watch
 from guard_vllm.reload import reloader
 from guard_vllm.settings import Settings
@@ -25,10 +26,19 @@ def watch_policies(engine: Any, settings: Settings | None, bus: EventBus) -> Non
     """
     puts_in_force = reloader()
     source = None if settings is None else source_to_watch(settings)
-    if puts_in_force is None or source is None or getattr(engine, _WATCHED, False):
+    if puts_in_force is None or not puts_in_force.watches or source is None:
+        return
+    if getattr(engine, _WATCHED, False):
         return
     setattr(engine, _WATCHED, True)
-    watcher = PolicyWatcher(source, puts_in_force.apply, lambda: bus.revision, bus.failures)
+    context = admin_context()
+    watcher = PolicyWatcher(
+        source,
+        puts_in_force.apply,
+        lambda: bus.revision,
+        bus.failures,
+        None if context is None else context.desk,
+    )
 
     def shutdown(stock: Any, *args: Any, **kwargs: Any) -> Any:
         if watcher.trigger in hangup.listeners:  # vLLM shuts an engine down more than once

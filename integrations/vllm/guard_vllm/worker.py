@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from guard.runtime import Guard
 from guard.staged import StagedGuard
 from guard_vllm.kernel_proof import kernel_faults
 from guard_vllm.monolithic import guardable_kernels
-from guard_vllm.parallel import agree_on_tensor_parallel_ranks
+from guard_vllm.parallel import agree_on_tensor_parallel_ranks, is_first_of_tensor_parallel
 from guard_vllm.pipeline import hook_pipeline, layers_of_pipeline, make_stage, pipeline_size
 from guard_vllm.policies import load_in_worker
 from guard_vllm.prefix_evidence import KeptGroup, PrefixEvidence, kept_group, memory_share
@@ -30,6 +30,7 @@ from guard_vllm.routers import RoutedLayer, attach, routed_layers, topology_of
 from guard_vllm.runners import hook_runner, run_probe_rows
 from guard_vllm.settings import Settings
 from guard_vllm.steps import StepHooks, wrap
+from guard_vllm.worker_load import LoadFacts, WorkerLoad
 from guard_vllm.worker_reload import WorkerReload
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class WorkerStatus:
     layers: the model's MoE layers, by the model's own numbers
     mask_keys: of each mask action what it does: equal ones compute the same KV
     token_epochs: generations of programs whose signals are in use
+    load: what is counted of the use of experts; None: nothing
     """
 
     revision: str
@@ -63,6 +65,7 @@ class WorkerStatus:
     layers: tuple[int, ...] = ()
     mask_keys: tuple[str, ...] = ()
     token_epochs: tuple[int, ...] = (0,)
+    load: LoadFacts | None = field(default=None, compare=False)
 
 
 class WorkerGuard:
@@ -100,17 +103,21 @@ class WorkerGuard:
         is_v2 = bool(self._worker.use_v2_model_runner)
         self._hooks = hook_runner(runner, guard, is_v2=is_v2)
         WorkerReload(guard, self._status_of).hook(self._worker)
+        WorkerLoad(guard, reads=is_first_of_tensor_parallel()).hook(self._worker)
         if isinstance(guard, StagedGuard):
             hook_pipeline(runner, guard, self._hooks)
         return loaded
 
     def _make_guard(self, program: Program, layers: list[RoutedLayer]) -> Guard:
         device, masking = self._worker.device, not self._settings.observe_only
+        load_every = self._settings.load_every
         if pipeline_size() == 1:
-            return Guard(program, self._capacity(), device, masking=masking)
+            return Guard(program, self._capacity(), device, masking=masking, load_every=load_every)
         index_of_layer = program.topology.index_of_layer
         stage = make_stage([index_of_layer[layer.number] for layer in layers])
-        return StagedGuard(program, self._capacity(), device, stage=stage, masking=masking)
+        return StagedGuard(
+            program, self._capacity(), device, stage=stage, masking=masking, load_every=load_every
+        )
 
     def _check_against_config(self, topology: Topology) -> None:
         """Layers that vLLM builds in a way of its own would be missed; then what is found is less
@@ -285,6 +292,7 @@ class WorkerGuard:
             token_epochs=program.signals.token_epochs,
             proof=self._proof,
             kept_group=self._kept_group,
+            load=LoadFacts.of(program, guard.load.every) if guard.load.every else None,
         )
 
 

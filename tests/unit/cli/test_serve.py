@@ -11,7 +11,9 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from guard.cli import app, server
@@ -430,3 +432,54 @@ def test_bad_input_is_told_at_its_line_and_nothing_is_started(
     assert "Traceback" not in err
     if line is not None:
         assert err.startswith(f"{policies}:{line}:")
+
+
+@pytest.mark.usefixtures("installed", "no_start")
+def test_a_profile_of_other_weights_of_a_local_model_is_refused(policies: Path, tmp_path: Path) -> None:
+    policies.write_text(POLICY.replace("spec:\n", "spec:\n  profile: profile.json\n"))
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "architectures": ["X"]}))
+    (tmp_path / "profile.json").write_text(
+        '{"apiVersion": "moe-guard/v1", "kind": "Profile",\n'
+        f'"model": {{"architecture": "X", "fingerprint": "sha256:{"0" * 64}"}}}}'
+    )
+    gate = np.ones((4, 4), np.float32)
+    save_file({"model.layers.0.mlp.gate.weight": gate}, tmp_path / "model.safetensors")
+
+    code, err = serve(tmp_path, "--policies", policies)
+
+    assert code == 1
+    assert err.startswith(f"{policies}:5:12: ")
+    assert f"of other weights than {tmp_path}" in err
+
+
+def test_the_logs_limits_and_the_webhooks_go_into_the_section_where_they_are_given(
+    policies: Path,
+) -> None:
+    log = {"decision_log": Path("log"), "decision_log_max_mib": 64.0, "decision_log_sync": "second"}
+    section = config_of(settings(policies, webhooks=Path("hooks.yaml"), **log).command())["moe_guard"]
+
+    assert section["decision_log_max_mib"] == 64.0
+    assert section["decision_log_keep"] == 5
+    assert section["decision_log_sync"] == "second"
+    assert section["webhooks"] == str(Path("hooks.yaml").resolve())
+
+
+@pytest.mark.usefixtures("installed", "no_start")
+@pytest.mark.parametrize("option", [("--decision-log-max-mib", "5"), ("--decision-log-sync", "always")])
+def test_limits_of_a_log_that_is_not_there_are_refused(policies: Path, option: tuple[str, str]) -> None:
+    code, err = serve("some/model", "--policies", policies, *option)
+
+    assert code == 1
+    assert "need --decision-log" in err
+
+
+@pytest.mark.usefixtures("installed", "no_start")
+def test_bad_webhooks_are_refused_before_anything_starts(policies: Path, tmp_path: Path) -> None:
+    hooks = tmp_path / "hooks.yaml"
+    hooks.write_text("- url: http://example.org/SECRET\n")
+
+    code, err = serve("some/model", "--policies", policies, "--webhooks", hooks)
+
+    assert code == 1
+    assert err.startswith(f"{hooks}:1:8: url: is not encrypted")
+    assert "SECRET" not in err

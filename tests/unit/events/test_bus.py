@@ -10,7 +10,8 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from guard.events.bus import KEPT_DECISIONS, EventBus
-from guard.events.message import Delta, Hello, encode
+from guard.events.log_file import LogLimits
+from guard.events.message import Decision, Delta, Hello, encode
 from guard.events.metrics import GuardMetrics
 from tests.unit.events.reports import HELLO, decision
 
@@ -21,7 +22,7 @@ class BrokenMetrics(GuardMetrics):
     def greet(self, hello: object) -> NoReturn:
         raise RuntimeError("injected")
 
-    apply = drop = fail = greet  # type: ignore[assignment]
+    apply = drop = fail = webhook = subscribers = greet  # type: ignore[assignment]
 
 
 def test_broken_metrics_stop_neither_the_log_nor_the_greeting(tmp_path: Path) -> None:
@@ -92,3 +93,42 @@ def test_the_latest_decisions_stay_readable_and_no_more() -> None:
     bus.receive(encode(Delta(0, revision="rev-1", decisions=many, selections=[0, 0])))
 
     assert [d.request_id for d in bus.decisions] == [str(n) for n in range(5, KEPT_DECISIONS + 5)]
+
+
+def test_what_the_log_writes_and_what_becomes_of_webhooks_is_counted(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    bus = EventBus(GuardMetrics("m", registry), "m", tmp_path / "log", LogLimits(max_bytes=1, keep=2))
+    bus.receive(encode(HELLO))
+    bus.receive(encode(Delta(0, revision="rev-1", decisions=[decision()] * 3, selections=[0, 0])))
+    bus.close()
+    bus.note_webhook("success")
+    bus.note_webhook("dropped", 3)
+    bus.note_subscribers(2)
+
+    written = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "log.1", "log.2"]
+    value = registry.get_sample_value
+    assert value("moe_guard_log_bytes_total", LABELS) == written > 0
+    assert value("moe_guard_event_subscribers", LABELS) == 2
+    found = {
+        result: value("moe_guard_webhooks_total", {**LABELS, "result": result})
+        for result in ("success", "failure", "dropped")
+    }
+    assert found == {"success": 1, "failure": 0, "dropped": 3}
+    broken = EventBus(BrokenMetrics("m", CollectorRegistry()), "m")
+    broken.note_subscribers(1)
+    broken.note_webhook("success")
+
+
+def test_a_listener_that_fails_keeps_nobody_else_from_a_decision() -> None:
+    def fail(one: object) -> NoReturn:
+        raise RuntimeError("injected")
+
+    bus = EventBus(GuardMetrics("m", CollectorRegistry()), "m")
+    heard: list[Decision] = []
+    bus.on_decision += [fail, heard.append]
+    bus.receive(encode(HELLO))
+    bus.receive(encode(Delta(0, revision="rev-1", decisions=[decision()] * 2, selections=[0, 0])))
+
+    assert [one.model for one in heard] == ["m", "m"]
+    assert bus.failures.count == {"deliver": 2}

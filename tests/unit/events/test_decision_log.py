@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from guard.events import decision_log
-from guard.events.decision_log import DecisionLog, DecisionLogError
+from guard.events.decision_log import DecisionLog
+from guard.events.log_file import DecisionLogError
 from tests.unit.events.reports import decision
 
 # As in the policy language's contract.

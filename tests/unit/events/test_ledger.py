@@ -12,13 +12,13 @@ import pytest
 
 from guard.events import tally as tally_module
 from guard.events.ledger import Ending, Ledger
-from guard.events.message import Delta, RuleFacts
+from guard.events.message import HOST_PARTS, Delta, RuleFacts
 from guard.events.outcomes import OUTCOMES
 from guard.events.rulebook import RuleBook
 from guard.events.tally import FLUSH_SECONDS
 from guard.failures import Stage
 from guard.program.applicability import RulesFor
-from guard.program.step_report import DraftReport, Judged, StepReport
+from guard.program.step_report import DraftReport, HostSeconds, Judged, StepReport
 from tests.unit.events.reports import Row, everyone, failed, report, rule
 
 RULES = (rule("watch"), rule("steer", "mask"), rule("stop", "block"))
@@ -450,3 +450,35 @@ def test_a_delta_starts_from_zero() -> None:
 
 def test_outcomes_are_ranked_as_the_contract_ranks_them() -> None:
     assert OUTCOMES == ("passed", "observed", "unjudged", "masked", "blocked")
+
+
+def test_steps_and_the_hosts_time_are_counted_once_and_ask_for_no_delta_of_their_own() -> None:
+    ledger = make()
+    for step in (report(Row("a")), failed("a")):
+        timed = dataclasses.replace(step, host=HostSeconds(1.0, 2.0, 0.5))
+        ledger.note_step(timed)
+        ledger.begin_step(timed, everyone)
+        ledger.end_step()
+        ledger.note_own_time(0.25)
+
+    delta = take(ledger)
+    assert delta.steps == 2
+    assert delta.host_seconds == {"begin": 2.0, "end": 4.0, "report": 1.0, "ledger": 0.5}
+    assert set(delta.host_seconds) == set(HOST_PARTS)
+    ledger.note_own_time(0.125)
+    assert ledger.take(idle=True) is None
+
+    ledger.put_back(delta)
+    again = take(ledger)
+    assert again.steps == 2
+    assert again.host_seconds == delta.host_seconds | {"ledger": 0.625}
+
+
+def test_time_that_nobody_was_told_of_goes_over_to_the_next_revision() -> None:
+    ledger = make()
+    ledger.note_own_time(0.25)
+    ledger.follow(RuleBook("rev-2", (), (), 0))
+    assert ledger.take(idle=True) is None
+    ledger.note_step(report(Row("a")))
+    delta = take(ledger)
+    assert (delta.revision, delta.steps, delta.host_seconds) == ("rev-2", 1, {"ledger": 0.25})

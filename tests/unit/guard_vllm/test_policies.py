@@ -107,8 +107,9 @@ class Result:
 
 
 class Reloader:
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, *, watches: bool = True) -> None:
         self.bus = bus
+        self.watches = watches
         self.applied = threading.Semaphore(0)
 
     def apply(self, load: Callable[[], PolicySet]) -> Result:
@@ -146,10 +147,11 @@ def test_the_api_server_that_reloads_watches_until_its_engine_is_shut_down(
     ("reloader", "settings"),
     [
         (None, Settings(policies="p")),
-        (object(), Settings(policies="p", reload=False)),
-        (object(), None),
+        (Reloader(Bus(), watches=False), Settings(policies="p")),
+        (Reloader(Bus()), Settings(policies="p", reload=False)),
+        (Reloader(Bus()), None),
     ],
-    ids=["another's task", "no reload", "off"],
+    ids=["unguarded", "another's task", "no reload", "off"],
 )
 def test_nobody_else_watches(
     monkeypatch: pytest.MonkeyPatch, reloader: Any, settings: Settings | None

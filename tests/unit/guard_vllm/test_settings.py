@@ -7,6 +7,8 @@ from dataclasses import asdict
 import pytest
 from guard_vllm.settings import Settings, SettingsError
 
+from guard.events.log_file import LogLimits
+
 
 @pytest.fixture(autouse=True)
 def _no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,8 +64,22 @@ def test_an_unknown_key_is_refused_with_the_nearest_even_while_off(key: str, hin
         {"policies": "p", "strict": "false"},
         {"policies": "p", "observe_only": 0},
         {"policies": "p", "decision_log": True},
+        {"policies": "p", "decision_log_max_mib": "1"},
+        {"policies": "p", "decision_log_max_mib": 0},
+        {"policies": "p", "decision_log_max_mib": float("nan")},
+        {"policies": "p", "decision_log_max_mib": True},
+        {"policies": "p", "decision_log_keep": 0},
+        {"policies": "p", "decision_log_keep": 1.5},
+        {"policies": "p", "decision_log_keep": True},
+        {"policies": "p", "decision_log_keep": 1000},
+        {"policies": "p", "decision_log_sync": "hourly"},
+        {"policies": "p", "decision_log_sync": True},
+        {"policies": "p", "webhooks": ["https://a"]},
         {"policies": "p", "mask_words": "1"},
         {"policies": "p", "mask_actions": -1},
+        {"policies": "p", "load_every": -1},
+        {"policies": "p", "load_every": True},
+        {"policies": "p", "load_every": 0.5},
         {"policies": "p", "reload": "no"},
         {"policies": "p", "reload_seconds": "1"},
         {"policies": "p", "reload_seconds": 0},
@@ -100,3 +116,12 @@ def test_room_for_mask_actions_is_provisioned_whatever_the_policies_at_start_nee
     assert Settings(policies="p", mask_actions=200).resolved(1).mask_words == 4
     assert Settings(policies="p", mask_actions=64).resolved(2).mask_words == 2
     assert Settings(policies="p", mask_actions=0).resolved(0).mask_words == 1
+
+
+def test_the_logs_limits_are_in_bytes() -> None:
+    asked = {"decision_log_max_mib": 0.5, "decision_log_keep": 3, "decision_log_sync": "second"}
+    settings = of({"policies": "p", **asked})
+
+    assert settings is not None
+    assert settings.log_limits == LogLimits(max_bytes=1 << 19, keep=3, sync="second")
+    assert Settings(policies="p").log_limits == LogLimits()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from guard_vllm.steps import REPORT_ATTRIBUTE, Hook, StepHooks, with_report, wrap
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
@@ -206,3 +209,49 @@ def test_a_hook_goes_through_what_somebody_else_hung_there_and_leaves_it() -> No
     with Hook(owner, "method", _ten_times).hung(True):
         assert owner.method(7) == 80
     assert owner.method is others
+
+
+class Timed(Recorder):
+    """Its steps take their time."""
+
+    program = SimpleNamespace(revision="rev")
+
+    def __init__(self, pending: Any) -> None:
+        super().__init__()
+        self.pending = pending
+
+    def begin_step(self, *_: Any) -> None:
+        time.sleep(0.02)
+
+    def end_step(self, _: Any) -> Any:
+        time.sleep(0.01)
+        return self.pending
+
+
+class Slow(Readback):
+    def __init__(self) -> None:
+        self.req_ids, self.revision = ("a",), "rev"
+
+    def result(self) -> StepReport:
+        return replace(REPORT, host=self.host)
+
+
+@pytest.mark.parametrize("pending", [Slow(), REPORT], ids=["judged", "failed"])
+def test_the_host_time_of_a_step_travels_with_its_report(pending: Any) -> None:
+    hooks = StepHooks(Timed(pending))  # type: ignore[arg-type]
+    rows = torch.zeros(2, dtype=torch.int64)
+    hooks.begin_step(["a"], rows, rows)
+    hooks.end_step()
+    output = with_report(
+        ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0}), hooks.pending, hooks.guard
+    )
+    host = getattr(output, REPORT_ATTRIBUTE).host
+    assert host.begin > 0.019
+    assert host.end > 0.009
+    assert REPORT.host is None, "a report that is another's stays as it is"
+
+
+def test_a_step_with_nothing_to_decide_has_no_report_and_no_time() -> None:
+    hooks = StepHooks(Timed(None))  # type: ignore[arg-type]
+    hooks.end_step()
+    assert hooks.pending is None

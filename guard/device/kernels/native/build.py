@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "MOE_GUARD_CACHE_DIR"
 """Folder for compiled kernels; by default `moe-guard` in the user's cache folder."""
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("judge.cpp", "route.cpp"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("judge.cpp", "load.cpp", "route.cpp"))
 _FLAGS = (
     "-std=c++20",
     "-O3",

@@ -129,6 +129,10 @@ _ARGUMENTS: dict[str, tuple[list[Any], Any]] = {
     ),
     "moe_guard_decide": ([c_void_p] * 8 + [c_int64] + [c_void_p] * 4, c_int64),
     "moe_guard_take_firings": ([c_void_p, c_void_p], None),
+    "moe_guard_count_load": (
+        [c_void_p] * 8 + [c_bool, c_int64, c_void_p] + [c_int64] * 3 + [c_void_p],
+        None,
+    ),
     "moe_guard_is_sound": (
         [c_void_p, c_void_p, c_int64, c_int64, c_int64] + [c_void_p] * 3 + [c_int64, c_void_p, c_int64],
         c_bool,

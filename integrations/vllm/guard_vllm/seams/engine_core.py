@@ -26,7 +26,7 @@ SEAMS: tuple[Seam, ...] = (
         "Executor.collective_rpc",
         "asks workers",
         leading=("method",),
-        takes=("args",),
+        takes=("args", "non_block"),
     ),
     Seam(
         "vllm.v1.core.sched.scheduler",

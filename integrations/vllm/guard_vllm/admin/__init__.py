@@ -1,0 +1,1 @@
+"""What operators see and change over HTTP while a server runs: `/guard/v1`."""
