@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from guard.cli.output import err, fail
+from guard.cli.vllm_process import run_job, vllm_arguments
 
 RESERVED = ("prompt", "messages")
 
@@ -49,12 +46,7 @@ def record(
     """Run prompts through MODEL in vLLM, and record which experts each token is routed to."""
     if to.exists():
         fail(f"{to}: is there already; name another file")
-    try:
-        arguments = json.loads(vllm)
-    except json.JSONDecodeError as error:
-        fail(f"--vllm: not JSON: {error.msg}")
-    if not isinstance(arguments, dict):
-        fail("--vllm: a JSON object, such as '{\"tensor_parallel_size\": 2}'")
+    arguments = vllm_arguments(vllm)
     asked = read_prompts(prompts)
     job = {
         "model": model,
@@ -65,14 +57,7 @@ def record(
         "tokens": tokens,
         "vllm": arguments,
     }
-    environment = {name: value for name, value in os.environ.items() if name != "MOE_GUARD_POLICIES"}
-    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-        json.dump(job, file)
-        file.flush()
-        command = [sys.executable, "-m", "guard_vllm.record_offline", file.name]
-        code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
-        fail(f"vLLM ended with {code}; what it said stands above")
+    run_job("guard_vllm.record_offline", job)
     err.print(f"{to}: the routing of {len(asked)} prompts", soft_wrap=True, markup=False)
 
 

@@ -187,7 +187,8 @@ def test_a_step_in_so_many_is_counted_the_first_one_among_them(
     engine = driven(policy_text(rule_text(COUNT)), load_every=every)
     engine.guard.add_request("a", 1)
     for position in range(9):
-        engine.step({"a": (position, [OTHER])})
+        report = engine.step({"a": (position, [OTHER])})
+        assert not report.failed
 
     reading = engine.guard.load.read()
     assert reading.tokens == sampled
