@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Final
 
-from guard.overrides.model import OPERATOR, OperatorMask, OverrideError, Overrides
+from guard.overrides.model import OPERATOR, NotThereError, OperatorMask, Overrides
 from guard.policy import Fault, Location, PolicyError, PolicySet, parse_policies
 from guard.policy.model import Mode, Policy, RequestMatch
 from guard.policy.never_mask import never_mask_faults
@@ -37,12 +37,16 @@ def apply_overrides(policies: PolicySet, overrides: Overrides) -> PolicySet:
     return found
 
 
-def check_modes(policies: PolicySet, overrides: Overrides) -> None:
-    """Raises OverrideError for the mode of a policy that is not there."""
+def check_new_modes(policies: PolicySet, before: Overrides, changed: Overrides) -> None:
+    """Raises NotThereError where a mode is set of a policy that is not there.
+
+    One that was set before stays though a reload took its policy away: it may come back, and no other
+    change depends on it.
+    """
     names = {policy.name for policy in policies.policies}
-    for name in overrides.modes:
+    for name in changed.modes.keys() - before.modes.keys():
         if name not in names:
-            raise OverrideError(f"there is no policy {name!r}; there is {', '.join(sorted(names))}")
+            raise NotThereError(f"there is no policy {name!r}; there is {', '.join(sorted(names))}")
 
 
 def _policies(policies: PolicySet, overrides: Overrides) -> Iterator[Policy]:

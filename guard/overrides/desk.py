@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from guard.failures import Failures, Stage
-from guard.overrides.apply import apply_overrides, check_modes
+from guard.overrides.apply import apply_overrides, check_new_modes
 from guard.overrides.model import OverrideError, Overrides
 from guard.overrides.store import OverrideStore
 from guard.policy import PolicySet, PolicyTexts, load_texts
@@ -67,7 +67,8 @@ class Desk:
         Raises OverrideError.
         """
         with self._store.locked():
-            changed = edit(self._store.read())
+            before = self._store.read()
+            changed = edit(before)
             texts = self._store.texts()
             if texts is None:
                 raise OverrideError(
@@ -75,7 +76,7 @@ class Desk:
                     "server with this state folder"
                 )
             policies = load_texts(texts)
-            check_modes(policies, changed)
+            check_new_modes(policies, before, changed)
             result = self._put_in_force(lambda: apply_overrides(policies, changed))
             if result.fault is None:
                 self._store.write(changed)

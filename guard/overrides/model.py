@@ -27,7 +27,11 @@ _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", r
 
 
 class OverrideError(GuardError):
-    """What an operator asks for makes no sense, or is not there."""
+    """What an operator asks for makes no sense."""
+
+
+class NotThereError(OverrideError):
+    """A mask, or a policy, that there is none of."""
 
 
 class OperatorMask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -121,12 +125,12 @@ class Overrides(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
         return msgspec.structs.replace(self, masks=(*self.masks, mask)), mask
 
     def without_mask(self, mask_id: str) -> Overrides:
-        """Raises OverrideError where there is none of that id."""
+        """Raises NotThereError where there is none of that id."""
         kept = tuple(mask for mask in self.masks if mask.id != mask_id)
         if len(kept) == len(self.masks):
             known = [mask.id for mask in self.masks]
             hint = f"there is {one_of(known, 'and')}" if known else "there is none"
-            raise OverrideError(f"no mask is called {quote(mask_id)}; {hint}")
+            raise NotThereError(f"no mask is called {quote(mask_id)}; {hint}")
         return msgspec.structs.replace(self, masks=kept)
 
     def with_mode(self, policy: str, mode: str | None) -> Overrides:

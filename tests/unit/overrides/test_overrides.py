@@ -244,6 +244,18 @@ def test_the_mode_of_a_policy_that_is_not_there_is_refused(desk: Desk, store: Ov
     assert store.read() == Overrides()
 
 
+def test_a_mode_whose_policy_a_reload_took_away_stands_in_nobodys_way(
+    desk: Desk, store: OverrideStore, engines: Engines
+) -> None:
+    desk.change(lambda now: now.with_mode("a", "audit"))
+    assert desk.take(texts("b")).fault is None
+    _, result = desk.change(lambda now: now.with_mask([(1, 2)], by="a", reason="r")[0])
+    assert result.fault is None
+    assert [mask.id for mask in store.read().masks] == ["mask-1"]
+    desk.take(texts("a"))
+    assert {policy.name: policy.mode for policy in engines.in_force.policies}["a"] is Mode.AUDIT
+
+
 def test_masks_end_by_themselves(desk: Desk, store: OverrideStore, engines: Engines) -> None:
     soon = timedelta(seconds=0.05)
     desk.change(lambda now: now.with_mask([(1, 2)], by="a", reason="r", lasts=soon)[0])

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from guard.errors import GuardError
 from guard.events.load import LayerCounts, decode_counts
 from guard.overrides.model import (
+    NotThereError,
     OperatorMask,
     OverrideError,
     Overrides,
@@ -265,10 +266,10 @@ def _change(
         raise
     except GuardError as error:
         outcome = f"refused: {error}"
-        code = 404 if "no mask is called" in str(error) or "there is no policy" in str(error) else 400
+        code = 404 if isinstance(error, NotThereError) else 400
         raise HTTPException(code, str(error)) from error
     finally:
-        logger.warning("MoE Guard: %s by %s: %s (%s)", what, name, outcome, reason)
+        logger.warning("MoE Guard: %s by %s: %s (%r)", what, name, outcome, reason)
         store.audit(name, what, reason, outcome, **facts)
     return {"revision": revision}
 
