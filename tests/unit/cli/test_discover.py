@@ -12,6 +12,7 @@ from guard.cli import app
 from guard.policy import load_policies
 from guard.trace.format import TraceHeader
 from guard.trace.writer import TraceWriter
+from tests.support.causal_check import FAILED_CHECK
 from tests.support.planted_trace import Planted
 
 PLANTED = Planted(layers=4, experts=16, planted=3, pairs=120, tokens=30, effect=2.0)
@@ -240,18 +241,6 @@ def test_what_a_profile_says_of_other_sets_stays(trace: Path, tmp_path: Path) ->
     assert both["neverMask"] == first["neverMask"]
     run("discover", trace, "--target", "target", "--profile", profile, "--set", "first")
     assert "causal" not in json.loads(profile.read_text()), "a set found anew is not the one checked"
-
-
-FAILED_CHECK = {
-    "passed": False,
-    "method": "reroute",
-    "texts": 60,
-    "targetIncrease": 0.1,
-    "targetInterval": [-0.1, 0.2],
-    "randomIncreases": [0.1, 0.2],
-    "referenceIncrease": 0.01,
-    "referenceInterval": [0.0, 0.02],
-}
 
 
 def test_a_profile_of_another_model_is_refused_and_left_as_it_is(trace: Path, tmp_path: Path) -> None:

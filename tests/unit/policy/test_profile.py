@@ -13,6 +13,7 @@ from guard.policy.fault import Location
 from guard.policy.model import MaskMethod, Profile
 from guard.policy.profile import load_profile
 from guard.policy.texts import Text
+from tests.support.causal_check import FAILED_CHECK
 
 PROFILE: dict[str, Any] = {
     "apiVersion": "moe-guard/v1",
@@ -212,27 +213,13 @@ def test_a_protective_set_that_is_none_is_refused(
     assert message in fault.message
 
 
-CHECK = {
-    "passed": False,
-    "method": "reroute",
-    "texts": 60,
-    "targetIncrease": 0.1,
-    "targetInterval": [-0.1, 0.2],
-    "randomIncreases": [0.1, 0.2],
-    "ratio": 0.7,
-    "ratioLow": 0.2,
-    "referenceIncrease": 0.01,
-    "referenceInterval": [0.0, 0.02],
-}
-
-
 def of_refusals(*, method: str = "reroute") -> str:
     return policy("{set: refusals}", method=method)
 
 
 @pytest.mark.parametrize("method", ["reroute", "drop", "drop_renorm", "force"])
 def test_a_set_that_failed_its_causal_check_is_promoted_to_no_mask(tmp_path: Path, method: str) -> None:
-    profile = REFUSALS | {"causal": {"refusals": CHECK}}
+    profile = REFUSALS | {"causal": {"refusals": FAILED_CHECK}}
     (fault,) = faults(tmp_path, of_refusals(method=method), profile=profile)
 
     assert fault.message.startswith("p/r: the set 'refusals' did not pass its causal check")
@@ -243,12 +230,12 @@ def test_a_set_that_failed_its_causal_check_is_promoted_to_no_mask(tmp_path: Pat
     "causal", [{}, {"passed": True}, {"override": "the red team wants to see what is left"}]
 )
 def test_one_that_passed_or_has_an_override_is(tmp_path: Path, causal: dict[str, object]) -> None:
-    profile = REFUSALS | ({"causal": {"refusals": CHECK | causal}} if causal else {})
+    profile = REFUSALS | ({"causal": {"refusals": FAILED_CHECK | causal}} if causal else {})
     assert len(load(tmp_path, of_refusals(), profile=profile).policies) == 1
 
 
 def test_the_same_experts_in_a_list_of_ones_own_are_not_that_set(tmp_path: Path) -> None:
-    profile = REFUSALS | {"causal": {"refusals": CHECK}}
+    profile = REFUSALS | {"causal": {"refusals": FAILED_CHECK}}
     text = policy("{layer: 3, experts: 7}")
     assert len(load(tmp_path, text, profile=profile).policies) == 1
 
@@ -259,7 +246,7 @@ def test_evidence_of_a_set_that_is_not_there_is_refused(tmp_path: Path, key: str
         **{"target": "a", "reference": "b", "phase": "output", "pairs": 9, "tokens": 90},
         "experts": [],
     }
-    evidence = {"refusal": CHECK if key == "causal" else statistics}
+    evidence = {"refusal": FAILED_CHECK if key == "causal" else statistics}
     (fault,) = faults(tmp_path, of_refusals(), profile=REFUSALS | {key: evidence})
     assert "the profile has no set 'refusal'; did you mean 'refusals'?" in fault.message
 
