@@ -11,7 +11,9 @@ from guard_vllm.proof import Proof
 from guard_vllm.worker import WorkerStatus
 from vllm.v1.core import kv_cache_utils
 
-from guard.policy import parse_policies
+from guard.overrides.apply import apply_overrides
+from guard.overrides.model import Overrides
+from guard.policy import PolicySet, parse_policies
 from guard.program.compile import compile_policies
 from tests.unit.device.driving import TOPOLOGY, policy_text, rule_text
 
@@ -20,7 +22,11 @@ OUTPUT = STATIC.replace("name: r", "name: o").replace("}}}", "}}, match: {phase:
 
 
 def status(rules: str, mode: str = "enforce") -> WorkerStatus:
-    program = compile_policies(parse_policies(policy_text(rules, mode=mode)), TOPOLOGY)
+    return status_of(parse_policies(policy_text(rules, mode=mode)))
+
+
+def status_of(policies: PolicySet) -> WorkerStatus:
+    program = compile_policies(policies, TOPOLOGY)
     masks = program.masks
     return WorkerStatus(
         revision=program.revision,
@@ -84,6 +90,19 @@ def test_without_masks_vllms_own_keys_stay_as_they_are(keys: Any) -> None:
 
     assert of(request(), 16) is None
     assert of(with_stock, 16) == ("lora",)
+
+
+def test_an_operators_mask_for_one_request_keeps_its_blocks_from_all_others(keys: Any) -> None:
+    layer = TOPOLOGY.layers[0].number
+    overrides, _ = Overrides().with_mask([(layer, 0)], by="a", reason="r", request="cmpl-x")
+    of = keys(
+        status_of(apply_overrides(parse_policies(policy_text(rule_text("{always: {}}"))), overrides))
+    )
+    # Alike in all but their ids, and the unmasked one asked about first.
+    assert of(request("cmpl-y-0123abcd"), 16) is None
+    masked = of(request("cmpl-x-0123abcd"), 16)
+    assert masked is not None
+    assert of(request("cmpl-y-89abcdef"), 16) is None
 
 
 def test_blocks_that_end_behind_the_start_of_a_mask_belong_to_their_request(keys: Any) -> None:
