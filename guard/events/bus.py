@@ -11,7 +11,7 @@ import msgspec
 
 from guard.events.decision_log import DecisionLog
 from guard.events.log_file import LogLimits
-from guard.events.message import Decision, Delta, Health, Hello, Load, decode
+from guard.events.message import Decision, Delta, Health, Hello, Load, News, decode
 from guard.events.metrics import GuardMetrics
 from guard.failures import Failures, Stage
 
@@ -64,6 +64,9 @@ class EventBus:
                     self._greeting.notify_all()
                 case Delta() as delta:
                     self._take(delta)
+                case News() as news:
+                    for decision in news.decisions:
+                        self._show(self._named(decision))
                 case Health() as health:
                     self.health[health.engine] = health
                     with self.failures.caught(Stage.METRICS):
@@ -76,16 +79,22 @@ class EventBus:
         with self.failures.caught(Stage.METRICS):
             self._metrics.apply(delta)
         for decision in delta.decisions:
-            decision = msgspec.structs.replace(decision, model=self._model)
-            self.decisions.append(decision)
+            named = self._named(decision)
             if self._log is not None:
-                self._log.write(decision)
-            for listener in tuple(self.on_decision):
-                with self.failures.caught(Stage.DELIVER):
-                    listener(decision)
+                self._log.write(named)
+            self._show(named)
         for stage, count in self.failures.take().items():
             for _ in range(count):
                 self._metrics.fail(delta.engine, Stage(stage))
+
+    def _named(self, decision: Decision) -> Decision:
+        return msgspec.structs.replace(decision, model=self._model)
+
+    def _show(self, decision: Decision) -> None:
+        self.decisions.append(decision)
+        for listener in tuple(self.on_decision):
+            with self.failures.caught(Stage.DELIVER):
+                listener(decision)
 
     @property
     def revision(self) -> str:

@@ -1,4 +1,4 @@
-"""What travels from the engine core to the API server, in msgpack: a hello, then deltas and health."""
+"""What travels from the engine core to the API server, in msgpack: a hello, then what happened."""
 
 from __future__ import annotations
 
@@ -145,6 +145,13 @@ class Delta(msgspec.Struct, tag="delta"):
     host_seconds: dict[str, float] = {}
 
 
+class News(msgspec.Struct, frozen=True, tag="news"):
+    """Decisions of a delta, for API servers behind the first: to be shown, not to be counted again."""
+
+    engine: int
+    decisions: list[Decision]
+
+
 class Health(msgspec.Struct, frozen=True, tag="health"):
     """The guard's state changed since its hello. up: it is live and not blind."""
 
@@ -179,7 +186,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     layers: tuple[LayerLoad, ...]
 
 
-Message = Hello | Delta | Health | Load
+Message = Hello | Delta | News | Health | Load
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

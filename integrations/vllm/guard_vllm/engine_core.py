@@ -17,7 +17,17 @@ from vllm.v1.serial_utils import UtilityResult
 from guard.errors import NotLiveError
 from guard.events.ledger import Ending, Ledger
 from guard.events.liveness import Liveness
-from guard.events.message import Delta, Health, Hello, Load, RuleFacts, SetFacts, encode
+from guard.events.message import (
+    Delta,
+    Health,
+    Hello,
+    Load,
+    Message,
+    News,
+    RuleFacts,
+    SetFacts,
+    encode,
+)
 from guard.events.rulebook import RuleBook
 from guard.failures import Failures, Stage
 from guard.policy.model import OnError
@@ -327,6 +337,8 @@ class EngineCoreGuard:
                 if attempt.failed:
                     self._ledger.put_back(delta)
                     break
+                with self._failures.caught(Stage.DELIVER):
+                    self._tell_others(delta)
             health = self._liveness.take()
             if health is not None:
                 with self._failures.caught(Stage.DELIVER) as attempt:
@@ -338,15 +350,27 @@ class EngineCoreGuard:
             self._load.ask_if_due()
         return result
 
+    def _tell_others(self, delta: Delta) -> None:
+        """The first API server counts and writes down; clients may listen at any."""
+        if self._reports and delta.decisions:
+            news = News(delta.engine, delta.decisions)
+            for client_index in range(1, self._num_clients):
+                self._send(news, client_index)
+
     def _show_load(self, load: Load) -> None:
         self._send(load, client_index=0)
 
     def _broadcast(self, message: Hello | Health) -> None:
-        addresses = getattr(self._core, "addresses", None)
-        for client_index in range(1 if addresses is None else len(addresses.outputs)):
+        for client_index in range(self._num_clients):
             self._send(message, client_index)
 
-    def _send(self, message: Hello | Delta | Health | Load, client_index: int) -> None:
+    @property
+    def _num_clients(self) -> int:
+        """API servers that this engine core answers."""
+        addresses = getattr(self._core, "addresses", None)
+        return 1 if addresses is None else len(addresses.outputs)
+
+    def _send(self, message: Message, client_index: int) -> None:
         data = encode(message)
         output_queue = getattr(self._core, "output_queue", None)
         if output_queue is None:

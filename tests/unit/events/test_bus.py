@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from guard.events.bus import KEPT_DECISIONS, EventBus
 from guard.events.log_file import LogLimits
-from guard.events.message import Decision, Delta, Hello, encode
+from guard.events.message import Decision, Delta, Hello, News, encode
 from guard.events.metrics import GuardMetrics
 from tests.unit.events.reports import HELLO, decision
 
@@ -93,6 +93,23 @@ def test_the_latest_decisions_stay_readable_and_no_more() -> None:
     bus.receive(encode(Delta(0, revision="rev-1", decisions=many, selections=[0, 0])))
 
     assert [d.request_id for d in bus.decisions] == [str(n) for n in range(5, KEPT_DECISIONS + 5)]
+
+
+def test_news_is_shown_and_neither_counted_nor_written_down(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    bus = EventBus(GuardMetrics("m", registry), "m", tmp_path / "log")
+    heard: list[Decision] = []
+    bus.on_decision.append(heard.append)
+    bus.receive(encode(HELLO))
+    before = [(s.name, s.labels, s.value) for m in registry.collect() for s in m.samples]
+
+    bus.receive(encode(News(0, [decision("a"), decision("b")])))
+    bus.close()
+
+    assert [(one.request_id, one.model) for one in heard] == [("a", "m"), ("b", "m")]
+    assert list(bus.decisions) == heard
+    assert (tmp_path / "log").read_text() == ""
+    assert before == [(s.name, s.labels, s.value) for m in registry.collect() for s in m.samples]
 
 
 def test_what_the_log_writes_and_what_becomes_of_webhooks_is_counted(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from vllm.v1.request import RequestStatus
 
 from guard.errors import NotLiveError
 from guard.events.ledger import Ledger
-from guard.events.message import Delta, Health, Hello, decode
+from guard.events.message import Delta, Health, Hello, News, decode
 from guard.policy import parse_policies
 from guard.program.compile import compile_policies
 from guard.program.step_report import StepReport
@@ -291,7 +291,7 @@ def drafting(
     if not got[1]:
         core.scheduler._free_request(one)
         core.post_step(model_executed=False)
-    deltas = [message for _, message in core.sent()]
+    deltas = [message for _, message in core.sent() if isinstance(message, Delta)]
     merged = deltas[0]
     for delta in deltas[1:]:
         merged.outcomes.update(delta.outcomes)
@@ -394,6 +394,46 @@ def test_of_a_message_that_did_not_get_out_the_counters_go_with_the_next_one(
     assert late.failures == {"deliver": 1}
     for name in ("tokens", "outcomes", "decision_counts", "selections", "values"):
         assert getattr(late, name) == getattr(whole, name), name
+
+
+def _step_with_a_decision(core: Core, scheduler: Scheduler) -> None:
+    engine = Engine(policy_text(rule_text(COUNT)))
+    engine.guard.add_request("a", 1)
+    core.add_request(request("a"))
+    scheduler.sampled["a"] = [Scheduler.stop_token]
+    core.sent()
+    step(core, engine.step({"a": (0, [FLAGGED])}), "a")
+
+
+def test_api_servers_behind_the_first_hear_of_decisions_and_count_none() -> None:
+    core, scheduler = guarded(policy_text(rule_text(COUNT)))
+
+    _step_with_a_decision(core, scheduler)
+
+    [(client, delta), (other, news)] = core.sent()
+    assert (client, type(delta), other, type(news)) == (0, Delta, 1, News)
+    assert news.decisions == delta.decisions
+    assert len(news.decisions) == 1
+
+
+def test_a_decision_that_other_api_servers_do_not_hear_of_is_counted_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    core, scheduler = guarded(policy_text(rule_text(COUNT)))
+    stock = core.output_queue.put_nowait
+
+    def put_nowait(item: tuple[int, Any]) -> None:
+        if item[0] == 1:
+            raise RuntimeError("injected")
+        stock(item)
+
+    monkeypatch.setattr(core.output_queue, "put_nowait", put_nowait)
+    _step_with_a_decision(core, scheduler)
+    core.post_step(True)
+
+    first, second = (message for _, message in core.sent() if isinstance(message, Delta))
+    assert [sum(count.count for count in one.decision_counts) for one in (first, second)] == [1, 0]
+    assert second.failures == {"deliver": 1}
 
 
 def test_that_the_guard_fell_is_told_until_it_gets_out(monkeypatch: pytest.MonkeyPatch) -> None:
