@@ -134,6 +134,10 @@ def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwa
         open_admin(engine, settings, bus)
         watch_policies(engine, settings, bus)
         notify_webhooks(engine, settings, bus)
+        if engine.observability_config.otlp_traces_endpoint is not None:
+            from guard_vllm.tracing import trace_decisions
+
+            trace_decisions(engine, bus)
         is_up = True
         return tasks
 

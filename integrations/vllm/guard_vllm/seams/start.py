@@ -36,6 +36,25 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.engine.async_llm", "AsyncLLM.__init__", "opens the bus", leading=("vllm_config",)),
     Seam("vllm.v1.engine.async_llm", "AsyncLLM.get_supported_tasks", "asked before it serves"),
     Seam("vllm.v1.engine.async_llm", "AsyncLLM.shutdown", "its watch of the policies ends"),
+    Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM",
+        "decisions are traced where requests are",
+        has=("observability_config", "output_processor"),
+    ),
+    Seam(
+        "vllm.v1.engine.output_processor",
+        "OutputProcessor.add_request",
+        "what called for a request that is traced",
+        leading=("request",),
+    ),
+    Seam("vllm.v1.engine", "EngineCoreRequest", "the same", has=("request_id", "trace_headers")),
+    Seam(
+        "vllm.config.observability",
+        "ObservabilityConfig",
+        "whether requests are traced",
+        has=("otlp_traces_endpoint",),
+    ),
     Seam("vllm.usage.usage_lib", "UsageContext.OPENAI_API_SERVER", "which processes take SIGHUP"),
     # Configuration.
     Seam(
