@@ -79,17 +79,22 @@ def relabelling() -> list[dict[str, Any]]:
 
 
 @contextmanager
-def running(folder: Path, targets: Sequence[str], rules: str) -> Iterator[str]:
-    """A Prometheus that scrapes targets (`host:port`) every second, and its base URL.
+def running(
+    folder: Path, targets: Sequence[str], rules: str, *, is_hasty: bool = False, scrape_s: int = 1
+) -> Iterator[str]:
+    """A Prometheus that scrapes targets (`host:port`) every `scrape_s`, and its base URL.
 
     rules: the text of a rule file; its groups are evaluated every second, whatever they say
+    is_hasty: alerts fire at once, however long they say that they wait
     """
     document = yaml.safe_load(rules)
     for group in document["groups"]:
         group.pop("interval", None)
+        for rule in group["rules"] if is_hasty else ():
+            rule.pop("for", None)
     (folder / "rules.yaml").write_text(yaml.safe_dump(document))
     config = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "global": {"scrape_interval": f"{scrape_s}s", "evaluation_interval": "1s"},
         "rule_files": [str(folder / "rules.yaml")],
         "scrape_configs": [
             {

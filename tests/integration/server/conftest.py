@@ -21,6 +21,7 @@ import pytest
 
 from tests.integration.frontend.tiny_model import write_tiny_model
 from tests.support.ports import free_port
+from tests.support.trace_collector import TraceCollector
 
 POLICIES = """\
 apiVersion: moe-guard/v1
@@ -96,7 +97,7 @@ class Server:
     decision_log: Path
     log: Path
     client: openai.OpenAI
-    policies: Path
+    policies: Path  # the file, where the server was given text
     pid: int  # of `moe-guard serve`
 
     def metric(self, name: str, **labels: str) -> float:
@@ -126,14 +127,19 @@ def serving(
     folder: Path,
     model: Path,
     *arguments: str,
-    policies: str = POLICIES,
+    policies: str | Path = POLICIES,
     environment: Mapping[str, str] | None = None,
     python_path: Sequence[Path] = (),
 ) -> Iterator[Server]:
-    """A running server. policies: YAML text; python_path: searched before this checkout."""
-    policy_folder = folder / "policies"
-    policy_folder.mkdir(parents=True)
-    (policy_folder / "all.yaml").write_text(policies)
+    """A running server. policies: a folder, or YAML text; python_path: searched before the checkout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(policies, str):
+        policy_folder = folder / "policies"
+        policy_folder.mkdir()
+        policy_file = policy_folder / "all.yaml"
+        policy_file.write_text(policies)
+    else:
+        policy_folder = policy_file = policies
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
@@ -148,7 +154,6 @@ def serving(
     env["PYTHONPATH"] = os.pathsep.join(map(str, checkout))
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
-    policy_file = policy_folder / "all.yaml"
     server = Server(address, decision_log, log_path, client, policy_file, process.pid)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -171,14 +176,31 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+ADMIN_KEY = "key-of-alice"
+
+
 @pytest.fixture(scope="session")
-def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def collector() -> Iterator[TraceCollector]:
+    with TraceCollector() as collecting:
+        yield collecting
+
+
+@pytest.fixture(scope="session")
+def server(
+    tiny_model: Path, collector: TraceCollector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     keys = folder / "keys.yaml"
     keys.write_text(f"sha256:{hashlib.sha256(RED_KEY.encode()).hexdigest()}: {{tenant: red}}\n")
     keys.chmod(0o600)
-    labels = ["--label-header", "tenant=X-Tenant", "--api-key-labels", str(keys)]
-    with serving(folder, tiny_model, *labels) as running:
+    people = folder / "people.yaml"
+    people.write_text(f"{ADMIN_KEY}: {{name: alice, role: admin}}\n")
+    people.chmod(0o600)
+    options = ["--label-header", "tenant=X-Tenant", "--api-key-labels", str(keys)]
+    options += ["--admin-keys", str(people), "--state-dir", str(folder / "state")]
+    options += ["--otlp-traces-endpoint", collector.url]
+    traced = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    with serving(folder, tiny_model, *options, environment=traced) as running:
         yield running
 
 
