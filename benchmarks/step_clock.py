@@ -1,8 +1,9 @@
 """Writes down how long an engine's steps take, and which of them waited for a reload.
 
 Has a class for vLLM's `--scheduler-cls`: importing it in the engine core is what counts. One JSON
-line a step goes to the file that MOE_GUARD_STEP_CLOCK names: seconds from when the engine had work to
-do until its result was out, calls of API servers in between included.
+line a step goes to the file that MOE_GUARD_STEP_CLOCK names: when it ended, and
+seconds from when the engine had work to do until its result was out, calls of API servers in between
+included.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class _Clock:
         executed = stock(core)
         if executed:
             seconds = time.perf_counter() - begun + self._waited_s
-            record = {"seconds": seconds, "running": len(core.scheduler.running)}
+            at, running = time.monotonic(), len(core.scheduler.running)
+            record = {"at": at, "seconds": seconds, "running": running}
             if self._reload_s:
                 record["reload"] = self._reload_s
             self._file.write(json.dumps(record) + "\n")
