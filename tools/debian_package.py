@@ -1,6 +1,6 @@
 """Fetches Debian packages into `.cache/debian/`, for programs that tests run. Needs apt, not root.
 
-`make test` does it before the tests, `tests/support/prometheus.py` at first use. apt checks what it
+`make test` does it before the tests, `tools/prometheus.py` at first use. apt checks what it
 fetches against signed lists. Nothing is installed: no dependency, no script of the package.
 """
 

@@ -42,6 +42,8 @@ from guard.cli.server import GuardedServer, ServerSettings
 from tools.accounting import by_key, counted, logged, series
 from tools.mixed_load import TENANT_HEADER, MixedLoad, Seen
 from tools.mixed_policies import write_policies
+from tools.prometheus import Prometheus, running
+from tools.promql_check import RULES, check, dashboard_queries, rule_queries
 
 CHECKOUT = Path(__file__).parents[2]
 RESULTS = CHECKOUT / "benchmarks" / "results"
@@ -50,13 +52,19 @@ WARM_UP_S: Final = 300.0
 COMPARED_S: Final = 300.0
 MAX_SLOPE_MIB_PER_MINUTE: Final = 0.2
 LOG_MIB: Final = 1
+SCRAPE_S: Final = 5
 _TOLD_S: Final = 60.0
 
 
 @dataclass
 class Outcome:
-    """What came of a run. slopes: by process, MiB a minute behind the warm-up. Steps in milliseconds,
-    of the first minutes behind the warm-up and of the last."""
+    """What came of a run.
+
+    slopes: by process, MiB a minute behind the warm-up
+    queries: of all rules and dashboards; silent_queries: those that gave nothing
+    alerts: that fire at the end
+    first, last: steps of the first minutes behind the warm-up and of the last
+    """
 
     minutes: float
     seen: dict[str, Any]
@@ -70,6 +78,9 @@ class Outcome:
     log_verifies: bool
     accounts_differ: list[str]
     slopes: dict[str, float]
+    queries: int = 0
+    silent_queries: list[str] = field(default_factory=list)
+    alerts: list[str] = field(default_factory=list)
     p99_first_ms: float = math.nan
     p99_last_ms: float = math.nan
     median_first_ms: float = math.nan
@@ -133,7 +144,7 @@ def serving(place: Place, faults: str) -> Iterator[GuardedServer]:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     if faults:
-        environment["MOE_GUARD_INJECT_FAULTS"] = faults
+        environment |= {"MOE_GUARD_INJECT_FAULTS": faults, "MOE_GUARD_ALLOW_INJECTED_FAULTS": "1"}
     with (place.folder / "server.log").open("wb") as log:
         server = GuardedServer.start(settings, environment=environment, log=log)
         try:
@@ -141,6 +152,21 @@ def serving(place: Place, faults: str) -> Iterator[GuardedServer]:
             yield server
         finally:
             server.stop()
+
+
+@contextmanager
+def watching(place: Place, server: GuardedServer) -> Iterator[str]:
+    """A Prometheus with the shipped rules, by its base URL."""
+    folder = place.folder / "prometheus"
+    folder.mkdir()
+    target = server.base_url.removeprefix("http://")
+    with running(folder, [target], RULES.read_text("utf-8"), scrape_s=SCRAPE_S) as base_url:
+        yield base_url
+
+
+def alerts(base_url: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = Prometheus(base_url).get("alerts", {})["alerts"]
+    return [alert for alert in found if alert["state"] == "firing"]
 
 
 def measure(place: Place, minutes: float, faults: str) -> Outcome:
@@ -154,13 +180,18 @@ def measure(place: Place, minutes: float, faults: str) -> Outcome:
         ]
         for worker in workers:
             worker.start()
-        ends = time.monotonic() + 60 * minutes
-        load = MixedLoad(f"{server.base_url}/v1", "demo")
-        seen = load.run(until=lambda: time.monotonic() >= ends)
-        done.set()
-        for worker in workers:
-            worker.join()
-        outcome = account(server.base_url, place, seen, minutes)
+        with watching(place, server) as prometheus:
+            ends = time.monotonic() + 60 * minutes
+            load = MixedLoad(f"{server.base_url}/v1", "demo")
+            seen = load.run(until=lambda: time.monotonic() >= ends)
+            done.set()
+            for worker in workers:
+                worker.join()
+            outcome = account(server.base_url, place, seen, minutes)
+            queries = [*rule_queries(), *dashboard_queries()]
+            found = check(prometheus, queries)
+            outcome.queries, outcome.silent_queries = len(queries), [*found.broken, *found.empty]
+            outcome.alerts = sorted({alert["labels"]["alertname"] for alert in alerts(prometheus)})
     outcome.made = dict(disturbances.made)
     outcome.rss_mib = memory.rss_mib
     warm_up_s = min(WARM_UP_S, 60 * minutes / 3)
@@ -256,6 +287,8 @@ def show(outcome: Outcome, console: Console) -> None:
         f"log, {outcome.dropped} dropped; the log verifies: {outcome.log_verifies}",
         f"made       {outcome.made}",
         f"failures   {outcome.failures}",
+        f"queries    {outcome.queries}, of which gave nothing: {outcome.silent_queries}",
+        f"alerts     {outcome.alerts}",
         f"memory     MiB a minute behind the warm-up: {outcome.slopes}",
         f"steps      first minutes: median {outcome.median_first_ms:.2f} ms, p99 "
         f"{outcome.p99_first_ms:.2f}; last: {outcome.median_last_ms:.2f}, {outcome.p99_last_ms:.2f}",

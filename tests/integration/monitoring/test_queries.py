@@ -12,8 +12,9 @@ import pytest
 from prometheus_client import CollectorRegistry, start_http_server
 
 from tests.support.ports import free_port
-from tests.support.prometheus import Prometheus, PromQLError, running
-from tests.support.promql_check import (
+from tests.support.synthetic_metrics import MODEL, BusyServer, VllmMetrics
+from tools.prometheus import Prometheus, PromQLError, running
+from tools.promql_check import (
     RULES,
     Query,
     check,
@@ -21,7 +22,6 @@ from tests.support.promql_check import (
     faulty_rules,
     rule_queries,
 )
-from tests.support.synthetic_metrics import MODEL, BusyServer, VllmMetrics
 
 PATIENCE_S = 20.0
 EMPTY_AT_REST = {"alert MoeGuardMissing", "alert MoeGuardAbsent"}

@@ -15,11 +15,11 @@ import pytest
 
 from guard.cli.demonstration.assets import find_assets
 from tests.integration.server.conftest import Server, serving
-from tests.support.prometheus import Prometheus, running
-from tests.support.promql_check import RULES, check, dashboard_queries, rule_queries
 from tools.accounting import Listener, by_key, counted, logged, series
 from tools.mixed_load import TENANT_HEADER, MixedLoad, Seen
 from tools.mixed_policies import write_policies
+from tools.prometheus import Prometheus, running
+from tools.promql_check import RULES, check, dashboard_queries, rule_queries
 
 pytestmark = pytest.mark.vllm
 

@@ -26,9 +26,9 @@ from guard.events.message import Health
 from guard.events.metrics import GuardMetrics
 from guard.policy import load_policies
 from tests.support.ports import free_port
-from tests.support.prometheus import promtool
-from tests.support.promql_check import ROOT
 from tests.support.synthetic_metrics import HELLO
+from tools.prometheus import promtool
+from tools.promql_check import ROOT
 
 DEPLOY = ROOT / "integrations" / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text("utf-8"))

@@ -17,8 +17,8 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client import CollectorRegistry
 
 from integrations.grafana import build
-from tests.support.promql_check import ROOT, RULES, dashboard_queries, rule_queries
 from tests.support.synthetic_metrics import BusyServer
+from tools.promql_check import ROOT, RULES, dashboard_queries, rule_queries
 
 BOARDS: dict[str, dict[str, Any]] = {
     path.stem: json.loads(path.read_text("utf-8")) for path in sorted(build.FOLDER.glob("*.json"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.promql_check import as_bool, dashboard_queries, substituted
+from tools.promql_check import as_bool, dashboard_queries, substituted
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
 from guard.failures import Stage
-from tests.support.prometheus import promtool
-from tests.support.promql_check import ROOT, RULES
 from tests.support.synthetic_metrics import BusyServer
+from tools.prometheus import promtool
+from tools.promql_check import ROOT, RULES
 
 TESTS = RULES.with_name("moe-guard.rules.test.yaml")
 GROUPS = yaml.safe_load(RULES.read_text("utf-8"))["groups"]

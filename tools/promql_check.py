@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from tests.support.prometheus import Prometheus, PromQLError
+from tools.prometheus import Prometheus, PromQLError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RULES = ROOT / "integrations" / "prometheus" / "moe-guard.rules.yaml"
 DASHBOARDS = ROOT / "integrations" / "grafana" / "dashboards"
 

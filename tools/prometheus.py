@@ -19,7 +19,7 @@ import yaml
 from tests.support.ports import free_port
 from tools.debian_package import unpacked
 
-SHIPPED = Path(__file__).parents[2] / "integrations" / "deploy" / "compose" / "prometheus.yml"
+SHIPPED = Path(__file__).parents[1] / "integrations" / "deploy" / "compose" / "prometheus.yml"
 _PACKAGE = "prometheus"
 _START_TIMEOUT_S = 30.0
 _POLL_S = 0.2
