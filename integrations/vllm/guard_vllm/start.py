@@ -19,7 +19,7 @@ from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_confi
 from guard.program.fingerprint import check_fingerprints
 from guard_vllm.client import open_bus
 from guard_vllm.frontend.install import install_frontend
-from guard_vllm.frontend.refusals import refuse_unguarded_frontends
+from guard_vllm.frontend.refusals import refuse_unguarded_frontends, warn_of_open_endpoints
 from guard_vllm.host import check_host
 from guard_vllm.labels import LabelSources
 from guard_vllm.policies import find_policies
@@ -35,6 +35,7 @@ def resolve(config: Any, settings: Settings) -> Settings:
     sources of labels that cannot be read, WebhookError for webhooks that cannot be told.
     """
     refuse_unguarded_frontends(sys.argv, os.environ)
+    warn_of_open_endpoints(os.environ)
     check_host(config)
     check_recording(config, settings)
     label_sources(settings)

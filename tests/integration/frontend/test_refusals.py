@@ -1,12 +1,13 @@
-"""Beam search is a 400 under policies; gRPC and the Rust front end do not start."""
+"""Beam search is a 400 under policies; gRPC, the Rust front end and shared ids do not start."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import httpx
 import pytest
-from guard_vllm.frontend.refusals import refuse_unguarded_frontends
+from guard_vllm.frontend.refusals import refuse_unguarded_frontends, warn_of_open_endpoints
 
 from guard.errors import UnsupportedHostError
 from tests.support.support_recorder import SupportRecord
@@ -41,6 +42,21 @@ def test_grpc_is_refused(
     with pytest.raises(UnsupportedHostError, match="serve over HTTP") as refused:
         refuse_unguarded_frontends(argv, {}, modules=modules)
     support_record.feature("gRPC server", refused=str(refused.value))
+
+
+def test_ids_that_two_requests_may_share_are_refused() -> None:
+    plain = {"VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1"}
+    with pytest.raises(UnsupportedHostError, match="two requests could have one id"):
+        refuse_unguarded_frontends(SERVE, plain, modules=())
+
+
+@pytest.mark.parametrize(("value", "num_warnings"), [("1", 1), ("0", 0), ("", 0)])
+def test_endpoints_for_developers_are_warned_of(
+    value: str, num_warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        warn_of_open_endpoints({"VLLM_SERVER_DEV_MODE": value})
+    assert len(caplog.records) == num_warnings
 
 
 @pytest.mark.vllm

@@ -10,6 +10,7 @@ import pytest
 from guard_vllm.frontend.request_args import (
     RequestArgumentError,
     check_request_args,
+    check_request_id,
     check_stop_strings,
 )
 from guard_vllm.labels import LabelError
@@ -75,6 +76,33 @@ def test_only_stop_strings_that_read_like_a_block_are_refused(tail: str) -> None
     check_stop_strings([f"x{tail}", f"moe_guardian{tail}"])
     with pytest.raises(RequestArgumentError):
         check_stop_strings(["\n", f"moe_guard:{tail}"])
+
+
+@pytest.mark.parametrize("request_id", ["chatcmpl-1", "Überprüfung 7", "x" * 512, None, 7])
+def test_an_id_that_can_be_printed_passes(request_id: object) -> None:
+    check_request_id(request_id)
+
+
+@given(st.text(max_size=8), st.sampled_from("\n\r\x00\x1b\x7f\x85\u2028\ud800"))
+def test_an_id_with_something_else_in_it_is_refused(text: str, odd: str) -> None:
+    with pytest.raises(RequestArgumentError, match="cannot be printed"):
+        check_request_id(f"{text}{odd}{text}")
+
+
+def test_an_id_of_any_length_is_refused() -> None:
+    with pytest.raises(RequestArgumentError, match="513 characters are too many"):
+        check_request_id("x" * 513)
+
+
+def test_what_a_caller_sent_is_quoted_in_part() -> None:
+    for extra_args in (
+        {f"moe_guard_{'x' * 10_000}": 1},
+        {"moe_guard_enforce": ["x" * 10_000]},
+        {"moe_guard_enforce": "x" * 10_000},
+    ):
+        with pytest.raises(RequestArgumentError) as raised:
+            check_request_args(extra_args, POLICIES)
+        assert len(str(raised.value)) < 300
 
 
 @pytest.mark.vllm

@@ -1,7 +1,10 @@
-"""What cannot be served under the guard, and is refused: beam search, gRPC, the Rust front end."""
+"""What cannot be served under the guard, and is refused: beam search, gRPC, the Rust front end, ids
+that two requests share. And a warning where the port gives more than an API.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +17,10 @@ from guard_vllm.frontend.patching import Function, wrap
 
 _GRPC_MODULES = frozenset({"vllm.entrypoints.launchers.grpc_server", "vllm.entrypoints.grpc_server"})
 _RUST = "VLLM_USE_RUST_FRONTEND"
+_PLAIN_IDS = "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"
+_DEV_MODE = "VLLM_SERVER_DEV_MODE"
+
+logger = logging.getLogger(__name__)
 
 
 class BeamSearchError(GuardError):
@@ -31,14 +38,15 @@ def install_refusals(sources: Sources) -> None:
 def refuse_unguarded_frontends(
     argv: Sequence[str], env: Mapping[str, str], modules: Collection[str] | None = None
 ) -> None:
-    """Refuse the front ends that have no Python in which a block could be reported.
+    """Refuse the front ends that have no Python in which a block could be reported, and what takes the
+    ground from under the others.
 
     To be called in the process that the operator starts. vLLM loads plugins before it reads its
     arguments, so a config file that asks for gRPC is noticed later, as the server makes its engine:
     by then it has imported the gRPC server. `modules` are the modules imported, by default those of
     this process. Raises UnsupportedHostError.
     """
-    if env.get(_RUST, "").strip() not in ("", "0"):
+    if _is_on(env, _RUST):
         raise UnsupportedHostError(
             f"{_RUST}={env[_RUST]}: vLLM's Rust front end cannot be guarded, because it does not "
             f"tell a blocked request from a finished one; unset {_RUST}, or turn MoE Guard off"
@@ -49,6 +57,25 @@ def refuse_unguarded_frontends(
             "--grpc: vLLM's gRPC server cannot be guarded, because it does not tell a blocked "
             "request from a finished one; serve over HTTP, or turn MoE Guard off"
         )
+    if _is_on(env, _PLAIN_IDS):
+        raise UnsupportedHostError(
+            f"{_PLAIN_IDS}={env[_PLAIN_IDS]}: two requests could have one id, by which MoE Guard tells "
+            f"apart their state and their masked KV, and draws samples; unset {_PLAIN_IDS}"
+        )
+
+
+def warn_of_open_endpoints(env: Mapping[str, str]) -> None:
+    """Say what an operator may not know who asks for vLLM's endpoints for developers."""
+    if _is_on(env, _DEV_MODE):
+        logger.warning(
+            "MoE Guard: with %s whoever reaches this port can call any method of a worker, and so turn "
+            "the guard off; unset it where callers are not trusted",
+            _DEV_MODE,
+        )
+
+
+def _is_on(env: Mapping[str, str], name: str) -> bool:
+    return env.get(name, "").strip() not in ("", "0")
 
 
 def _imported() -> set[str]:

@@ -18,6 +18,12 @@ from guard_vllm.frontend.request_labels import GivenLabels, is_over_http, with_g
 from guard_vllm.labels import check_labels
 from guard_vllm.request_facts import ENFORCE, LABELS
 
+MAX_ID_CHARACTERS = 512
+"""Of a request's id, which a caller may choose: it stands in every event of the request."""
+
+MAX_QUOTED_CHARACTERS = 100
+"""Of what a caller sent, in an error."""
+
 
 class RequestArgumentError(GuardError):
     """A request asks for what it may not. Over HTTP it is a 400."""
@@ -26,7 +32,7 @@ class RequestArgumentError(GuardError):
 def install_request_args(sources: Sources) -> None:
     """Every request is checked as it is given to the engine, before a stream to it is opened."""
     engine = seam("vllm.v1.engine.async_llm", "AsyncLLM")
-    wrap(engine, "generate", lambda f: _no_stream(_labelled(f, sources), f, sources))
+    wrap(engine, "generate", lambda f: _whole(_labelled(f, sources), f, sources))
     processor = seam("vllm.v1.engine.input_processor", "InputProcessor")
     wrap(processor, "process_inputs", lambda f: _checked(f, "params", sources))
 
@@ -38,6 +44,21 @@ def check_prompt(prompt: object, sources: Sources) -> None:
         raise RequestArgumentError(
             "streamed input is not served under MoE Guard's policies, because output would be judged "
             "as prompt; give the whole prompt in one request"
+        )
+
+
+def check_request_id(request_id: object) -> None:
+    """Refuse an id that would forge a line of a log, or fill it. Raises RequestArgumentError."""
+    if not isinstance(request_id, str):
+        return
+    if len(request_id) > MAX_ID_CHARACTERS:
+        raise RequestArgumentError(
+            f"request_id: {len(request_id)} characters are too many; give at most {MAX_ID_CHARACTERS}"
+        )
+    if not request_id.isprintable():
+        raise RequestArgumentError(
+            "request_id: it holds characters that cannot be printed, such as the end of a line; "
+            "give one without them"
         )
 
 
@@ -84,8 +105,8 @@ def check_stop_strings(stop: str | Collection[str]) -> None:
     for string in (stop,) if isinstance(stop, str) else stop:
         if is_blocked(string):
             raise RequestArgumentError(
-                f"stop: {string!r} cannot be a stop string here, because as a stop_reason it says "
-                f"that MoE Guard blocked the request; choose one that does not begin with {MARK!r}"
+                f"stop: {_shortly(string)} cannot be a stop string here, because as a stop_reason it "
+                f"says that MoE Guard blocked the request; choose one that does not begin with {MARK!r}"
             )
 
 
@@ -113,10 +134,12 @@ def _labelled(original: Function, sources: Sources) -> Function:
     return labelled
 
 
-def _no_stream(checked: Function, original: Function, sources: Sources) -> Function:
+def _whole(checked: Function, original: Function, sources: Sources) -> Function:
     prompt = Argument(original, "prompt")
+    request_id = Argument(original, "request_id")
 
     def whole(*args: Any, **kwargs: Any) -> Any:
+        check_request_id(request_id.of(args, kwargs))
         check_prompt(prompt.of(args, kwargs), sources)
         return checked(*args, **kwargs)
 
@@ -126,19 +149,26 @@ def _no_stream(checked: Function, original: Function, sources: Sources) -> Funct
 def _check_enforce(value: object, policies: Collection[str], redact: bool) -> None:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise RequestArgumentError(
-            f"{ENFORCE}: expected a list of policy names, found {value!r}; "
+            f"{ENFORCE}: expected a list of policy names, found {_shortly(value)}; "
             f'write for example "{ENFORCE}": ["restricted-chemistry"]'
         )
     for name in value:
         if name not in policies:
             near = [] if redact else get_close_matches(name, policies, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "ask the operator which there are"
-            raise RequestArgumentError(f"{ENFORCE}: there is no policy {name!r}; {hint}")
+            raise RequestArgumentError(f"{ENFORCE}: there is no policy {_shortly(name)}; {hint}")
 
 
 def _unknown_key(key: str) -> str:
+    shown = _shortly(key)
     if "label" in key:
         return (
-            f"{key}: labels come from configured headers or API keys, never from the body; leave it out"
+            f"{shown}: labels come from configured headers or API keys, never from the body; leave it "
+            "out"
         )
-    return f"{key}: a request can set only {ENFORCE!r}; leave {key!r} out"
+    return f"{shown}: a request can set only {ENFORCE!r}; leave it out"
+
+
+def _shortly(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]}..."

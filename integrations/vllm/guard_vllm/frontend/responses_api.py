@@ -12,7 +12,7 @@ from pydantic import create_model
 from guard_vllm.compat import seam
 from guard_vllm.frontend.blocked import CONTENT_FILTER, Sources
 from guard_vllm.frontend.patching import Argument, Function, wrap
-from guard_vllm.frontend.request_args import check_params
+from guard_vllm.frontend.request_args import check_params, check_request_id
 
 _CALLS = frozenset({"function_call", "custom_tool_call"})  # items that a client acts on
 _CALL_EVENTS = ("response.function_call_arguments.", "response.custom_tool_call_input.")
@@ -39,9 +39,11 @@ def _blocked(context: Any) -> bool:
 
 def _checked_first(original: Function, sources: Sources) -> Function:
     """A request that asks for what it may not is refused before its stream is opened."""
+    request_id = Argument(original, "request_id")
     sampling_params = Argument(original, "sampling_params")
 
     def _generate_with_builtin_tools(*args: Any, **kwargs: Any) -> Any:
+        check_request_id(request_id.of(args, kwargs))
         check_params(sampling_params.of(args, kwargs), sources)
         return original(*args, **kwargs)
 

@@ -19,13 +19,22 @@ SEAMS: tuple[Seam, ...] = (
         takes=("new_token_ids", "stop_reason"),
     ),
     Seam(
-        "vllm.v1.engine.output_processor", "RequestState", "keeps the last text", has=("detokenizer",)
+        "vllm.v1.engine.output_processor",
+        "RequestState",
+        "keeps the last text, withholds a blocked prompt's log probabilities",
+        has=("detokenizer", "logprobs_processor"),
+    ),
+    Seam(
+        "vllm.v1.engine.logprobs",
+        "LogprobsProcessor",
+        "withholds a blocked prompt's log probabilities",
+        has=("prompt_logprobs", "prompt_token_id_logprobs"),
     ),
     Seam(
         "vllm.v1.engine.detokenizer",
         "BaseIncrementalDetokenizer",
         "keeps the last text",
-        has=("decode_next", "include_stop_str_in_output", "output_text"),
+        has=("decode_next", "include_stop_str_in_output", "output_text", "output_token_ids"),
     ),
     Seam(
         "vllm.outputs",
@@ -38,7 +47,7 @@ SEAMS: tuple[Seam, ...] = (
         "vllm.v1.engine.async_llm",
         "AsyncLLM.generate",
         "checks what a caller asks",
-        takes=("prompt", "sampling_params"),
+        takes=("prompt", "request_id", "sampling_params"),
     ),
     Seam(
         "vllm.v1.engine.input_processor",
@@ -115,7 +124,7 @@ SEAMS: tuple[Seam, ...] = (
         f"{_OPENAI}.responses.serving",
         "OpenAIServingResponses._generate_with_builtin_tools",
         "checks what a caller asks",
-        takes=("sampling_params",),
+        takes=("request_id", "sampling_params"),
     ),
     Seam(
         f"{_OPENAI}.responses.serving",
