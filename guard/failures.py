@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
 from enum import StrEnum
 from types import TracebackType
 
@@ -53,7 +54,7 @@ class Failures:
 
     def caught(self, stage: Stage) -> Attempt:
         """For `with`: runs guard code beside the engine's. An exception ends here, never a step."""
-        return Attempt(self, stage)
+        return _make_attempt(self, stage)
 
     def note(self, stage: Stage, error: BaseException) -> None:
         """Count a fault. Of a stage the 1st, 2nd, 4th, 8th … is logged, the first with its trace."""
@@ -95,3 +96,12 @@ class Attempt:
         self.failed = True
         self._failures.note(self._stage, error)
         return True
+
+
+_make_attempt: Callable[[Failures, Stage], Attempt] = Attempt
+
+
+def make_attempts(make: Callable[[Failures, Stage], Attempt]) -> None:
+    """What `caught` gives from now on, in this process: `Attempt`, or what a drill makes."""
+    global _make_attempt
+    _make_attempt = make

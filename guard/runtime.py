@@ -30,6 +30,7 @@ from guard.device.state import Admission, SlotState, host_to_device
 from guard.device.tap import RoutingTap
 from guard.errors import ReloadRefusedError
 from guard.failures import Failures, Stage
+from guard.fault_injection import strikes
 from guard.prepared import PreparedProgram, check_fits, check_follows, make_evaluator
 from guard.program.applicability import RequestFacts, RulesByFacts, RulesFor
 from guard.program.program import Program
@@ -382,7 +383,7 @@ class Guard:
                 )
             keep = KeepRows(self.kept, self._kv_slot_T[:num_rows], batch, rejected_B)
         if self._has_all_layers and self._keeper is not None:
-            self._findings, trusted_T1 = self._check.check(self.tap, batch, self._in_force_TA)
+            trusted_T1 = self._check_routing(batch)
             self._count_load(batch, rejected_B, trusted_T1)
             return self._keeper.kept_signals(self.tap, num_rows, trusted_T1, keep)
         signal_TX = self._signals(batch, rejected_B)
@@ -397,9 +398,16 @@ class Guard:
     def _own_signals(self, batch: StepBatch, rejected_B: torch.Tensor | None = None) -> torch.Tensor:
         """int64 [T, X]: those of this rank's layers; rows that its check does not trust are unseen."""
         assert self._evaluator is not None
-        self._findings, trusted_T1 = self._check.check(self.tap, batch, self._in_force_TA)
+        trusted_T1 = self._check_routing(batch)
         self._count_load(batch, rejected_B, trusted_T1)
         return self._evaluator.signals(self.tap, len(batch.position_T)) * trusted_T1
+
+    def _check_routing(self, batch: StepBatch) -> torch.Tensor:
+        """The rows whose evidence can be trusted, see `LivenessCheck.check`."""
+        if self._check.is_due and strikes(Stage.ROUTING):
+            self.tap.clear_rows(len(batch.position_T))
+        self._findings, trusted_T1 = self._check.check(self.tap, batch, self._in_force_TA)
+        return trusted_T1
 
     def _count_load(
         self, batch: StepBatch, rejected_B: torch.Tensor | None, trusted_T1: torch.Tensor

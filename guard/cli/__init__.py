@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from guard.cli.admin import kill_switch, mask, masks, mode, status, unmask
+from guard.cli.bundle import bundle
 from guard.cli.calibrate import calibrate
 from guard.cli.causal import causal
 from guard.cli.check import check
@@ -12,6 +13,7 @@ from guard.cli.demo import demo
 from guard.cli.diff import diff
 from guard.cli.discover import discover
 from guard.cli.import_sets import import_sets
+from guard.cli.log import log
 from guard.cli.policy_tests import run_policy_tests
 from guard.cli.record import record
 from guard.cli.replay import replay
@@ -47,6 +49,8 @@ app.command()(masks)
 app.command()(mode)
 app.command("kill-switch")(kill_switch)
 app.command()(saliency)
+app.add_typer(log, name="log")
+app.add_typer(bundle, name="bundle")
 
 
 def main() -> None:

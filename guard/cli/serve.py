@@ -27,6 +27,16 @@ def serve(
     policies: Annotated[
         str, typer.Option(help="A policy file, a folder of them, or the URL of a bundle.")
     ],
+    policy_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="The public keys of those who sign bundles: --policies is then a signed bundle, "
+            "by URL or in a file, and nothing else is taken."
+        ),
+    ] = None,
+    allow_rollback: Annotated[
+        bool, typer.Option(help="Take a signed bundle that is older than the one last in force.")
+    ] = False,
     strict: Annotated[
         bool, typer.Option(help="Refuse to serve where the guard is not proved live.")
     ] = True,
@@ -58,6 +68,14 @@ def serve(
         LogSync,
         typer.Option(help="When to wait for the disk: never, once a second, or after every line."),
     ] = LogSync.NEVER,
+    decision_log_chain: Annotated[
+        bool,
+        typer.Option(help="Chain each line to the one before, for `moe-guard log verify`."),
+    ] = True,
+    decision_log_key: Annotated[
+        Path | None,
+        typer.Option(help="Seal the decision log with this key, from `moe-guard log key`."),
+    ] = None,
     webhooks: Annotated[
         Path | None, typer.Option(help="A YAML file of URLs that are told of decisions.")
     ] = None,
@@ -97,6 +115,8 @@ def serve(
     settings = ServerSettings(
         model=model,
         policies=policies if is_url(policies) else Path(policies),
+        policy_key=policy_key,
+        allow_rollback=allow_rollback,
         strict=strict,
         observe_only=observe_only,
         mask_actions=mask_actions,
@@ -106,6 +126,8 @@ def serve(
         decision_log_max_mib=decision_log_max_mib,
         decision_log_keep=decision_log_keep,
         decision_log_sync=decision_log_sync.value,
+        decision_log_chain=decision_log_chain,
+        decision_log_key=decision_log_key,
         webhooks=webhooks,
         label_headers=headers,
         api_key_labels=api_key_labels,

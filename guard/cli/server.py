@@ -19,11 +19,13 @@ from typing import IO, Any
 
 from guard.errors import GuardError, NotLiveError
 from guard.events.log_file import KEEP, SYNC
+from guard.events.log_key import KeyFile
 from guard.events.webhooks import read_webhooks
 from guard.policy import PolicyError, load_policies
 from guard.program.compile import check_observe_only, compile_policies
 from guard.program.configuration import EXACT_ARCHITECTURES, topology_from_folder
 from guard.program.fingerprint import check_fingerprints
+from guard.source.signature import PolicyKeys
 
 PLUGIN = "moe_guard"
 POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
@@ -46,6 +48,8 @@ class ServerSettings:
 
     model: str
     policies: Path | str | None
+    policy_key: Path | None = None
+    allow_rollback: bool = False
     strict: bool = True
     observe_only: bool = False
     mask_actions: int = 64
@@ -55,6 +59,8 @@ class ServerSettings:
     decision_log_max_mib: float | None = None
     decision_log_keep: int = KEEP
     decision_log_sync: str = SYNC[0]
+    decision_log_chain: bool = True
+    decision_log_key: Path | None = None
     webhooks: Path | None = None
     label_headers: Mapping[str, str] = field(default_factory=dict)
     api_key_labels: Path | None = None
@@ -67,12 +73,16 @@ class ServerSettings:
     def check(self) -> None:
         """Refuse what can be refused before vLLM is started.
 
-        Raises PolicyError, TopologyError, FingerprintError, WebhookError, ServerError.
+        Raises PolicyError, TopologyError, FingerprintError, WebhookError, LogKeyError, ServerError.
         """
         if self.policies is None:
             return
-        if isinstance(self.policies, Path):  # a bundle is fetched once, by vLLM's process
+        if self.policy_key is not None:
+            PolicyKeys.read(self.policy_key)
+        elif isinstance(self.policies, Path):  # a bundle is read once, by vLLM's process
             self._check_policies(self.policies)
+        if self.allow_rollback and self.policy_key is None:
+            raise ServerError("--allow-rollback needs --policy-key: only signed bundles have an order")
         if not entry_points(group="vllm.general_plugins", name=PLUGIN):
             raise ServerError(
                 "vLLM would not find MoE Guard: its entry point is not installed in this "
@@ -87,6 +97,8 @@ class ServerSettings:
             raise ServerError(
                 "--decision-log-max-mib and --decision-log-sync need --decision-log: there is no log"
             )
+        if self.decision_log_key is not None:
+            self._check_log_key(self.decision_log_key)
         if self.admin_keys is not None and self.state_dir is None:
             raise ServerError("--admin-keys needs --state-dir: what operators change is kept there")
         chosen = os.environ.get("VLLM_PLUGINS")
@@ -94,6 +106,13 @@ class ServerSettings:
             raise ServerError(
                 f"VLLM_PLUGINS={chosen!r} leaves MoE Guard out; add {PLUGIN!r} to it, or unset it"
             )
+
+    def _check_log_key(self, key: Path) -> None:
+        if self.decision_log is None or not self.decision_log_chain:
+            raise ServerError(
+                "--decision-log-key needs --decision-log, and its chain: there is nothing to seal"
+            )
+        KeyFile(key).close()
 
     def _check_policies(self, path: Path) -> None:
         policies = load_policies(path)
@@ -134,11 +153,18 @@ class ServerSettings:
             "redact_reasons": self.redact_reasons,
             "decision_log": None if log is None else str(log.resolve()),
         }
+        if self.policy_key is not None:
+            section["policy_key"] = os.path.abspath(self.policy_key)
+            section["allow_rollback"] = self.allow_rollback
         if self.decision_log_max_mib is not None:
             section["decision_log_max_mib"] = self.decision_log_max_mib
             section["decision_log_keep"] = self.decision_log_keep
         if self.decision_log_sync != SYNC[0]:
             section["decision_log_sync"] = self.decision_log_sync
+        if not self.decision_log_chain:
+            section["decision_log_chain"] = False
+        if self.decision_log_key is not None:
+            section["decision_log_key"] = os.path.abspath(self.decision_log_key)
         if self.webhooks is not None:
             section["webhooks"] = os.path.abspath(self.webhooks)
         if self.record is not None:

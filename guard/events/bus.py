@@ -11,12 +11,16 @@ import msgspec
 
 from guard.events.decision_log import DecisionLog
 from guard.events.log_file import LogLimits
-from guard.events.message import Decision, Delta, Health, Hello, Load, News, decode
+from guard.events.message import Decision, Delta, Health, Hello, Load, News, decode, serial_of
 from guard.events.metrics import GuardMetrics
 from guard.failures import Failures, Stage
 
 KEPT_DECISIONS = 1_000
 """The latest decisions that stay readable in Python."""
+
+
+class MessagesLostError(RuntimeError):
+    """What an engine said did not reach this process: counters and decisions of it are missing here."""
 
 
 class EventBus:
@@ -31,6 +35,9 @@ class EventBus:
         model: str,
         decision_log: Path | None = None,
         log_limits: LogLimits | None = None,
+        *,
+        log_chain: bool = True,
+        log_key: Path | None = None,
     ) -> None:
         self._metrics = metrics
         self._model = model
@@ -38,10 +45,19 @@ class EventBus:
         self._lock = threading.Lock()
         self._greeting = threading.Condition(self._lock)
         self._greeted: set[int] = set()
+        self._serials: dict[int, int] = {}  # of the last message of each engine
         self._log = (
             None
             if decision_log is None
-            else DecisionLog(decision_log, self._dropped, log_limits, self._wrote)
+            else DecisionLog(
+                decision_log,
+                self._dropped,
+                log_limits,
+                self._wrote,
+                self._log_changed,
+                chain=log_chain,
+                key=log_key,
+            )
         )
         self.hellos: dict[int, Hello] = {}
         self.health: dict[int, Health] = {}  # since the hello, where it changed
@@ -52,7 +68,9 @@ class EventBus:
     def receive(self, data: bytes) -> None:
         """Take a message of `guard.events.message` from an engine."""
         with self._lock, self.failures.caught(Stage.DELIVER):
-            match decode(data):
+            message = decode(data)
+            self._note_serial(message.engine, serial_of(data))
+            match message:
                 case Hello() as hello:
                     with self.failures.caught(Stage.METRICS):
                         self._metrics.greet(hello)
@@ -74,6 +92,19 @@ class EventBus:
                 case Load() as load:
                     with self.failures.caught(Stage.METRICS):
                         self._metrics.show(load)
+
+    def _note_serial(self, engine: int, serial: int) -> None:
+        """Nothing says that a message was lost but the number of the one behind it."""
+        if serial == 0:
+            return
+        expected = self._serials.get(engine, serial - 1) + 1
+        self._serials[engine] = serial
+        if serial > expected:
+            lost = serial - expected
+            self.failures.note(
+                Stage.DELIVER,
+                MessagesLostError(f"{lost} messages of engine {engine} were lost on their way"),
+            )
 
     def _take(self, delta: Delta) -> None:
         with self.failures.caught(Stage.METRICS):
@@ -137,6 +168,9 @@ class EventBus:
 
     def _dropped(self, count: int) -> None:
         self.note_drop(Stage.DECISION_LOG, count)
+
+    def _log_changed(self, error: Exception) -> None:
+        self.failures.note(Stage.DECISION_LOG, error)
 
     def _wrote(self, count: int) -> None:
         with self.failures.caught(Stage.METRICS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import queue
 import threading
 import time
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import msgspec
 
+from guard.events.chained_log import ChainedLog
 from guard.events.log_file import LogFile, LogLimits
 from guard.events.message import Decision
+
+logger = logging.getLogger(__name__)
 
 MAX_QUEUED_LINES = 10_000
 """Lines that may wait for the disk; more are dropped, and `on_drop` is told."""
@@ -22,13 +26,20 @@ SYNC_SECONDS = 1.0
 """How old what is not on the disk may be, with `sync: second`."""
 
 
+def _warn(error: Exception) -> None:
+    logger.warning("MoE Guard: %s", error)
+
+
 class DecisionLog:
     """Appends whole lines, so that several API servers can share a file. Readable by its owner only.
 
     on_drop: called with how many lines were lost, whether to a full queue or to a failing disk
     on_write: called with how many bytes the file got
+    on_fault: called with what shows that somebody changed the file, or that its key cannot be kept
+    chain: whether each line is chained to the one before it, see `log_chain`
+    key: file of the key that seals the chain, which is changed with each line
 
-    Raises DecisionLogError if the file cannot be opened.
+    Raises DecisionLogError if the file cannot be opened, LogKeyError if the key cannot be used.
     """
 
     def __init__(
@@ -37,13 +48,17 @@ class DecisionLog:
         on_drop: Callable[[int], None],
         limits: LogLimits | None = None,
         on_write: Callable[[int], None] = lambda count: None,
+        on_fault: Callable[[Exception], None] = _warn,
+        *,
+        chain: bool = True,
+        key: Path | None = None,
     ) -> None:
         self._on_drop = on_drop
         self._on_write = on_write
         self._encoder = msgspec.json.Encoder()
         limits = limits or LogLimits()
         self._sync = limits.sync
-        self._file = LogFile(path, limits)
+        self._file = ChainedLog(path, limits, key, on_fault) if chain else LogFile(path, limits)
         self._unsynced = 0  # lines
         self._lines: queue.Queue[bytes | None] = queue.Queue(MAX_QUEUED_LINES)
         self._thread = threading.Thread(
@@ -93,15 +108,15 @@ class DecisionLog:
 
     def _write(self, line: bytes) -> None:
         try:
-            written = self._file.append(line)
+            done = self._file.append(line)
         except OSError:
             self._on_drop(1)
             return
-        self._on_write(written)
-        if written < len(line):
-            self._on_drop(1)
-        else:
+        self._on_write(done.num_bytes)
+        if done.is_whole:
             self._unsynced += 1
+        else:
+            self._on_drop(1)
 
     def _is_due(self, synced_at: float) -> bool:
         match self._sync:

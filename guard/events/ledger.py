@@ -53,7 +53,9 @@ class Ledger:
     redacted: give clients no policy or rule names
     rules_of: which rules of the revision in force apply to a request and act on it, by its id; by
         default as for one of which nothing is known but that
+    clock: gives decisions their time; timer: says how long counters have waited, and never jumps
     liveness: kept up to date with each report
+    num_forgotten: requests whose end was missed, because of a fault
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Ledger:
         external_id: Callable[[str], str] = str,
         rules_of: Callable[[str], RulesFor] | None = None,
         clock: Callable[[], float] = time.time,
+        timer: Callable[[], float] = time.monotonic,
         liveness: Liveness | None = None,
     ) -> None:
         self._books = RuleBooks(book)
@@ -80,7 +83,8 @@ class Ledger:
         self._open: dict[str, int] = {}  # requests of this step whose accepted drafts may be cut
         self._num_cut: dict[str, int] = {}
         self._outcomes = Outcomes()
-        self._tally = Tally(engine, book, clock)
+        self.num_forgotten = 0
+        self._tally = Tally(engine, book, timer)
 
     def follow(self, book: RuleBook) -> None:
         """A new revision is in force. Steps that the one before decided may still come."""
@@ -96,10 +100,10 @@ class Ledger:
         rows_of: of these requests, the place of each for which the engine accepts this step's result
         """
         self._report, self._summary = report, None
+        self.note_failures(report.failures)
         self._open, self._num_cut = {}, {}
         self._row_of = rows_of(report.req_ids)
         self._summary = summary = StepSummary.of(report)
-        self.note_failures(report.failures)
         if report.failed:
             self.liveness.note(report)
             for req_id in self._row_of:
@@ -220,6 +224,14 @@ class Ledger:
             else:
                 self._observe_values(self._report.drafts.extremes_BKC[row, num_cut - 1])
         self._tally.count("outcomes", {self._outcomes.end(req_id): 1})
+
+    def has_begun(self, report: StepReport) -> bool:
+        """Its faults are counted, though the step may have broken off behind that."""
+        return self._report is report
+
+    def forget_requests(self) -> None:
+        """The engine has none left. What is still known of some is of those whose end was missed."""
+        self.num_forgotten += self._outcomes.forget_all()
 
     def end_step(self) -> None:
         for req_id in tuple(self._open):

@@ -7,17 +7,20 @@ another's, and opens that one. A file that somebody else moved away is opened an
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from guard.errors import GuardError
+from guard.failures import Stage
+from guard.fault_injection import strikes
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +45,33 @@ class LogLimits:
     sync: str = SYNC[0]
 
 
-class LogFile:
-    """Used by one thread. Raises DecisionLogError if the file cannot be opened."""
+class Appended(NamedTuple):
+    """num_bytes: how many of the line got there; all, unless the disk is full"""
 
-    def __init__(self, path: Path, limits: LogLimits) -> None:
+    num_bytes: int
+    is_whole: bool
+
+
+class LogFile:
+    """Used by one thread. Raises DecisionLogError if the file cannot be opened.
+
+    on_leave: called with a file that lost its name, under its lock, before it is closed
+    """
+
+    def __init__(
+        self, path: Path, limits: LogLimits, on_leave: Callable[[int], None] = lambda fd: None
+    ) -> None:
         self._path = path
         self._limits = limits
+        self._on_leave = on_leave
         self._cannot_rotate = False
         self._locks = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = self._opened()
-            self._is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
-            self._locks = self._is_regular and self._can_lock()
-            with self._held():
+            self.is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+            self._locks = self.is_regular and self._can_lock()
+            with self.held():
                 self._mend()
         except OSError as error:
             raise DecisionLogError(
@@ -69,16 +85,41 @@ class LogFile:
                 path,
             )
 
-    def append(self, line: bytes) -> int:
-        """How many bytes of the line got there: all, unless the disk is full. Raises OSError."""
-        with self._held():
-            while self._is_full_for(line):
-                self._rotate()
-                self._lock_current()
-            end = self._open_end()
-            return max(os.write(self._fd, end + line) - len(end), 0)
+    def append(self, line: bytes) -> Appended:
+        """Raises OSError."""
+        with self.held():
+            while self.is_full_for(line):
+                self.rotate()
+            return self.write(line)
 
-    def _is_full_for(self, line: bytes) -> bool:
+    @property
+    def fd(self) -> int:
+        return self._fd
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it has a lock that keeps processes apart."""
+        return self._locks
+
+    def older(self) -> Iterator[Path]:
+        """The rotated files that there are, the youngest first."""
+        return (Path(name) for name in self._older_names() if os.path.exists(name))
+
+    def write(self, line: bytes) -> Appended:
+        """With the lock held. Raises OSError."""
+        end = self._open_end()
+        if strikes(Stage.DECISION_LOG):
+            raise OSError(errno.ENOSPC, "no space left, injected by a drill")
+        num_bytes = max(os.write(self._fd, end + line) - len(end), 0)
+        return Appended(num_bytes, num_bytes == len(line))
+
+    def rotate(self) -> None:
+        """With the lock held, of another file then; with a line in it if others were faster."""
+        self._mend()
+        self._rotate()
+        self._lock_current()
+
+    def is_full_for(self, line: bytes) -> bool:
         limit = self._limits.max_bytes
         if limit is None or not self._locks or self._cannot_rotate:
             return False
@@ -87,7 +128,7 @@ class LogFile:
 
     def sync(self) -> None:
         """Wait until the disk has it. Raises OSError."""
-        if self._is_regular:
+        if self.is_regular:
             os.fsync(self._fd)
 
     def close(self) -> None:
@@ -114,7 +155,7 @@ class LogFile:
         return True
 
     @contextmanager
-    def _held(self) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
         """Holds the lock of the file that has the name."""
         if not self._locks:
             yield
@@ -140,6 +181,7 @@ class LogFile:
     def _reopen(self) -> None:
         fresh = self._opened()
         try:
+            self._on_leave(self._fd)
             if self._limits.sync != SYNC[0]:
                 os.fsync(self._fd)
         finally:
@@ -148,7 +190,7 @@ class LogFile:
 
     def _rotate(self) -> None:
         """FILE becomes FILE.1, FILE.1 becomes FILE.2, and so on up to the first number that is free."""
-        names = [f"{self._path}.{number}" for number in range(1, self._limits.keep + 1)]
+        names = self._older_names()
         free = next((n for n, name in enumerate(names) if not os.path.exists(name)), len(names) - 1)
         try:
             for number in range(free, 0, -1):
@@ -164,6 +206,9 @@ class LogFile:
                 *(self._path, error.strerror),
             )
 
+    def _older_names(self) -> list[str]:
+        return [f"{self._path}.{number}" for number in range(1, self._limits.keep + 1)]
+
     def _mend(self) -> None:
         """End a last line that a crash cut short."""
         if end := self._open_end():
@@ -171,7 +216,7 @@ class LogFile:
 
     def _open_end(self) -> bytes:
         """What ends the file's last line, if nothing does."""
-        if not self._is_regular:
+        if not self.is_regular:
             return b""
         size = os.fstat(self._fd).st_size
         return b"" if size == 0 or os.pread(self._fd, 1, size - 1) == b"\n" else b"\n"

@@ -190,13 +190,19 @@ Message = Hello | Delta | News | Health | Load
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
+_SERIAL_BYTES = 8
 
 
-def encode(message: Message) -> bytes:
-    return _encoder.encode(message)
+def encode(message: Message, serial: int = 0) -> bytes:
+    """serial: 1, 2, 3 … of what one engine sends to one API server; 0: not numbered"""
+    return serial.to_bytes(_SERIAL_BYTES, "big") + _encoder.encode(message)
 
 
 def decode(data: bytes) -> Message:
     """Raises msgspec.DecodeError for anything but a message of this version."""
-    message: Message = _decoder.decode(data)
+    message: Message = _decoder.decode(memoryview(data)[_SERIAL_BYTES:])
     return message
+
+
+def serial_of(data: bytes) -> int:
+    return int.from_bytes(data[:_SERIAL_BYTES], "big")

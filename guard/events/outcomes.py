@@ -47,6 +47,14 @@ class Outcomes:
         self.owed.pop(req_id, None)
         return self._outcome.pop(req_id, "passed")
 
+    def forget_all(self) -> int:
+        """How many requests were known."""
+        parts = (self._outcome, self._unmasked, self.owed, self.masked_by)
+        known = set().union(*parts)
+        for part in parts:
+            part.clear()
+        return len(known)
+
     def masked_requests(self, policies: Iterable[str]) -> dict[str, int]:
         """How many requests masks of each policy hold; of these policies even if none."""
         count = dict.fromkeys(policies, 0)

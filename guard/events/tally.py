@@ -11,9 +11,13 @@ from numpy.typing import NDArray
 from guard.events.message import Decision, DecisionCount, Delta
 from guard.events.rulebook import RuleBook
 from guard.failures import Stage
+from guard.fault_injection import strikes
 
 MAX_PENDING_DECISIONS = 10_000
 """Decisions that may wait for delivery; more are dropped and counted, their counters are not."""
+
+MAX_PENDING_VALUES = 100_000
+"""Values of conditions that may wait for delivery; more are dropped and counted in the same way."""
 
 FLUSH_SECONDS = 0.2
 """Counters wait this long at most; decisions and the end of the last request do not wait."""
@@ -24,10 +28,11 @@ _BY_NAME = ("tokens", "outcomes", "mask_violations", "failures", "dropped")
 class Tally:
     """One engine's. The numbers of rules and sets in it are those of one revision's book at a time."""
 
-    def __init__(self, engine: int, book: RuleBook, clock: Callable[[], float]) -> None:
+    def __init__(self, engine: int, book: RuleBook, timer: Callable[[], float]) -> None:
         self._engine = engine
-        self._clock = clock
+        self._timer = timer
         self._sealed: deque[Delta] = deque()
+        self._num_sealed_decisions = 0
         self._flushed_at = 0.0
         self._steps = 0
         self._host_seconds: dict[str, float] = {}
@@ -38,13 +43,16 @@ class Tally:
         self._delta = Delta(self._engine, revision=book.revision)
         self._decision_counts: Counter[tuple[int, str, str]] = Counter()
         self._values: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+        self._num_values = 0
         self._selections = np.zeros(book.num_sets, dtype=np.int64)
         self._moved = False
 
     def turn_to(self, book: RuleBook, masked_requests: dict[str, int]) -> None:
         """What comes now is of another revision."""
         if self._moved:
-            self._sealed.append(self._seal(masked_requests))
+            sealed = self._seal(masked_requests)
+            self._num_sealed_decisions += len(sealed.decisions)
+            self._sealed.append(sealed)
         self._begin(book)
 
     def count(self, name: str, counts: Mapping[str, int]) -> None:
@@ -58,6 +66,10 @@ class Tally:
         self._selections += selections_N
 
     def observe(self, rule: int, condition: int, value: float) -> None:
+        if self._num_values >= MAX_PENDING_VALUES:
+            self.drop(Stage.EVENT_BUFFER, 1)
+            return
+        self._num_values += 1
         self._values[rule, condition].append(value)
 
     def count_step(self) -> None:
@@ -74,7 +86,8 @@ class Tally:
         self._moved = True
 
     def keep(self, decision: Callable[[], Decision]) -> None:
-        if len(self._delta.decisions) >= MAX_PENDING_DECISIONS:
+        waiting = len(self._delta.decisions) + self._num_sealed_decisions
+        if waiting >= MAX_PENDING_DECISIONS or strikes(Stage.EVENT_BUFFER):
             self.drop(Stage.EVENT_BUFFER, 1)
         else:
             self._delta.decisions.append(decision())
@@ -85,8 +98,10 @@ class Tally:
     def take(self, masked_requests: Callable[[], dict[str, int]], *, idle: bool) -> Delta | None:
         """What is due for delivery, if anything. idle: no request is left, so nothing may wait."""
         if self._sealed:
-            return self._sealed.popleft()
-        now = self._clock()
+            sealed = self._sealed.popleft()
+            self._num_sealed_decisions -= len(sealed.decisions)
+            return sealed
+        now = self._timer()
         urgent = idle or self._delta.decisions or now - self._flushed_at >= FLUSH_SECONDS
         if not self._moved or not urgent:
             return None
@@ -94,6 +109,7 @@ class Tally:
         self._delta = Delta(self._engine, revision=self.revision)
         self._decision_counts.clear()
         self._values.clear()
+        self._num_values = 0
         self._selections[:] = 0
         self._moved, self._flushed_at = False, now
         return delta
@@ -121,7 +137,8 @@ class Tally:
         for counted in delta.decision_counts:
             self.decide((counted.rule, counted.mode, counted.phase), counted.count)
         for rule, condition, values in delta.values:
-            self._values[rule, condition] += values
+            for value in values:
+                self.observe(rule, condition, value)
         self._selections += np.array(delta.selections, dtype=np.int64)
         self._steps += delta.steps
         for part, seconds in delta.host_seconds.items():

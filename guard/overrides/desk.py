@@ -79,7 +79,12 @@ class Desk:
             check_new_modes(policies, before, changed)
             result = self._put_in_force(lambda: apply_overrides(policies, changed))
             if result.fault is None:
-                self._store.write(changed)
+                try:
+                    self._store.write(changed)
+                except OverrideError:
+                    # Nobody could see or lift what is in force and not kept.
+                    self._put_in_force(lambda: apply_overrides(policies, before))
+                    raise
             return changed, result
 
     def end_expired(self) -> list[str]:

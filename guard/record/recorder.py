@@ -81,9 +81,12 @@ class TraceRecorder:
         """One that is recorded already goes on as it is: preemption keeps a request."""
         if req_id in self._recorded or self.full or prompt_tokens < 1:
             return
-        if self._sample >= 1.0 or in_sample(req_id, self._sample):
-            self._recorded.add(req_id)
-            self._queue.put(_Began(req_id, prompt_tokens))
+        if self._sample < 1.0 and not in_sample(req_id, self._sample):
+            return
+        if self._is_behind("a request is not"):
+            return
+        self._recorded.add(req_id)
+        self._queue.put(_Began(req_id, prompt_tokens))
 
     def finish_requests(self, req_ids: Iterable[str], ends: dict[str, int] | None = None) -> None:
         """ends: how many positions of a request count, where the engine knows: an engine that works
@@ -106,15 +109,20 @@ class TraceRecorder:
         step, self._step = self._step, None
         if step is None:
             return
-        if self._queued_bytes > MAX_QUEUED_BYTES:
-            text = "the trace's writer does not keep up: a step's rows are not in the trace"
-            self._failures.note(Stage.RECORD, RecordError(text))
+        if self._is_behind("a step's rows are not"):
             return
         with self._failures.caught(Stage.RECORD):
             copy = StepCopy(step[0], self._tap, step[1], step[2], rejected_B)
             with self._lock:
                 self._queued_bytes += copy.num_bytes
             self._queue.put(copy)
+
+    def _is_behind(self, lost: str) -> bool:
+        if self._queued_bytes <= MAX_QUEUED_BYTES:
+            return False
+        text = f"the trace's writer does not keep up: {lost} in the trace"
+        self._failures.note(Stage.RECORD, RecordError(text))
+        return True
 
     def flush(self, ends: dict[str, int] | None = None) -> None:
         """Write all requests that are under way as if they had ended, and wait for it."""

@@ -76,7 +76,8 @@ def serve(case: Case, requests: list[Speculated], max_draft_tokens: int) -> Delt
             tuple(program.masks.rule.tolist()),
             len(program.sets),
         ),
-        clock=lambda: 0.0,
+        clock=float,
+        timer=float,
     )
     for request in requests:
         guard.add_request(request.req_id, request.routing.num_prompt_tokens, request.facts)

@@ -170,8 +170,8 @@ def run_stepped(
     decisions: NewDecisions,
     policies: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """As `run_batch`, from an empty prefix cache; each request has also the worker's slots behind the
-    batch, and what was known of it as it was cancelled, if it was."""
+    """As `run_batch`, from an empty prefix cache; each request has also the worker's slots and the
+    engine core's books behind the batch, and what was known of it as it was cancelled, if it was."""
     from tests.support.stepping import SteppedBatch
 
     def fires_after(asked: list[Any]) -> int:
@@ -195,17 +195,36 @@ def run_stepped(
     )
     outputs = stepped.run()
     slots = llm.collective_rpc("slots")[0]
+    books = read_books(llm)
     return [
         (output_json(output) if output is not None else nothing_json(request, external_id))
         | {
             "cancelled": stepped.cancelled.get(number),
             "slots": slots,
+            "books": books,
             "num_in_grammar": stepped.num_in_grammar(number),
         }
         for number, (request, output, external_id) in enumerate(
             zip(requests, outputs, stepped.external_ids(), strict=True)
         )
     ]
+
+
+def read_books(llm: Any) -> dict[str, int]:
+    """How much an engine core of this process still holds that belongs to some request."""
+    core = llm.llm_engine.engine_core.engine_core
+    own = core.moe_guard_commit_reload.__self__._take.__self__
+    ledger, blocks = own._ledger, own._kv_blocks
+    outcomes = ledger._outcomes
+    return {
+        "outcomes": len(set().union(outcomes._outcome, outcomes._unmasked, outcomes.owed)),
+        "masked": len(outcomes.masked_by),
+        "missed": ledger.num_forgotten,
+        "open": len(ledger._open),
+        "blocked": len(own._blocked),
+        "holes": 0 if blocks is None else len(blocks._holes),
+        "steps under way": 0 if blocks is None else len(blocks._in_flight),
+    }
 
 
 def put_in_force(llm: Any, policies: str | None) -> None:

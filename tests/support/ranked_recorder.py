@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import signal
+import threading
 
+from guard import fault_injection
 from tests.support.routing_recorder import RoutingRecorder
+
+_ANSWERED_S = 0.5
 
 
 class RankedRecorder(RoutingRecorder):
@@ -14,14 +19,10 @@ class RankedRecorder(RoutingRecorder):
 
     def fail_next_evaluation(self, rank: int) -> None:
         """The guard of one rank meets a fault in its next step, and none later."""
-        if self.rank != rank:
-            return
-        guard = self.moe_guard_status.__self__._hooks.guard  # type: ignore[attr-defined]
-        evaluator = guard._evaluator
-        stock = evaluator.evaluate
+        if self.rank == rank:
+            fault_injection.begin(fault_injection.parse_faults("evaluate@1"))
 
-        def fail_once(*_: Any, **__: Any) -> Any:
-            evaluator.evaluate = stock
-            raise RuntimeError("injected")
-
-        evaluator.evaluate = fail_once
+    def end_rank(self, rank: int) -> None:
+        """The process of one rank is killed, once this call has been answered."""
+        if self.rank == rank:
+            threading.Timer(_ANSWERED_S, os.kill, (os.getpid(), signal.SIGKILL)).start()

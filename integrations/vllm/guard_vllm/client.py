@@ -39,7 +39,9 @@ def open_bus(settings: Settings, model: str) -> EventBus:
         _receive_messages()
         path = None if settings.decision_log is None else Path(settings.decision_log)
         metrics = GuardMetrics(model, REGISTRY)
-        _buses.append(EventBus(metrics, model, path, settings.log_limits))
+        key = None if settings.decision_log_key is None else Path(settings.decision_log_key)
+        chain = settings.decision_log_chain
+        _buses.append(EventBus(metrics, model, path, settings.log_limits, log_chain=chain, log_key=key))
     bus = _buses[0]
     bus.expect_hellos()
     return bus

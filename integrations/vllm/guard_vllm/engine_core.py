@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from guard.events.message import (
 )
 from guard.events.rulebook import RuleBook
 from guard.failures import Failures, Stage
+from guard.fault_injection import MESSAGE, strikes
 from guard.policy.model import OnError
 from guard.program.applicability import (
     RequestFacts,
@@ -53,6 +55,9 @@ from guard_vllm.worker import STATUS_METHOD, WorkerStatus
 
 logger = logging.getLogger(__name__)
 
+_UNJUDGED = "moe_guard"
+"""The reason that clients get where no rule can be named."""
+
 _INTERNAL_ID = re.compile(r"^(?:\d+_)?(?P<external>.+)-[0-9a-f]{8}$")
 
 
@@ -74,6 +79,7 @@ class EngineCoreGuard:
         self._engine = int(getattr(core, "engine_index", 0))
         self._reports = reports_for_all(core.vllm_config.parallel_config)
         self._failures = Failures()
+        self._serials: Counter[int] = Counter()  # of the last message to each API server
         self._blocked: Mapping[str, Ending] = {}
         self._cut_tokens: Hook | None = None
         statuses = core.model_executor.collective_rpc(STATUS_METHOD)
@@ -211,13 +217,16 @@ class EngineCoreGuard:
             self._kv_blocks.note_step(scheduler_output, getattr(output, REPORT_ATTRIBUTE, None))
         req_ids = tuple(scheduler_output.num_scheduled_tokens)
         if req_ids and self._is_reported(output):
+            report: StepReport | None = getattr(output, REPORT_ATTRIBUTE, None)
             with self._failures.caught(Stage.LEDGER) as attempt:
-                report = getattr(output, REPORT_ATTRIBUTE, None) or self._unreported(req_ids)
+                report = report or self._unreported(req_ids)
                 self._ledger.note_step(report)
                 self._blocked = self._ledger.begin_step(report, self._rows_of)
                 self._isolate_kv(report, scheduler_output)  # before this step's tokens fill a block
             if attempt.failed:
-                self._enter_failed_step(req_ids, scheduler_output)
+                is_counted = report is None or self._ledger.has_begun(report)
+                faults = {} if report is None or is_counted else report.failures
+                self._enter_failed_step(req_ids, scheduler_output, faults)
         assert self._cut_tokens is not None, "requests come first"
         # Called for each request, so only in steps in which there is something to do.
         spent = time.perf_counter() - began
@@ -237,17 +246,31 @@ class EngineCoreGuard:
             return False
         return bool(self._rules)
 
-    def _enter_failed_step(self, req_ids: tuple[str, ...], scheduler_output: Any) -> None:
-        failed = StepReport.of_failed_step(self._revision, req_ids, {})
+    def _enter_failed_step(
+        self, req_ids: tuple[str, ...], scheduler_output: Any, faults: Mapping[str, int]
+    ) -> None:
+        """faults: of the worker, that are not counted yet"""
+        failed = StepReport.of_failed_step(self._revision, req_ids, faults)
         with self._failures.caught(Stage.LEDGER) as attempt:
             unjudged = self._ledger.begin_step(failed, self._rows_of)
             self._blocked = {**unjudged, **self._blocked}
         if attempt.failed:
             self._liveness.note_fault()
-            with self._failures.caught(Stage.LEDGER):
+            with self._failures.caught(Stage.LEDGER) as attempt:
                 self._blocked = self._ledger.give_up(self._rows_of(req_ids))
+            if attempt.failed:
+                self._blocked = self._closed_ones(req_ids)
         with self._failures.caught(Stage.LEDGER):
             self._isolate_kv(failed, scheduler_output)
+
+    def _closed_ones(self, req_ids: tuple[str, ...]) -> dict[str, Ending]:
+        """Who must not go unjudged ends, though the ledger can say nothing about it."""
+        requests = self._core.scheduler.requests
+        return {
+            req_id: Ending(_UNJUDGED)
+            for req_id in self._rows_of(req_ids)
+            if self._is_closed_for(requests[req_id])
+        }
 
     def _unreported(self, req_ids: tuple[str, ...]) -> StepReport:
         """A step of which the worker said nothing was not judged."""
@@ -330,6 +353,8 @@ class EngineCoreGuard:
             if faults := self._failures.take():
                 self._ledger.note_failures(faults)
             idle = not self._core.scheduler.has_unfinished_requests()
+            if idle:
+                self._ledger.forget_requests()
             while (delta := self._ledger.take(idle=idle)) is not None:
                 with self._failures.caught(Stage.DELIVER) as attempt:
                     if self._reports:
@@ -371,7 +396,13 @@ class EngineCoreGuard:
         return 1 if addresses is None else len(addresses.outputs)
 
     def _send(self, message: Message, client_index: int) -> None:
-        data = encode(message)
+        """Raises where it does not get out."""
+        serial = self._serials[client_index] + 1
+        if not strikes(MESSAGE):
+            self._put(encode(message, serial), client_index)
+        self._serials[client_index] = serial
+
+    def _put(self, data: bytes, client_index: int) -> None:
         output_queue = getattr(self._core, "output_queue", None)
         if output_queue is None:
             deliver(data)  # an engine core in the caller's own process

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from guard.errors import UnsupportedHostError
+from guard.fault_injection import conduct
 from guard_vllm.compat import seam
 from guard_vllm.logs import log_where_vllm_logs
 from guard_vllm.settings import CONFIG_KEY, Settings
@@ -56,6 +57,7 @@ def _settings(vllm_config: Any) -> Settings | None:
     settings = Settings.of(vllm_config.additional_config)
     if settings is not None:
         log_where_vllm_logs()
+        conduct(settings.inject_faults)
     return settings
 
 

@@ -11,6 +11,12 @@ from typing import Any
 from guard.device.layout import LOAD_EVERY_STEPS
 from guard.errors import GuardError
 from guard.events.log_file import KEEP, SYNC, LogLimits
+from guard.fault_injection import (
+    ALLOW_VARIABLE,
+    FAULTS_VARIABLE,
+    FaultInjectionError,
+    parse_faults,
+)
 from guard.program.program import WORD_BITS
 
 CONFIG_KEY = "moe_guard"
@@ -40,12 +46,19 @@ class Settings:
     decision_log_max_mib: a log that would grow beyond it is rotated; None: never
     decision_log_keep: so many older logs, FILE.1 the youngest
     decision_log_sync: when the disk is waited for: never, once a second, or always (after every line)
+    decision_log_chain: chain each line to the one before, so that `moe-guard log verify` finds changes
+    decision_log_key: file of the key that seals the chain, from `moe-guard log key`; it is changed with
+        each line
     webhooks: file with the URLs that are told of decisions
     mask_actions: how many mask actions the policies of a running server may come to have; reloads that
         need more are refused
     reload: look for changed policies while the server runs, and at SIGHUP
     reload_seconds: how often; None: every second for files, every 30 for a bundle
-    bundle_sha256: the only bundle to take, by its digest; else the one that URL.sha256 names
+    policy_key: file with the public keys of those who sign bundles; then nothing else is taken, from
+        the URL or from the file that `policies` names
+    allow_rollback: take a signed bundle that is older than the one last in force
+    bundle_sha256: the only bundle to take, by its digest, as `#sha256=` on the URL says, too; else the
+        one that URL.sha256 names
     bundle_cache: folder for the bundle in force, from which a server starts while the URL is down
     bundle_token_variable: environment variable with the bearer token for the URL
     bundle_allow_http: take a bundle unencrypted from other hosts than this one
@@ -63,6 +76,8 @@ class Settings:
     record_sample: record this share of requests only
     record_weights: how to keep gate weights: float32, float16 or none
     record_max_gib: a trace that is so large takes no more
+    inject_faults: for drills alone, what is to fail and when; see `guard.fault_injection`
+    allow_injected_faults: though the server is strict
     mask_words, kernels, format: filled in by the plugin; they decide what the compiled graph is
     """
 
@@ -75,10 +90,14 @@ class Settings:
     decision_log_max_mib: float | None = None
     decision_log_keep: int = KEEP
     decision_log_sync: str = SYNC[0]
+    decision_log_chain: bool = True
+    decision_log_key: str | None = None
     webhooks: str | None = None
     mask_actions: int = 64
     reload: bool = True
     reload_seconds: float | None = None
+    policy_key: str | None = None
+    allow_rollback: bool = False
     bundle_sha256: str | None = None
     bundle_cache: str | None = None
     bundle_token_variable: str | None = None
@@ -92,6 +111,8 @@ class Settings:
     record_sample: float = 1.0
     record_weights: str = "float32"
     record_max_gib: float = 10.0
+    inject_faults: str | None = None
+    allow_injected_faults: bool = False
     mask_words: int = 0
     kernels: str = ""
     format: int = FORMAT
@@ -110,13 +131,16 @@ class Settings:
         known = {field.name: field for field in fields(Settings)}
         for key in section:
             if key not in known:
-                near = get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                near = get_close_matches(str(key), known, n=2)
+                meant = " or ".join(repr(name) for name in known if name in near)
+                hint = f"; did you mean {meant}?" if near else f"; known: {', '.join(known)}"
                 raise SettingsError(f"additional_config.{CONFIG_KEY} has no setting {key!r}{hint}")
         values: dict[str, Any] = dict(section)
         values.setdefault("policies", os.environ.get(POLICIES_VARIABLE) or None)
         if values["policies"] is None:
             return None
+        values.setdefault("inject_faults", os.environ.get(FAULTS_VARIABLE) or None)
+        values.setdefault("allow_injected_faults", os.environ.get(ALLOW_VARIABLE) == "1")
         settings = Settings(**values)
         settings._check_types()
         return settings
@@ -134,10 +158,14 @@ class Settings:
             "decision_log_max_mib": ((int, float), "a number of MiB"),
             "decision_log_keep": number,
             "decision_log_sync": word,
+            "decision_log_chain": flag,
+            "decision_log_key": path,
             "webhooks": path,
             "mask_actions": number,
             "reload": flag,
             "reload_seconds": ((int, float), "a number of seconds"),
+            "policy_key": path,
+            "allow_rollback": flag,
             "bundle_sha256": word,
             "bundle_cache": path,
             "bundle_token_variable": word,
@@ -151,6 +179,8 @@ class Settings:
             "record_sample": ((int, float), "a number"),
             "record_weights": word,
             "record_max_gib": ((int, float), "a number of GiB"),
+            "inject_faults": word,
+            "allow_injected_faults": flag,
             "mask_words": number,
             "format": number,
         }
@@ -162,6 +192,11 @@ class Settings:
                 raise SettingsError(
                     f"additional_config.{CONFIG_KEY}.{name} is {value!r}; it must be {words}"
                 )
+        if self.allow_rollback and self.policy_key is None:
+            raise SettingsError(
+                f"additional_config.{CONFIG_KEY}.allow_rollback is for signed bundles; give "
+                "policy_key, too"
+            )
         if not 0 < self.record_sample <= 1:
             raise SettingsError(
                 f"additional_config.{CONFIG_KEY}.record_sample is {self.record_sample}; it must be "
@@ -182,6 +217,7 @@ class Settings:
                 f"additional_config.{CONFIG_KEY}.load_every is {self.load_every}; it must be 0 or more"
             )
         self._check_decision_log()
+        self._check_drill()
         if self.mask_actions < 0:
             raise SettingsError(
                 f"additional_config.{CONFIG_KEY}.mask_actions is {self.mask_actions}; it must be 0 or "
@@ -208,6 +244,31 @@ class Settings:
             raise SettingsError(
                 f"{place}_sync is {self.decision_log_sync!r}; it must be {', '.join(SYNC[:-1])} or "
                 f"{SYNC[-1]}"
+            )
+        if self.decision_log_key is not None and not self.decision_log_chain:
+            raise SettingsError(
+                f"{place}_chain is False; it must be true where there is a decision_log_key, which "
+                "seals the chain"
+            )
+        if self.decision_log_key is not None and self.decision_log is None:
+            raise SettingsError(
+                f"{place}_key is {self.decision_log_key!r}; it must be left out where there is no "
+                "decision_log: there is nothing to seal"
+            )
+
+    def _check_drill(self) -> None:
+        """A server that was not told twice does not fail on purpose."""
+        if self.inject_faults is None:
+            return
+        place = f"additional_config.{CONFIG_KEY}.inject_faults (or {FAULTS_VARIABLE})"
+        try:
+            parse_faults(self.inject_faults)
+        except FaultInjectionError as error:
+            raise SettingsError(f"{place}: {error}") from error
+        if self.strict and not self.allow_injected_faults:
+            raise SettingsError(
+                f"{place} is {self.inject_faults!r}: a strict server does not fail on purpose; unset "
+                f"it, or for a drill serve with --no-strict or set {ALLOW_VARIABLE}=1 as well"
             )
 
     @property

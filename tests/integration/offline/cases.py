@@ -244,14 +244,38 @@ KERNEL_FAULTS = [
 ]
 """Of a kernel that routes inside itself, with policies of `policies.MAIN`."""
 
-STAGES_IN_A_STEP = ("admit", "begin_step", "evaluate", "readback", "ledger")
-STAGES_BEHIND_IT = ("deliver", "metrics", "decision_log", "event_buffer")
+STAGES_IN_A_STEP = {
+    "admit": "admit@1,admit@2",  # of each request of the batch
+    "begin_step": "begin_step@2",
+    "evaluate": "evaluate@1",
+    "readback": "readback@1",
+    "ledger": "ledger@4",  # where the step's report is entered, behind what is noted of KV blocks
+}
+STAGES_BEHIND_IT = {
+    "deliver": "deliver@1",
+    "metrics": "metrics@1",
+    "decision_log": "decision_log@1",
+    "event_buffer": "event_buffer@1",
+}
+LASTING_FAULTS = {
+    "rows unknown": "begin_step@*",
+    "never judged": "evaluate@*",
+    "never read": "readback@*",
+    "no ledger": "ledger@*",
+    "all of it": ",".join(f"{stage}@*" for stage in STAGES_IN_A_STEP),
+}
+LOST_BEHIND_IT = {
+    "never delivered": "deliver@*",
+    "never counted": "metrics@*",
+    "message lost": "message@1",
+    "no log": "decision_log@*",
+}
 STAGE_FAULT_TOKENS = 4
 
 
 def stage_faults() -> list[Case]:
-    """Of each stage a batch that meets the fault, and one that does not; an open and a closed request
-    in each."""
+    """Of each drill a batch that meets its faults, and one behind it; an open and a closed request in
+    each."""
 
     def batch(number: int) -> list[Request]:
         return [
@@ -259,9 +283,10 @@ def stage_faults() -> list[Case]:
             for i, enforce in enumerate(([], ["closed"]))
         ]
 
+    drills = STAGES_IN_A_STEP | STAGES_BEHIND_IT | LASTING_FAULTS | LOST_BEHIND_IT
     return [
-        case(stage, batch(0), batch(1)) | {"before_batch": [["fail_stage", stage], None]}
-        for stage in (*STAGES_IN_A_STEP, *STAGES_BEHIND_IT)
+        case(name, batch(0), batch(1)) | {"before_batch": [["inject_faults", faults], ["end_drill"]]}
+        for name, faults in drills.items()
     ]
 
 

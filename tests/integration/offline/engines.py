@@ -271,6 +271,7 @@ class Engines:
             start("out-of-range", {"policies": str(self.folder / "range")}),
             start("missing", {"policies": str(self.folder / "nowhere")}),
             start("unknown-key", {"policies": folder, "observe_onyl": True}),
+            start("drill", {"policies": folder, "inject_faults": "evaluate@3"}),
             start("prompt-embeds", enable_prompt_embeds=True),
             start("pipeline", pipeline_parallel_size=2),
         ]

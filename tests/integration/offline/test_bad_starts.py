@@ -21,6 +21,7 @@ pytestmark = pytest.mark.vllm
         ),
         ("missing", "PolicyError", "there is no such file or folder"),
         ("unknown-key", "SettingsError", "did you mean 'observe_only'?"),
+        ("drill", "SettingsError", "a strict server does not fail on purpose"),
         ("prompt-embeds", "UnsupportedHostError", "prompt embeddings"),
         ("pipeline", "UnsupportedHostError", "pipeline parallelism needs Model Runner V2"),
     ],

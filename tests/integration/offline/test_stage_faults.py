@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from tests.integration.offline.cases import (
+    LASTING_FAULTS,
+    LOST_BEHIND_IT,
     STAGE_FAULT_TOKENS,
     STAGES_BEHIND_IT,
     STAGES_IN_A_STEP,
@@ -55,8 +57,37 @@ def test_what_is_lost_behind_a_step_is_counted_and_touches_no_request(
     assert endings(case) == [WHOLE] * 4
     assert outcomes(case) == {"observed": 4}
     lost = "failures_total" if stage in ("deliver", "metrics") else "events_dropped_total"
+    assert counter(case, lost, stage=stage) == 1
+    assert counter(case, "failures_total") + counter(case, "events_dropped_total") == 1
+    assert [gauges["up{}"] for gauges in case["gauges"]] == [1, 1]
+
+
+@pytest.mark.parametrize("name", LASTING_FAULTS)
+def test_while_a_stage_fails_in_every_step_the_guard_is_down_and_it_comes_back_by_itself(
+    engines: Engines, name: str
+) -> None:
+    case = of_stage(engines, name)
+    without_ledger = "ledger" in LASTING_FAULTS[name]
+    blocked = (0, "moe_guard") if without_ledger else BLOCKED  # nobody is there to name the rule
+    assert endings(case) == [WHOLE, blocked, WHOLE, WHOLE]
+    ended = {} if without_ledger else {"unjudged": 1, "blocked": 1}
+    assert outcomes(case) == {"observed": 2} | ended
+    assert counter(case, "failures_total") >= STAGE_FAULT_TOKENS
+    assert [gauges["up{}"] for gauges in case["gauges"]] == [0, 1]
+
+
+@pytest.mark.parametrize("name", LOST_BEHIND_IT)
+def test_while_nothing_gets_out_requests_are_judged_and_the_loss_is_counted(
+    engines: Engines, name: str
+) -> None:
+    """Counters that could not be delivered come later; those that could not be shown are lost."""
+    case = of_stage(engines, name)
+    assert endings(case) == [WHOLE] * 4
+    assert outcomes(case) == {"observed": 2 if name == "never counted" else 4}
+    assert [gauges["up{}"] for gauges in case["gauges"]] == [1, 1]
+    stage = "deliver" if name == "message lost" else LOST_BEHIND_IT[name].partition("@")[0]
+    lost = "events_dropped_total" if stage == "decision_log" else "failures_total"
     assert counter(case, lost, stage=stage) >= 1
     assert counter(case, "failures_total") + counter(case, "events_dropped_total") == counter(
         case, lost, stage=stage
     )
-    assert [gauges["up{}"] for gauges in case["gauges"]] == [1, 1]

@@ -209,7 +209,7 @@ def test_the_decision_log_says_what_was_decided_and_nothing_of_the_text(server: 
     )
     server.wait_for(lambda: any(d["outcome"] == "blocked" for d in server.decisions(reply.id)))
     blocked = next(d for d in server.decisions(reply.id) if d["outcome"] == "blocked")
-    assert set(blocked) == LOG_FIELDS
+    assert set(blocked) == {*LOG_FIELDS, "chain"}
     assert (blocked["policy"], blocked["rule"]) == ("stop-output", "third")
     assert (blocked["mode"], blocked["action"], blocked["phase"]) == ("enforce", "block", "output")
     assert blocked["evidence"] == [{"condition": "count", "value": 12.0, "threshold": 12.0}]

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -138,3 +140,20 @@ def test_masked_experts_at_work_are_scraped_and_the_guard_stays_down(breakable: 
         lambda: breakable.metric("moe_guard_requests_total", outcome="blocked") == blocked + 2
     )
     assert health(breakable) == DOWN, "until a restart"
+
+
+def test_an_engine_core_that_is_killed_ends_the_server_and_no_request_passes(
+    breakable: Server,
+) -> None:
+    """The last of the tests with this server."""
+    serving_process = psutil.Process(breakable.pid)
+    [core] = [
+        process
+        for process in serving_process.children(recursive=True)
+        if "EngineCore" in " ".join(process.cmdline())
+    ]
+    core.kill()
+    for _ in range(3):
+        with pytest.raises(openai.APIError):  # refused, or nobody answers any more
+            generate(breakable)
+    serving_process.wait(timeout=120)  # vLLM ends as if it had been asked to

@@ -104,6 +104,14 @@ def test_every_slot_comes_back(life_engines: LifeEngines, group: str, way: str, 
         assert slots["followed"] == slots["awaiting"] == 0
 
 
+@pytest.mark.parametrize(("group", "way", "name"), CASES)
+def test_the_engine_core_keeps_nothing_of_requests_that_ended(
+    life_engines: LifeEngines, group: str, way: str, name: str
+) -> None:
+    for output in outputs(life_engines.case(group, way, name)):
+        assert not any(output["books"].values()), output["books"]
+
+
 @pytest.mark.parametrize(("way", "name"), [("steady", "reused"), ("async", "backwards")])
 def test_ten_requests_for_each_slot_get_what_each_gets_alone(
     life_engines: LifeEngines, way: str, name: str, support_record: SupportRecord

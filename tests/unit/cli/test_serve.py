@@ -464,6 +464,35 @@ def test_the_logs_limits_and_the_webhooks_go_into_the_section_where_they_are_giv
     assert section["webhooks"] == str(Path("hooks.yaml").resolve())
 
 
+def test_how_the_log_is_chained_and_sealed_goes_into_the_section(policies: Path) -> None:
+    sealed = settings(policies, decision_log=Path("log"), decision_log_key=Path("key"))
+    section = config_of(sealed.command())["moe_guard"]
+    bare = settings(policies, decision_log=Path("log"), decision_log_chain=False)
+
+    assert section["decision_log_key"] == str(Path("key").resolve())
+    assert "decision_log_chain" not in section
+    assert config_of(bare.command())["moe_guard"]["decision_log_chain"] is False
+
+
+@pytest.mark.usefixtures("installed", "no_start")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "--decision-log-key needs --decision-log"),
+        (["--decision-log", "log", "--no-decision-log-chain"], "there is nothing to seal"),
+        (["--decision-log", "log"], "cannot be opened to be read and written: No such file"),
+    ],
+)
+def test_a_key_that_cannot_seal_the_log_is_refused_before_anything_starts(
+    policies: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    key = tmp_path / "key"
+    code, err = serve("some/model", "--policies", policies, "--decision-log-key", key, *options)
+
+    assert code == 1
+    assert said in err
+
+
 @pytest.mark.usefixtures("installed", "no_start")
 @pytest.mark.parametrize("option", [("--decision-log-max-mib", "5"), ("--decision-log-sync", "always")])
 def test_limits_of_a_log_that_is_not_there_are_refused(policies: Path, option: tuple[str, str]) -> None:

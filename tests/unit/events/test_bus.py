@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +15,7 @@ from guard.events.bus import KEPT_DECISIONS, EventBus
 from guard.events.log_file import LogLimits
 from guard.events.message import Decision, Delta, Hello, News, encode
 from guard.events.metrics import GuardMetrics
+from tests.unit.events.chains import check_files, make_key
 from tests.unit.events.reports import HELLO, decision
 
 LABELS = {"model_name": "m", "engine": "0"}
@@ -64,6 +67,35 @@ def test_what_the_log_drops_is_counted_and_never_ends_its_thread(tmp_path: Path)
     name = "moe_guard_events_dropped_total"
     assert registry.get_sample_value(name, {**LABELS, "stage": "decision_log"}) == 2
     EventBus(BrokenMetrics("m", CollectorRegistry()), "m")._dropped(1)
+
+
+def test_a_log_that_was_cut_off_counts_as_a_failure_of_its_stage(tmp_path: Path) -> None:
+    bus = EventBus(GuardMetrics("m", CollectorRegistry()), "m", tmp_path / "log")
+    bus.receive(encode(HELLO))
+    for count in (2, 1):
+        delta = Delta(0, revision="rev-1", decisions=[decision()] * count, selections=[0, 0])
+        bus.receive(encode(delta))
+        deadline = time.monotonic() + 60
+        while (tmp_path / "log").read_bytes().count(b"\n") < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.truncate(tmp_path / "log", 9)
+    bus.close()
+
+    assert bus.failures.count == {"decision_log": 1}
+
+
+def test_a_bus_seals_its_log_or_leaves_the_chain_out(tmp_path: Path) -> None:
+    first_key = make_key(tmp_path / "key")
+    metrics = GuardMetrics("m", CollectorRegistry())
+    sealed = EventBus(metrics, "m", tmp_path / "sealed", log_key=tmp_path / "key")
+    bare = EventBus(metrics, "m", tmp_path / "bare", log_chain=False)
+    for bus in (sealed, bare):
+        bus.receive(encode(HELLO))
+        bus.receive(encode(Delta(0, "rev-1", decisions=[decision()], selections=[0, 0])))
+        bus.close()
+
+    assert check_files(tmp_path / "sealed", first_key).num_good == 1
+    assert "chain" not in json.loads((tmp_path / "bare").read_text())
 
 
 def test_nobody_is_greeted_until_an_engine_says_hello() -> None:

@@ -33,12 +33,21 @@ def test_each_decision_is_a_line_of_json_with_the_fields_of_the_contract(tmp_pat
     log.close()
 
     first, second = path.read_text(encoding="utf-8").splitlines()
-    assert set(json.loads(first)) == FIELDS
+    assert set(json.loads(first)) == {*FIELDS, "chain"}
+    assert list(json.loads(first))[-1] == "chain"
     assert json.loads(first)["request_id"] == 'quote " and \n newline'
     assert json.loads(second)["evidence"] == [
         {"condition": "rate", "value": 0.5, "threshold": 0.25},
         {"condition": "mass", "value": None, "threshold": 0.1},
     ]
+
+
+def test_without_a_chain_a_line_has_the_fields_of_the_contract_alone(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path / "log", no_drop, chain=False)
+    log.write(decision())
+    log.close()
+
+    assert set(json.loads((tmp_path / "log").read_text())) == FIELDS
 
 
 def test_the_file_is_its_owners_alone_and_grows_over_restarts(tmp_path: Path) -> None:

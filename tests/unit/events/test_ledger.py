@@ -43,7 +43,8 @@ def make(
     rules_of: Callable[[str], RulesFor] | None = None,
 ) -> Ledger:
     book = RuleBook("rev-1", rules, mask_rules, 1)
-    return Ledger(0, book, redacted=redacted, rules_of=rules_of, clock=clock or Clock())
+    clock = clock or Clock()
+    return Ledger(0, book, redacted=redacted, rules_of=rules_of, clock=clock, timer=clock)
 
 
 def nobody(_: Sequence[str]) -> dict[str, int]:

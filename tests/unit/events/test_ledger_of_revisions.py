@@ -28,7 +28,7 @@ def deltas(ledger: Ledger) -> list[Delta]:
 
 
 def test_a_report_is_read_by_the_rules_of_its_own_revision() -> None:
-    ledger = Ledger(0, OLD, clock=lambda: 0.0)
+    ledger = Ledger(0, OLD, clock=float, timer=float)
     ledger.follow(NEW)
     late = report(Row("a", block=(3, 2), events=[(2, 3, True)], selections=5))
     assert ledger.begin_step(late, everyone) == {"a": Ending("moe_guard:p/stop", 3)}
@@ -47,7 +47,7 @@ def test_a_report_is_read_by_the_rules_of_its_own_revision() -> None:
 
 
 def test_a_request_ends_with_the_most_that_happened_to_it_under_any_revision() -> None:
-    ledger = Ledger(0, OLD, clock=lambda: 0.0)
+    ledger = Ledger(0, OLD, clock=float, timer=float)
     ledger.begin_step(report(Row("a", masks=[0])), everyone)
     ledger.end_step()
     ledger.follow(NEW)
@@ -61,7 +61,7 @@ def test_a_request_ends_with_the_most_that_happened_to_it_under_any_revision() -
 
 
 def test_what_could_not_be_sent_of_an_earlier_revision_goes_ahead_of_the_next() -> None:
-    ledger = Ledger(0, OLD, clock=lambda: 0.0)
+    ledger = Ledger(0, OLD, clock=float, timer=float)
     ledger.begin_step(report(Row("a", events=[(0, 3, False)])), everyone)
     ledger.end_step()
     ledger.follow(NEW)
@@ -78,7 +78,7 @@ def test_what_could_not_be_sent_of_an_earlier_revision_goes_ahead_of_the_next() 
 
 def test_tokens_from_before_a_rule_make_a_request_unjudged_and_are_no_fault_to_block_for() -> None:
     closed = rule("stop", "block", policy="q", on_error="closed")
-    ledger = Ledger(0, replace(NEW, rules=(closed, WATCH)), clock=lambda: 0.0)
+    ledger = Ledger(0, replace(NEW, rules=(closed, WATCH)), clock=float, timer=float)
     late = of_new(Row("a"))
     late.requests_B[:, RequestColumn.LATE] = 4
     assert ledger.begin_step(late, everyone) == {}
@@ -88,7 +88,7 @@ def test_tokens_from_before_a_rule_make_a_request_unjudged_and_are_no_fault_to_b
 
 
 def test_a_decision_says_what_its_own_rule_did_not_see() -> None:
-    ledger = Ledger(0, OLD, clock=lambda: 0.0)
+    ledger = Ledger(0, OLD, clock=float, timer=float)
     made = report(Row("a", events=[(0, 3, False), (1, 3, False)]))
     made.events_V[1, EventColumn.UNSEEN] = 3
     ledger.begin_step(made, everyone)
@@ -98,7 +98,7 @@ def test_a_decision_says_what_its_own_rule_did_not_see() -> None:
 
 def test_the_same_bits_under_another_revision_are_other_masks() -> None:
     steer, turn = rule("steer", "mask", policy="p"), rule("turn", "mask", policy="q")
-    ledger = Ledger(0, RuleBook("rev-1", (steer,), (0,), 1), clock=lambda: 0.0)
+    ledger = Ledger(0, RuleBook("rev-1", (steer,), (0,), 1), clock=float, timer=float)
     ledger.follow(RuleBook("rev-2", (turn,), (0,), 1))
     masked = report(Row("a", masks=[0]), num_rules=1)
     for revision in ("rev-1", "rev-2"):  # a step of the old one was still under way

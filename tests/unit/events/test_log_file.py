@@ -47,7 +47,7 @@ def test_nothing_is_lost_and_no_file_is_larger_than_asked(
             if number in restarts:
                 log.close()
                 log = LogFile(path, LogLimits(max_bytes, keep=50))
-            assert log.append(line) == len(line)
+            assert log.append(line) == (len(line), True)
         log.close()
 
         assert b"".join(one.read_bytes() for one in files(path)) == b"".join(written)
@@ -133,6 +133,19 @@ def test_what_another_process_left_torn_spoils_no_line_of_this_one(tmp_path: Pat
     log.close()
 
     assert path.read_bytes() == b'{"torn"\n{}\n'
+
+
+def test_a_torn_line_is_ended_before_its_file_is_rotated(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = LogFile(path, LogLimits(max_bytes=8))
+    log.append(b"{}\n")
+    with path.open("ab") as other:
+        other.write(b'{"torn"')
+    log.append(b"[]\n")
+    log.close()
+
+    assert path.with_name("log.1").read_bytes() == b'{}\n{"torn"\n'
+    assert path.read_bytes() == b"[]\n"
 
 
 def test_a_rotation_that_fails_loses_nothing_and_is_told_once(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from guard_vllm.frontend.blocked import Sources
+from guard_vllm.frontend.request_labels import LabelMiddleware, is_over_http, with_given_labels
 from guard_vllm.labels import (
     MAX_LABELS,
     ApiKeyLabels,
@@ -14,6 +19,8 @@ from guard_vllm.labels import (
     LabelSources,
     check_labels,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 SECRET = "sk-very-secret"
 DIGEST = hashlib.sha256(SECRET.encode()).hexdigest()
@@ -144,3 +151,106 @@ def test_a_header_that_is_there_twice_is_refused_if_it_matters() -> None:
         (b"authorization", b"b"),
     ]
     assert sources.labels_of(others) == {}
+
+
+TENANT = LabelSources.of_settings({"tenant": "X-Tenant"}, None)
+
+
+@pytest.mark.parametrize("name", [b"x-tenant", b"X-TENANT", b"X-Tenant", b"x-TeNaNt"])
+def test_a_header_is_the_same_in_any_case(name: bytes) -> None:
+    assert TENANT.labels_of([(name, b"red")]) == {"tenant": "red"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(b"x_tenant", b"X_TENANT", b"xtenant", b"x--tenant", b"x-tenant-", b" x-tenant", b"x-tenant "),
+        *(b"x-tenant:", b"http_x_tenant", b"x.tenant", b"x-tenant\x00", b"tenant", b"x-t\xe9nant"),
+    ],
+)
+def test_a_header_that_only_looks_like_it_gives_no_label(name: bytes) -> None:
+    """Such as those that a proxy passes on because its rule does not name them."""
+    assert TENANT.labels_of([(name, b"red")]) == {}
+    assert TENANT.labels_of([(name, b"red"), (b"x-tenant", b"blue")]) == {"tenant": "blue"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"red\r\nx-tenant: blue",
+        b"red\nblue",
+        b"red\x00",
+        b"red\x7f",
+        b"\x1b[31mred",
+        b"a\x85b",
+        b"a\tb",
+    ],
+)
+def test_a_value_that_would_begin_another_line_is_refused_and_not_quoted(value: bytes) -> None:
+    with pytest.raises(LabelError, match="has characters that no label has") as raised:
+        TENANT.labels_of([(b"x-tenant", value)])
+    assert str(raised.value).isprintable()
+
+
+def test_values_that_a_proxy_joined_are_one_value_and_none_of_them() -> None:
+    assert TENANT.labels_of([(b"x-tenant", b"red, blue")]) == {"tenant": "red, blue"}
+
+
+def test_what_headers_give_is_bounded() -> None:
+    many = {f"l{number}": f"x-{number}" for number in range(MAX_LABELS)}
+    sources = LabelSources.of_settings(many, None)
+    headers = [(f"x-{number}".encode(), b"v" * 256) for number in range(MAX_LABELS)]
+
+    assert len(sources.labels_of(headers)) == MAX_LABELS
+    with pytest.raises(LabelError, match="at most 256 characters") as raised:
+        sources.labels_of([*headers[1:], (b"x-0", b"v" * 1_000_000)])
+    assert len(str(raised.value)) < 200
+    with pytest.raises(LabelError, match="33 are too many"):
+        LabelSources.of_settings({**many, "more": "x-more"}, None)
+
+
+@given(st.lists(st.tuples(st.binary(max_size=20), st.binary(max_size=300)), max_size=5))
+def test_whatever_else_a_caller_sends_its_label_is_the_header_that_was_configured(
+    others: list[tuple[bytes, bytes]],
+) -> None:
+    others = [one for one in others if one[0].lower() != b"x-tenant"]
+    assert TENANT.labels_of([*others, (b"x-tenant", b"red")]) == {"tenant": "red"}
+    assert TENANT.labels_of(others) == {}
+
+
+def test_the_labels_of_one_request_are_not_those_of_the_next_or_of_one_beside_it() -> None:
+    """Also where a request gives none, or its handler fails."""
+    sources = Sources(messages={}, policies=(), has_rules=lambda: False, redact=False)
+    sources.labels = TENANT
+    seen: dict[str, Any] = {}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0)
+        params = with_given_labels(SimpleNamespace(extra_args=None))
+        seen[scope["path"]] = (is_over_http(), (params.extra_args or {}).get("moe_guard_labels"))
+        if scope["path"] == "/fails":
+            raise RuntimeError
+
+    async def call(path: str, *headers: tuple[bytes, bytes]) -> None:
+        scope = {"type": "http", "path": path, "headers": list(headers)}
+        await LabelMiddleware(app, sources)(scope, None, None)
+
+    async def all_of_them() -> None:
+        together = [
+            call("/red", (b"x-tenant", b"red")),
+            call("/none"),
+            call("/blue", (b"x-tenant", b"blue")),
+            call("/fails", (b"x-tenant", b"red")),
+        ]
+        await asyncio.gather(*together, return_exceptions=True)
+        await call("/later")
+
+    asyncio.run(all_of_them())
+    assert seen == {
+        "/red": (True, {"tenant": "red"}),
+        "/none": (True, None),
+        "/blue": (True, {"tenant": "blue"}),
+        "/fails": (True, {"tenant": "red"}),
+        "/later": (True, None),
+    }
+    assert not is_over_http()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import threading
 from collections.abc import Callable
@@ -11,13 +12,14 @@ from typing import Any
 
 import pytest
 from guard_vllm import hangup, watching
-from guard_vllm.policies import find_policies, load_in_worker, source_to_watch
+from guard_vllm.policies import find_policies, load_in_worker, source_to_watch, texts_now
 from guard_vllm.settings import Settings
 
 from guard.failures import Failures
 from guard.policy import PolicyError, PolicySet
 from guard.source.files import FileSource
 from guard.source.remote import BundleSource
+from tests.unit.source.signing import OWN, key_file, signed
 from tests.unit.source.test_remote import Host, host
 from tests.unit.source.writing import bundle, policy, write
 
@@ -85,6 +87,81 @@ def test_what_is_watched_and_how_often(settings: Settings, kind: type | None, se
     assert (None if source is None else type(source)) == kind
     if source is not None:
         assert source.delay_s() == pytest.approx(seconds, rel=0.11)
+
+
+def test_a_digest_behind_the_url_pins_the_bundle(host: Host, tmp_path: Path) -> None:
+    good = bundle(a=policy("a"))
+    host.publish(good)
+    pin = f"#sha256={hashlib.sha256(good).hexdigest()}"
+    settings = Settings(policies=host.url + pin, bundle_cache=str(tmp_path))
+
+    found = find_policies(settings)
+    found.keep()
+    assert names(found.policies) == names(load_in_worker(settings)) == ["a"]
+    assert source_to_watch(settings) is None
+    host.publish(bundle(b=policy("b")))
+    with pytest.raises(PolicyError, match="has the SHA-256"):
+        find_policies(Settings(policies=host.url + pin, bundle_cache=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("place", ["url", "file"])
+def test_with_a_key_a_server_starts_and_goes_on_with_signed_bundles_alone(
+    host: Host, tmp_path: Path, place: str
+) -> None:
+    file = tmp_path / "b.json"
+    settings = Settings(
+        policies=host.url if place == "url" else str(file),
+        policy_key=str(key_file(tmp_path, OWN)),
+        bundle_cache=str(tmp_path / "cache"),
+        state_dir=str(tmp_path / "state"),
+    )
+
+    def publish(content: bytes) -> None:
+        file.write_bytes(content)
+        host.publish(content)
+
+    publish(bundle(a=policy("a")))
+    with pytest.raises(PolicyError, match="is not signed"):
+        find_policies(settings)
+    publish(signed(2, a=policy("a")))
+    found = find_policies(settings)
+    found.keep()
+    source = source_to_watch(settings)
+    publish(signed(1, b=policy("b")))
+
+    assert names(found.policies) == names(load_in_worker(settings)) == ["a"]
+    assert source is not None
+    assert source.delay_s() == pytest.approx(30.0 if place == "url" else 1.0, rel=0.11)
+    with pytest.raises(PolicyError, match="has serial 1, older than 2"):
+        source.poll()
+    assert names(find_policies(settings).policies) == ["a"], "the last one, while the next is refused"
+    with pytest.raises(PolicyError, match="has serial 1, older than 2"):
+        texts_now(settings)  # who asks for a reload is told so
+
+
+def test_a_folder_is_nothing_that_is_signed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "p", a=policy("a"))
+    settings = Settings(policies=str(folder), policy_key=str(key_file(tmp_path, OWN)))
+    with pytest.raises(PolicyError, match="give the file of a signed bundle"):
+        find_policies(settings)
+
+
+def test_without_a_state_folder_the_watcher_knows_what_the_server_started_with(
+    host: Host, tmp_path: Path
+) -> None:
+    settings = Settings(
+        policies=host.url,
+        policy_key=str(key_file(tmp_path, OWN)),
+        bundle_cache=str(tmp_path / "cache"),
+    )
+    host.publish(signed(2, a=policy("a")))
+    find_policies(settings).keep()
+    host.publish(signed(1, b=policy("b")))
+
+    source = source_to_watch(settings)
+    assert source is not None
+    with pytest.raises(PolicyError, match="older than 2"):
+        source.poll()
 
 
 class Bus:

@@ -74,6 +74,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_even_while_off(key: str, hin
         {"policies": "p", "decision_log_keep": 1000},
         {"policies": "p", "decision_log_sync": "hourly"},
         {"policies": "p", "decision_log_sync": True},
+        {"policies": "p", "decision_log_key": ""},
+        {"policies": "p", "decision_log_key": "k"},
+        {"policies": "p", "decision_log_chain": 1},
+        {"policies": "p", "decision_log_key": "k", "decision_log_chain": False},
         {"policies": "p", "webhooks": ["https://a"]},
         {"policies": "p", "mask_words": "1"},
         {"policies": "p", "mask_actions": -1},
@@ -85,6 +89,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_even_while_off(key: str, hin
         {"policies": "p", "reload_seconds": 0},
         {"policies": "p", "reload_seconds": float("nan")},
         {"policies": "p", "bundle_sha256": 1},
+        {"policies": "p", "policy_key": ["k"]},
+        {"policies": "p", "policy_key": "k", "allow_rollback": "yes"},
         {"policies": "p", "bundle_cache": ""},
         {"policies": "p", "bundle_token_variable": True},
         {"policies": "p", "bundle_allow_http": 1},
@@ -95,6 +101,12 @@ def test_an_unknown_key_is_refused_with_the_nearest_even_while_off(key: str, hin
 def test_a_value_of_the_wrong_type_is_refused_by_name(wrong: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=f"moe_guard.{list(wrong)[-1]} is .*it must be"):
         of(wrong)
+
+
+def test_a_rollback_is_of_signed_bundles() -> None:
+    with pytest.raises(SettingsError, match="allow_rollback is for signed bundles; give policy_key"):
+        of({"policies": "p", "allow_rollback": True})
+    assert of({"policies": "p", "policy_key": "k", "allow_rollback": True}) is not None
 
 
 def test_a_section_that_is_no_mapping_is_refused() -> None:

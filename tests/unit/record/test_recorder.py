@@ -18,6 +18,7 @@ from guard.record.recorder import TraceRecorder
 from guard.trace.format import TracedRequest, TraceHeader
 from guard.trace.reader import TraceReader
 from guard.trace.writer import TraceWriter
+from tests.support.drills import drilling
 
 TOPOLOGY = Topology("TestMoe", (MoELayer(0, 64, 2), MoELayer(1, 64, 2)))
 
@@ -181,6 +182,36 @@ def test_a_writer_that_does_not_keep_up_costs_rows_and_not_the_engine(
     driver.recorder.finish_requests(["a"])
     assert_whole(driver.read()["a"], [0, 1, 3])
     assert driver.failures.count[Stage.RECORD] == 1
+
+
+def test_a_writer_that_stands_still_takes_no_more_requests(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "MAX_QUEUED_BYTES", -1)
+    for number in range(100):
+        driver.recorder.add_request(f"late-{number}", 1)
+    assert driver.recorder._queue.qsize() == 0
+    assert driver.failures.count[Stage.RECORD] == 100
+    monkeypatch.undo()
+    driver.recorder.add_request("a", 1)
+    driver.step({"a": range(1)})
+    driver.recorder.finish_requests(["a"])
+    assert driver.read().keys() == {"a"}
+
+
+@pytest.mark.parametrize("entry", [1, 2, 3])
+def test_a_recorder_that_fails_costs_rows_and_not_the_engine(tmp_path: Path, entry: int) -> None:
+    driver = Driver(tmp_path / "a.moetrace")
+    with drilling(f"record@{entry}") as drill:
+        driver.recorder.add_request("a", 1)
+        driver.step({"a": range(1)})
+        driver.recorder.finish_requests(["a"])
+        driver.recorder.flush()
+    driver.recorder.add_request("b", 1)
+    driver.step({"b": range(1)})
+    driver.recorder.finish_requests(["b"])
+    assert "b" in driver.read()
+    assert driver.failures.count[Stage.RECORD] == drill.struck[Stage.RECORD] == 1
 
 
 def test_a_fault_in_a_step_is_counted_and_never_raised(driver: Driver) -> None:

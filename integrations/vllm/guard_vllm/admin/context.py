@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ from guard.events.bus import EventBus
 from guard.overrides.desk import Desk, Expiry
 from guard.overrides.store import OverrideStore
 from guard_vllm.admin.keys import AdminKeys
+from guard_vllm.admin.limits import AdminLimits
 from guard_vllm.admin.stream import end_streams_with
 from guard_vllm.policies import override_store
 from guard_vllm.reload import Reloader, reloader
@@ -34,6 +35,7 @@ class AdminContext:
     desk: Desk
     reloader: Reloader
     keys: AdminKeys | None
+    limits: AdminLimits = field(default_factory=AdminLimits)
 
 
 _contexts: list[AdminContext] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from guard_vllm.admin.gate import stand_before
 from guard_vllm.admin.live import build_live_router
 from guard_vllm.admin.routes import build_router
 
@@ -17,6 +18,7 @@ class AdminEndpoint:
     def attach_router(self, app: Any) -> None:
         app.include_router(build_router())
         app.include_router(build_live_router())
+        stand_before(app)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Nothing: the routes find what they need once the engines are up."""

@@ -97,7 +97,7 @@ def _page() -> tuple[str, dict[str, str]]:
     ]
     return html, {
         "Content-Security-Policy": "; ".join(policy),
-        "Cache-Control": "no-cache",
+        "Cache-Control": "no-store",
         "Cross-Origin-Opener-Policy": "same-origin",
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request
@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from guard.errors import GuardError
 from guard.events.load import LayerCounts, decode_counts
+from guard.failures import Stage
 from guard.overrides.model import (
     NotThereError,
     OperatorMask,
@@ -21,8 +22,10 @@ from guard.overrides.model import (
     parse_duration,
     parse_experts,
 )
+from guard.policy import PolicyError
 from guard_vllm.admin import bodies
 from guard_vllm.admin.context import AdminContext, admin_context
+from guard_vllm.admin.gate import PERSON
 from guard_vllm.admin.keys import Person
 from guard_vllm.core_load import CORE_LOAD_METHOD
 from guard_vllm.policies import texts_now
@@ -40,6 +43,8 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         403: "The key may look and not change.",
         404: "There is no such thing, or no admin API.",
         409: "It cannot be honoured: which layer, live experts and k; or the engines refuse it.",
+        413: "The body is too large.",
+        429: "Too many wrong keys, or changes, from this address or in total: see Retry-After.",
     }.items()
 }
 
@@ -56,7 +61,7 @@ def _viewer(request: Request) -> _Known:
     context = admin_context()
     if context is None or context.keys is None:
         raise HTTPException(404, "Not Found")
-    person = context.keys.person(request.scope["headers"])
+    person = request.scope.get(PERSON) or context.keys.person(request.scope["headers"])
     if person is None:
         raise HTTPException(401, "give a key of admin_keys: Authorization: Bearer KEY")
     return _Known(context, person)
@@ -245,12 +250,22 @@ def _edit(context: AdminContext, edit: Callable[[Overrides], Overrides]) -> str:
 
 
 def _reload(context: AdminContext) -> str:
-    texts, keep = texts_now(context.settings)
+    try:
+        texts, keep = texts_now(context.settings)
+    except PolicyError as error:  # counted as what a watcher could not read
+        raise HTTPException(409, _refused(context, error)) from error
     result = context.desk.take(texts)
     if result.fault is not None:
         raise HTTPException(409, result.fault)
     keep()
     return result.revision
+
+
+def _refused(context: AdminContext, error: PolicyError) -> str:
+    def load() -> NoReturn:
+        raise error
+
+    return context.reloader.apply(load).fault or str(error)
 
 
 def _change(
@@ -270,7 +285,10 @@ def _change(
         raise HTTPException(code, str(error)) from error
     finally:
         logger.warning("MoE Guard: %s by %s: %s (%r)", what, name, outcome, reason)
-        store.audit(name, what, reason, outcome, **facts)
+        try:
+            store.audit(name, what, reason, outcome, **facts)
+        except OverrideError as error:  # the server's own log has the line above
+            known.context.bus.failures.note(Stage.RELOAD, error)
     return {"revision": revision}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,9 @@ from guard.events.message import Health, Hello, RuleFacts, encode
 from guard.events.metrics import GuardMetrics
 from guard.overrides.desk import Desk
 from guard.overrides.store import AUDIT, OverrideStore
-from guard.policy import PolicySet, read_policies
+from guard.policy import PolicyError, PolicySet, read_policies
 from tests.unit.overrides.test_overrides import POLICY, Engines, Result
+from tests.unit.source.signing import OWN, key_file
 
 ADMIN = {"Authorization": "Bearer admin-key"}
 VIEWER = {"Authorization": "Bearer viewer-key"}
@@ -226,6 +228,32 @@ def test_a_bad_policy_file_does_not_keep_an_operator_from_masking(
     assert client.post("/guard/v1/reload", json={"reason": "r"}, headers=ADMIN).status_code == 409
 
 
+def test_a_source_that_cannot_be_trusted_is_a_conflict_and_counts_as_a_refused_reload(
+    client: TestClient, store: OverrideStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def apply(load: Callable[[], PolicySet]) -> Result:
+        with pytest.raises(PolicyError) as caught:
+            load()
+        asked.append(str(caught.value))
+        return Result("", str(caught.value))
+
+    key = key_file(tmp_path, OWN)
+    policies = tmp_path / "policies" / "a.yaml"
+    settings = Settings(policies=str(policies), policy_key=str(key), state_dir=str(store.folder))
+    context = replace(admin._contexts[0], settings=settings)
+    monkeypatch.setattr(context.reloader, "apply", apply)
+    monkeypatch.setattr(admin, "_contexts", [context])
+
+    answer = client.post("/guard/v1/reload", json={"reason": "r"}, headers=ADMIN)
+
+    assert answer.status_code == 409
+    assert "is not signed, and policy_key takes nothing else" in answer.text
+    assert len(asked) == 1
+    assert str(audit(store)[0]["outcome"]).startswith("refused: ")
+
+
 def test_the_description_names_every_route(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     wanted = ("status", "policies", "events", "reload", "masks", "kill-switch")
@@ -245,3 +273,29 @@ def test_a_file_of_keys_that_is_none_is_refused(tmp_path: Path, text: str, messa
     (tmp_path / "keys.yaml").write_text(text)
     with pytest.raises(AdminKeyError, match=message):
         AdminKeys.read(tmp_path / "keys.yaml")
+
+
+def test_a_state_folder_that_cannot_be_used_refuses_changes_and_says_why(
+    client: TestClient, store: OverrideStore
+) -> None:
+    moved = store.folder.rename(store.folder.with_name("moved"))
+    store.folder.write_text("in the way")
+    refused = client.post("/guard/v1/masks", json=MASK, headers=ADMIN)
+    assert refused.status_code == 400
+    assert "the state folder" in refused.json()["detail"]
+    assert client.get("/guard/v1/masks", headers=VIEWER).status_code == 500
+
+    store.folder.unlink()
+    moved.rename(store.folder)
+    assert client.get("/guard/v1/masks", headers=VIEWER).json() == []
+    assert client.post("/guard/v1/masks", json=MASK, headers=ADMIN).status_code == 201
+
+
+def test_a_change_that_cannot_be_audited_is_made_logged_and_counted_as_a_fault(
+    client: TestClient, store: OverrideStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    (store.folder / AUDIT).mkdir()
+    assert client.post("/guard/v1/masks", json=MASK, headers=ADMIN).status_code == 201
+    assert len(store.read().masks) == 1
+    assert "mask by alice: done" in caplog.text
+    assert "MoE Guard fault 1 in stage reload" in caplog.text
