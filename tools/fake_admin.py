@@ -18,9 +18,8 @@ import uvicorn
 from fastapi import FastAPI
 from guard_vllm.admin import context as admin
 from guard_vllm.admin.context import AdminContext
+from guard_vllm.admin.endpoint import AdminEndpoint
 from guard_vllm.admin.keys import AdminKeys
-from guard_vllm.admin.live import build_live_router
-from guard_vllm.admin.routes import build_router
 from guard_vllm.labels import ApiKeyLabels
 from guard_vllm.settings import Settings
 from prometheus_client import CollectorRegistry
@@ -168,8 +167,7 @@ def fake_server(folder: Path) -> Iterator[FakeServer]:
         before = list(admin._contexts)
         admin._contexts[:] = [fake.context]
         app = FastAPI()
-        app.include_router(build_router())
-        app.include_router(build_live_router())
+        AdminEndpoint().attach_router(app)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()

@@ -7,7 +7,6 @@ never raises; what could not be read stands in the texts, and `load_texts` tells
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Final, NamedTuple
 
 from guard.policy.fault import Fault, Location
 from guard.policy.nodes import ListNode, MapNode, Node, ScalarNode
+from guard.policy.regular_file import NotRegularError, open_regular
 from guard.policy.yaml12 import MAX_FILE_BYTES, read_documents
 
 SUFFIXES: Final = (".yaml", ".yml")
 MAX_PROFILE_BYTES: Final = 64 << 20
+MAX_NAMES: Final = 10_000
 
 
 class Text(NamedTuple):
@@ -41,12 +42,29 @@ class PolicyTexts:
 def read_policies(path: Path | str) -> PolicyTexts:
     """Read a file, or every *.yaml and *.yml below a folder, and the profiles that they name.
 
-    In a folder, names that begin with '.' are passed over.
+    In a folder, names that begin with '.' are passed over. Profiles are looked for there and in the
+    folder that it is in, and nowhere else: a policy's author may not be who runs the server.
     """
     faults: list[Fault] = []
     files = policy_files(Path(path), faults)
     texts = [Text(str(file), text) for file in files if (text := _read_file(file, faults)) is not None]
-    return with_profiles(texts, read_profile, faults)
+    reach = _reach_of(path)
+
+    def profile(named: Path) -> Text:
+        if Path(os.path.abspath(named)).is_relative_to(reach):
+            return read_profile(named)
+        return Text(str(named), "", f"lies outside of {reach}; put it beside the policies")
+
+    return with_profiles(texts, profile, faults)
+
+
+def _reach_of(path: Path | str) -> Path:
+    """Where profiles of the policies at a path may lie. By names: links there are the operator's."""
+    folder = Path(os.path.abspath(path))
+    if not folder.is_dir():
+        folder = folder.parent
+    above = folder.parent
+    return folder if above == above.parent else above  # the whole file system would be no limit
 
 
 def policy_files(path: Path, faults: list[Fault]) -> list[Path]:
@@ -72,10 +90,10 @@ def read_profile(path: Path) -> Text:
     """The text of a profile, or why there is none."""
     file = str(path)
     try:
-        if not path.is_file():
-            return Text(file, "", "is no file; give its path relative to the policy's folder")
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             content = stream.read(MAX_PROFILE_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError, NotRegularError):
+        return Text(file, "", "is no file; give its path relative to the policy's folder")
     except OSError as error:
         return Text(file, "", f"cannot be read: {error.strerror}")
     except ValueError as error:
@@ -134,13 +152,20 @@ def _values_of_profile(node: Node) -> Iterator[str]:
 
 
 def _files_below(folder: Path, faults: list[Fault]) -> Iterator[Path]:
-    """Links are followed: Kubernetes mounts a ConfigMap as links into a hidden folder `..data`."""
+    """Links are followed: Kubernetes mounts a ConfigMap as links into a hidden folder `..data`. One
+    that leads to all of a disk is a fault, not a wait."""
 
     def unreadable(error: OSError) -> None:
         faults.append(Fault(Location(str(error.filename)), f"cannot be read: {error.strerror}"))
 
     seen: set[str] = set()
+    num_names = 0
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        num_names += len(folders) + len(names)
+        if num_names > MAX_NAMES:
+            message = f"holds more than {MAX_NAMES} files and folders; give one of policies alone"
+            faults.append(Fault(Location(str(folder)), message))
+            return
         real = os.path.realpath(parent)
         folders[:] = [] if real in seen else sorted(name for name in folders if name[0] != ".")
         if real not in seen:
@@ -153,11 +178,11 @@ def _files_below(folder: Path, faults: list[Fault]) -> Iterator[Path]:
 def _read_file(file: Path, faults: list[Fault]) -> str | None:
     place = Location(str(file))
     try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            faults.append(Fault(place, "is no regular file; give a YAML file or a folder of them"))
-            return None
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
+    except NotRegularError:
+        faults.append(Fault(place, "is no regular file; give a YAML file or a folder of them"))
+        return None
     except (FileNotFoundError, NotADirectoryError):
         message = "there is no such file or folder; give a policy file or a folder of *.yaml files"
         faults.append(Fault(place, message))

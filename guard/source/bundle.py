@@ -10,20 +10,37 @@ import io
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
+
+import msgspec
 
 from guard.policy import Fault, PolicyError, PolicyTexts
 from guard.policy.texts import SUFFIXES, Text, policy_text, profile_text, with_profiles
 from guard.source.source import out_of_reach
 
 PROFILE_SUFFIX: Final = ".json"
+MANIFEST: Final = ".manifest"
+"""The member that says which of a publisher's bundles this is; OPA's has that name, too."""
+
 MAX_BUNDLE_BYTES: Final = 16 << 20
 MAX_UNPACKED_BYTES: Final = 128 << 20
 MAX_MEMBERS: Final = 10_000
+MAX_SERIAL: Final = (1 << 53) - 1
 
 _GZIP: Final = 31  # zlib's word for a gzip header, and the largest window
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """serial: 1 and on; each bundle that is published has a greater one"""
+
+    serial: int
+
+
+class Bundle(NamedTuple):
+    texts: PolicyTexts
+    serial: int
 
 
 def read_bundle(data: bytes, name: str) -> PolicyTexts:
@@ -33,7 +50,20 @@ def read_bundle(data: bytes, name: str) -> PolicyTexts:
 
     Raises PolicyError for an archive that is damaged, too large, or holds what a bundle may not.
     """
+    return _texts(dict(_files(_unpacked(data, name), name)))
+
+
+def read_numbered_bundle(data: bytes, name: str) -> Bundle:
+    """The same, with the serial number that its publisher gave it. Raises PolicyError without one."""
     files = dict(_files(_unpacked(data, name), name))
+    content = files.pop(f"{name}/{MANIFEST}", None)
+    if content is None:
+        raise out_of_reach(name, f"has no {MANIFEST} with a serial; `moe-guard bundle build` writes it")
+    serial = _serial(content, f"{name}/{MANIFEST}")
+    return Bundle(_texts(files), serial)
+
+
+def _texts(files: Mapping[str, bytes]) -> PolicyTexts:
     faults: list[Fault] = []
     texts = [
         Text(file, text)
@@ -48,6 +78,16 @@ def read_bundle(data: bytes, name: str) -> PolicyTexts:
         return profile_text(str(path), content)
 
     return with_profiles(texts, profile, faults)
+
+
+def _serial(content: bytes, place: str) -> int:
+    try:
+        found = msgspec.json.decode(content, type=Manifest)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise out_of_reach(place, f"is no manifest: {error}") from error
+    if not 1 <= found.serial <= MAX_SERIAL:
+        raise out_of_reach(place, f"serial is {found.serial}; it must be 1 to {MAX_SERIAL}")
+    return found.serial
 
 
 def _unpacked(data: bytes, name: str) -> bytes:
@@ -80,7 +120,8 @@ def _files(unpacked: bytes, name: str) -> Iterator[tuple[str, bytes]]:
                     raise out_of_reach(name, f"the bundle holds {path!r} twice")
                 seen.add(path)
                 hidden = any(part.startswith(".") for part in path.split("/"))
-                if not hidden and path.lower().endswith((*SUFFIXES, PROFILE_SUFFIX)):
+                is_read = not hidden and path.lower().endswith((*SUFFIXES, PROFILE_SUFFIX))
+                if is_read or path == MANIFEST:
                     content = archive.extractfile(member)
                     assert content is not None, "a regular file"
                     yield f"{name}/{path}", content.read()

@@ -158,6 +158,8 @@ class LabelSources:
         found: dict[str, str] = {}
         for label, header in self.headers.items():
             text = _only(header, values.get(header.encode(), [])).decode("latin-1")
+            if not text.isprintable():
+                raise LabelError(f"the header {header!r} has characters that no label has")
             if text:
                 found[label] = text
         if self.keys is not None:

@@ -13,6 +13,7 @@ from guard.overrides.store import OverrideStore
 from guard.policy import PolicySet, PolicyTexts, load_texts, read_policies
 from guard.source.files import FileSource
 from guard.source.remote import BundleAddress, BundleSource, fetch_at_start, is_url, kept
+from guard.source.signature import PolicyKeys
 from guard.source.source import Source
 from guard_vllm.settings import Settings
 
@@ -55,9 +56,15 @@ def find_policies(settings: Settings) -> Found:
 def texts_now(settings: Settings) -> tuple[PolicyTexts, Callable[[], None]]:
     """What lies where the policies come from (a bundle is fetched), and what to do once it is in force.
 
-    Raises PolicyError.
+    Raises PolicyError: whoever asks for a reload is not told that the last one is as good.
     """
-    return _texts_at_start(settings, _address(settings))
+    address = _address(settings)
+    if address is None:
+        return read_policies(settings.policies), lambda: None
+    source = BundleSource(address)
+    texts = source.poll(force=True)
+    assert texts is not None, "it was forced"
+    return texts, source.keep
 
 
 def _texts_at_start(
@@ -89,23 +96,39 @@ def load_in_worker(settings: Settings) -> PolicySet:
 
 def source_to_watch(settings: Settings) -> Source | None:
     """None where a reload was ruled out, or a pinned digest leaves nothing to reload."""
-    if not settings.reload or settings.bundle_sha256 is not None:
+    if not settings.reload:
         return None
     address = _address(settings)
     if address is None:
         return FileSource(settings.policies, seconds=settings.reload_seconds or FILE_SECONDS)
-    return BundleSource(address, seconds=settings.reload_seconds or URL_SECONDS)
+    if address.sha256 is not None:
+        return None
+    seconds = URL_SECONDS if address.is_remote else FILE_SECONDS
+    source = BundleSource(address, seconds=settings.reload_seconds or seconds)
+    source.resume()
+    return source
 
 
 def _address(settings: Settings) -> BundleAddress | None:
-    if not is_url(settings.policies):
+    """None where the policies lie in plain files.
+
+    Raises PolicyError, PolicyKeyError.
+    """
+    keys = None if settings.policy_key is None else PolicyKeys.read(Path(settings.policy_key))
+    if not is_url(settings.policies) and keys is None:
         return None
+    url, pin = settings.policies, None
+    if is_url(url):
+        url, pin = BundleAddress.pinned(url)
     address = BundleAddress(
-        url=settings.policies,
-        sha256=settings.bundle_sha256,
+        url=url,
+        sha256=settings.bundle_sha256 or pin,
         cache=None if settings.bundle_cache is None else Path(settings.bundle_cache),
         token_variable=settings.bundle_token_variable,
         allow_http=settings.bundle_allow_http,
+        keys=keys,
+        state=None if settings.state_dir is None else Path(settings.state_dir),
+        allow_rollback=settings.allow_rollback,
     )
     address.check()
     return address

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import ipaddress
 import json
 import re
 import subprocess
@@ -152,7 +153,52 @@ def test_the_pod_runs_with_least_privilege() -> None:
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    assert not {"hostNetwork", "hostPID", "hostIPC"} & POD.keys()
+    assert not {"hostNetwork", "hostPID", "hostIPC", "serviceAccountName"} & POD.keys()
+    assert not {"hostPort"} & {key for port in CONTAINER["ports"] for key in port}
+    assert not [volume for volume in POD["volumes"] if "hostPath" in volume]
+
+
+def test_what_the_pod_may_use_up_is_limited() -> None:
+    volumes = {volume["name"]: volume for volume in POD["volumes"]}
+
+    assert {"memory", "nvidia.com/gpu", "ephemeral-storage"} <= CONTAINER["resources"]["limits"].keys()
+    assert "cpu" in CONTAINER["resources"]["requests"]
+    for name in ("tmp", "shm", "decisions"):
+        assert volumes[name]["emptyDir"]["sizeLimit"], name
+
+
+def test_nobody_reaches_the_port_but_who_is_named() -> None:
+    spec = MANIFESTS["networkpolicy"]["spec"]
+    (ingress,) = spec["ingress"]
+    labels = MANIFESTS["deployment"]["spec"]["template"]["metadata"]["labels"]
+
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert spec["podSelector"]["matchLabels"].items() <= labels.items()
+    assert [port["port"] for port in ingress["ports"]] == [port["name"] for port in CONTAINER["ports"]]
+    assert ingress["from"], "without it, from everywhere"
+    for peer in ingress["from"]:
+        (selector,) = peer.values()
+        assert selector["matchLabels"], "an empty selector is everyone"
+
+
+def test_the_pod_may_ask_for_names_and_talk_tls_but_not_to_the_clouds_metadata() -> None:
+    rules = MANIFESTS["networkpolicy"]["spec"]["egress"]
+    blocks = [to["ipBlock"] for rule in rules for to in rule["to"] if "ipBlock" in to]
+
+    assert {port["port"] for rule in rules for port in rule["ports"]} == {53, 443}
+    assert all(rule["to"] for rule in rules)
+    for address in ("169.254.169.254", "fd00:ec2::254"):
+        reached = [
+            block
+            for block in blocks
+            if _holds(block["cidr"], address)
+            and not any(_holds(net, address) for net in block["except"])
+        ]
+        assert reached == [], address
+
+
+def _holds(network: str, address: str) -> bool:
+    return ipaddress.ip_address(address) in ipaddress.ip_network(network)
 
 
 def test_the_pod_mounts_what_there_is_and_folders_of_policies_whole() -> None:
