@@ -105,7 +105,7 @@ class Guard:
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = PinnedPool()
         if self.mask is not None:
-            self.mask.install(program.masks)
+            self.mask.install(program.masks, program.generation)
 
     def _set_evaluator(self, evaluator: Judge | None) -> None:
         self._evaluator = evaluator
@@ -204,7 +204,10 @@ class Guard:
         yield None
         check = LivenessCheck(program.topology, program.masks, self.device)
         yield None
-        mask = None if self.mask is None else self.mask.prepare(program.masks)
+        mask = None
+        if self.mask is not None:
+            mask = self.mask.prepare(program.masks)
+            self.mask.announce(mask, program.generation)
         kept = None if self.kept is None else self.kept.prepare(program.signals, program.generation)
         yield PreparedProgram(program, rules_by_facts, evaluator, state, carry_over, check, mask, kept)
 
@@ -233,7 +236,7 @@ class Guard:
         prepared.check.take_over(self._check)
         self._state, self._check = prepared.state, prepared.check
         if self.mask is not None and prepared.mask is not None:
-            self.mask.put(prepared.mask)
+            self.mask.put(prepared.mask, self.program.generation)
         if self.kept is not None and prepared.kept is not None:
             self.kept.install(prepared.kept)
         if self.agreement is not None:

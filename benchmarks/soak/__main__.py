@@ -126,7 +126,7 @@ def serving(place: Place, faults: str) -> Iterator[GuardedServer]:
         policies=place.policies,
         decision_log=place.log,
         decision_log_max_mib=LOG_MIB,
-        decision_log_keep=10_000,
+        decision_log_keep=999,
         label_headers={"tenant": TENANT_HEADER},
         admin_keys=keys,
         state_dir=place.folder / "state",

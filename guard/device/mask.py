@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from guard.device.layout import Capacity
+from guard.device.shared_masks import SharedMasks
 from guard.program.program import WORD_BITS, MaskMethodCode, MaskTable
 from guard.program.topology import Topology
 
@@ -50,6 +51,7 @@ class ExpertMask:
     row_bits_TW: int64, the mask actions in force for each row of this step
     expert_bits_LEW: int64, the mask actions that name each expert
     method_bits_MW: int64, the mask actions of each `MaskMethodCode`
+    shared: where layers route the rows of several engines together
     """
 
     def __init__(self, topology: Topology, capacity: Capacity, device: torch.device) -> None:
@@ -64,12 +66,21 @@ class ExpertMask:
         self.method_bits_MW = torch.zeros(
             (len(MaskMethodCode), capacity.mask_words), dtype=torch.int64, device=device
         )
+        self.shared: SharedMasks | None = None
         self._num_experts_L = [layer.num_experts for layer in topology.layers]
         self._rows_in_use = 0
 
-    def install(self, masks: MaskTable) -> None:
+    def share(self) -> SharedMasks:
+        """Rows come from other engines, too. At start: all engines are at the same program."""
+        if self.shared is None:
+            self.shared = SharedMasks(self.expert_bits_LEW, self.method_bits_MW)
+            self.shared.announce(self.expert_bits_LEW, self.method_bits_MW, generation=0)
+            self.shared.turn_to(0)
+        return self.shared
+
+    def install(self, masks: MaskTable, generation: int = 0) -> None:
         """Take over a program's masks; its words must fit the capacity."""
-        self.put(self.prepare(masks))
+        self.put(self.prepare(masks), generation)
 
     def prepare(self, masks: MaskTable) -> MaskBits:
         """What `install` writes, laid out on the device ahead of it."""
@@ -81,11 +92,19 @@ class ExpertMask:
         methods_MW[:, : masks.num_words] = pack_bits(torch.from_numpy(is_method_MA))
         return MaskBits(experts_LEW, methods_MW)
 
-    def put(self, bits: MaskBits) -> None:
+    def announce(self, bits: MaskBits, generation: int) -> None:
+        """Rows of other engines may be masked by them from now on."""
+        if self.shared is not None:
+            self.shared.announce(bits.experts_LEW, bits.methods_MW, generation)
+
+    def put(self, bits: MaskBits, generation: int) -> None:
         """Into the buffers that captured graphs read; no row is masked until `set_rows`."""
         self.clear_rows()
         self.expert_bits_LEW.copy_(bits.experts_LEW)
         self.method_bits_MW.copy_(bits.methods_MW)
+        if self.shared is not None:
+            self.announce(bits, generation)
+            self.shared.turn_to(generation)
 
     def set_rows(self, in_force_TA: torch.Tensor) -> None:
         """The actions in force for the rows of the step that begins; rows behind them get none."""
@@ -109,16 +128,28 @@ class ExpertMask:
     def wanted(self, layer: int, row_bits_TW: torch.Tensor) -> MaskedExperts:
         """What masks in force ask of the rows that a layer routes. Traced into compiled graphs.
 
-        row_bits_TW: int64, of those rows: the first of the step's, or with other engines' among them
+        row_bits_TW: int64, of the first of the step's rows
         """
-        num_experts = self._num_experts_L[layer]
-        rows_MT1W = (row_bits_TW & self.method_bits_MW[:, None]).unsqueeze(2)
-        hits_MTE = (rows_MT1W & self.expert_bits_LEW[layer, :num_experts]).ne(0).any(dim=-1)
-        rerouted, drop_renormed, dropped, forced = hits_MTE.unbind()
-        drop_renormed = drop_renormed & ~rerouted
-        out = rerouted | drop_renormed
-        dropped = dropped & ~out
-        return MaskedExperts(rerouted, drop_renormed, dropped, forced & ~(out | dropped))
+        expert_bits_EW = self.expert_bits_LEW[layer, : self._num_experts_L[layer]]
+        return _wanted(row_bits_TW, self.method_bits_MW, expert_bits_EW)
+
+    def wanted_of_all(self, layer: int, row_bits_TX: torch.Tensor) -> MaskedExperts:
+        """The same of rows of all engines, with the bits that came with them."""
+        assert self.shared is not None, "rows are this engine's own"
+        expert_bits_EX = self.shared.expert_bits_LEX[layer, : self._num_experts_L[layer]]
+        return _wanted(row_bits_TX, self.shared.method_bits_MX, expert_bits_EX)
+
+
+def _wanted(
+    row_bits_TW: torch.Tensor, method_bits_MW: torch.Tensor, expert_bits_EW: torch.Tensor
+) -> MaskedExperts:
+    rows_MT1W = (row_bits_TW & method_bits_MW[:, None]).unsqueeze(2)
+    hits_MTE = (rows_MT1W & expert_bits_EW).ne(0).any(dim=-1)
+    rerouted, drop_renormed, dropped, forced = hits_MTE.unbind()
+    drop_renormed = drop_renormed & ~rerouted
+    out = rerouted | drop_renormed
+    dropped = dropped & ~out
+    return MaskedExperts(rerouted, drop_renormed, dropped, forced & ~(out | dropped))
 
 
 def pack_bits(flags_NA: torch.Tensor) -> torch.Tensor:

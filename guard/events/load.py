@@ -49,6 +49,19 @@ def decode_counts(data: bytes) -> ExpertCounts:
     return counts
 
 
+def of_all_engines(counted: Sequence[ExpertCounts]) -> ExpertCounts:
+    """Summed up over engines of one model; of several there is no divergence."""
+    first = counted[0]
+    if len(counted) == 1:
+        return first
+    layers = []
+    for rows in zip(*(one.layers for one in counted), strict=True):
+        counts_E: Counts = np.array([row.counts for row in rows], dtype=np.int64).sum(axis=0)
+        number = rows[0].layer
+        layers.append(LayerCounts(number, counts_E.tolist(), layer_load(number, counts_E)))
+    return ExpertCounts(sum(one.tokens for one in counted), first.sampled_every, layers)
+
+
 def layer_load(layer: int, counts_E: Counts, shares_E: Shares | None = None) -> LayerLoad | None:
     """effective_experts: 1/Σp²; entropy_nats: -Σ p·ln p; max_share: the largest p; divergence_nats:
     Σ p·ln(p/m)/2 + Σ q·ln(q/m)/2 with m = (p+q)/2, 0 to ln 2 (Jensen and Shannon's).

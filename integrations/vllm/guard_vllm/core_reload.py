@@ -28,6 +28,7 @@ _BROKEN = "an earlier reload left the workers with different policies; restart t
 CORE_PROGRAM_METHOD = "moe_guard_program"
 CORE_PREPARE_METHOD = "moe_guard_prepare_reload"
 CORE_COMMIT_METHOD = "moe_guard_commit_reload"
+CORE_ABANDON_METHOD = "moe_guard_abandon_reload"
 
 
 class CoreReload:
@@ -53,6 +54,7 @@ class CoreReload:
         setattr(core, CORE_PROGRAM_METHOD, self.program)
         setattr(core, CORE_PREPARE_METHOD, self.prepare)
         setattr(core, CORE_COMMIT_METHOD, self.commit)
+        setattr(core, CORE_ABANDON_METHOD, self.abandon)
 
     def program(self) -> bytes:
         """Raises ReloadRefusedError where the workers do not have the same one."""
@@ -106,15 +108,15 @@ class CoreReload:
             return "the engine core could not follow its workers; its log says why"
         return ""
 
+    def abandon(self) -> None:
+        """Another engine could not prepare it."""
+        self._prepared = None
+        self._rpc(ABANDON_METHOD, False)
+
     def _fault_of_host(self) -> str | None:
         parallel = self._core.vllm_config.parallel_config
         if self._broken:
             return _BROKEN
-        if int(getattr(parallel, "data_parallel_size", 1) or 1) > 1:
-            return (
-                "policies are not reloaded under data parallelism yet: the masks of all engines travel "
-                "together; restart the server"
-            )
         if int(getattr(parallel, "pipeline_parallel_size", 1) or 1) > 1:
             return (
                 "policies are not reloaded under pipeline parallelism yet: a rank decides about steps "

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from guard.device.mask import ExpertMask
+from guard.device.mask import ExpertMask, MaskedExperts
 from guard.errors import UnsupportedHostError
 from guard_vllm.compat import seam
 from guard_vllm.steps import wrap
@@ -24,33 +24,34 @@ class RoutedRows:
         self.own = slice(None)
         self.are_all_own = True
         self._mask = mask
-        self._gathered_bits_TW: torch.Tensor | None = None
+        self._gathered_bits_TX: torch.Tensor | None = None
 
-    def bits_TW(self, num_rows: int) -> torch.Tensor:
-        """int64: the mask actions in force for each of them."""
+    def wanted(self, layer: int, num_rows: int) -> MaskedExperts:
+        """What masks in force ask of them."""
         assert self._mask is not None, "nothing is masked"
-        if self._gathered_bits_TW is not None:
-            return self._gathered_bits_TW
-        return self._mask.row_bits_TW[:num_rows]
+        if self._gathered_bits_TX is not None:
+            return self._mask.wanted_of_all(layer, self._gathered_bits_TX)
+        return self._mask.wanted(layer, self._mask.row_bits_TW[:num_rows])
 
     def follow(self, runner: Any) -> None:
         """Send this engine's masks wherever the layer sends its rows to be routed."""
         self.are_all_own = False
+        shared = None if self._mask is None else self._mask.share()
         group = seam("vllm.distributed.parallel_state", "get_ep_group")()
         dispatch_router_logits = seam(group, "dispatch_router_logits")
         get_forward_context = seam("vllm.forward_context", "get_forward_context")
         rank = seam("vllm.distributed.parallel_state", "get_dp_group")().rank_in_group
 
         def dispatch(stock: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> Any:
-            self.own, self._gathered_bits_TW = slice(None), None
+            self.own, self._gathered_bits_TX = slice(None), None
             if not runner.do_naive_dispatch_combine:  # its kernel exchanges rows that are routed
                 return stock(hidden_states, router_logits)
             self.own = _own_rows(get_forward_context(), rank)
-            if self._mask is None:
+            if self._mask is None or shared is None:
                 return stock(hidden_states, router_logits)
-            bits_TW = self._mask.row_bits_TW[: len(hidden_states)]
-            hidden_states, router_logits, (self._gathered_bits_TW,) = dispatch_router_logits(
-                hidden_states, router_logits, extra_tensors=[bits_TW]
+            bits_TX = shared.sent(self._mask.row_bits_TW[: len(hidden_states)])
+            hidden_states, router_logits, (self._gathered_bits_TX,) = dispatch_router_logits(
+                hidden_states, router_logits, extra_tensors=[bits_TX]
             )
             return hidden_states, router_logits
 

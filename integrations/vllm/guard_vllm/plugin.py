@@ -107,7 +107,7 @@ def _init_llm_engine(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kw
         from guard_vllm.reload import reload_offline
 
         require_hellos(bus, num_engines(engine.engine_core))
-        reload_offline(engine, settings, bus, vllm_config.model_config.model)
+        reload_offline(engine, settings, bus, vllm_config)
 
 
 def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -132,7 +132,7 @@ def _init_async_llm(stock: Any, engine: Any, vllm_config: Any, *args: Any, **kwa
         if is_up:
             return tasks  # vLLM asks again with each request
         require_hellos(bus, num_engines(engine.engine_core), timeout_s=0)
-        reload_in_server(engine, settings, bus, vllm_config.model_config.model)
+        reload_in_server(engine, settings, bus, vllm_config)
         open_admin(engine, settings, bus)
         watch_policies(engine, settings, bus)
         notify_webhooks(engine, settings, bus)

@@ -165,7 +165,7 @@ def _prove_masks(
             leaking &= _probe(guard, mask, run_rows, num_rows, round_, shift)[1]
     finally:
         mask.clear_rows()
-        mask.install(guard.program.masks)
+        mask.install(guard.program.masks, guard.program.generation)
     return faults + [
         f"layer {layers[index].number} masks rows that no mask is for"
         for index in sorted({index for index, _ in leaking})
@@ -184,7 +184,7 @@ def _probe(
     topology = guard.program.topology
     faults: dict[str, None] = {}
     leaking: set[tuple[int, Turn]] = set()
-    mask.install(_probe_masks(topology, round_))
+    mask.install(_probe_masks(topology, round_), guard.program.generation)
     for first_turn in range(0, len(Turn), num_rows):
         turn_T = (np.arange(num_rows) + first_turn + shift) % len(Turn)
         in_force_TA = turn_T[:, None] == np.array([turn for turn, _ in _ACTIONS])

@@ -21,8 +21,14 @@ from guard.policy import PolicyError, PolicySet, load_policies
 from guard.program.codec import decode_program, encode_program
 from guard.program.compile import check_observe_only, compile_policies
 from guard.program.fingerprint import check_fingerprints
+from guard.program.program import Program
 from guard_vllm.compat import seam
-from guard_vllm.core_reload import CORE_COMMIT_METHOD, CORE_PREPARE_METHOD, CORE_PROGRAM_METHOD
+from guard_vllm.core_reload import (
+    CORE_ABANDON_METHOD,
+    CORE_COMMIT_METHOD,
+    CORE_PREPARE_METHOD,
+    CORE_PROGRAM_METHOD,
+)
 from guard_vllm.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -49,8 +55,8 @@ class ReloadResult:
         return self.fault is None
 
 
-Call = Callable[..., Any]
-"""Calls a method of the engine core, by its name, with its arguments, and waits for the answer."""
+Call = Callable[..., list[Any]]
+"""Calls a method of each engine core, by its name, with its arguments, and waits for all answers."""
 
 
 class Reloader:
@@ -60,20 +66,29 @@ class Reloader:
     Every attempt counts in `moe_guard_reloads_total` and is logged.
 
     watches: this process looks for changed policies
+    engines: that route one another's rows; all of them must be among those that are called
     """
 
     def __init__(
-        self, call: Call, bus: EventBus, *, observe_only: bool, model: str, watches: bool = True
+        self,
+        call: Call,
+        bus: EventBus,
+        *,
+        observe_only: bool,
+        model: str,
+        watches: bool = True,
+        engines: int = 1,
     ) -> None:
         self.watches = watches
         self._call = call
+        self._engines = engines
         self._bus = bus
         self._observe_only = observe_only
         self._model = model
         self._lock = threading.Lock()
 
-    def ask(self, method: str, *args: Any) -> Any:
-        """What the first engine core answers between two of its steps: never call it on the event loop.
+    def ask(self, method: str, *args: Any) -> list[Any]:
+        """What each engine core answers between two of its steps: never call it on the event loop.
 
         Raises ReloadRefusedError where there is no answer.
         """
@@ -108,21 +123,45 @@ class Reloader:
 
     def _put_in_force(self, policies: PolicySet) -> str:
         """Its revision. Raises PolicyError, FingerprintError, ReloadRefusedError."""
-        # Asked for each time: another process may have changed it.
-        running = decode_program(self._call(CORE_PROGRAM_METHOD))
+        running = self._running()
         if policies.revision == running.revision:
             return running.revision
         if self._observe_only and (faults := check_observe_only(policies)):
             raise PolicyError(faults)
         program = compile_policies(policies, running.topology, running)
         check_fingerprints(policies, self._model)
-        fault = self._call(CORE_PREPARE_METHOD, encode_program(program))
-        while fault is None:
-            fault = self._call(CORE_PREPARE_METHOD)
-        fault = fault or self._call(CORE_COMMIT_METHOD)
-        if fault:
+        # All have prepared it before any commits: rows that it masks may come from another engine.
+        answers = self._call(CORE_PREPARE_METHOD, encode_program(program))
+        while None in answers and not any(answers):
+            answers = self._call(CORE_PREPARE_METHOD)
+        if fault := _first_fault(answers):
+            self._call(CORE_ABANDON_METHOD)
             raise ReloadRefusedError(fault)
+        answers = self._call(CORE_COMMIT_METHOD)
+        if fault := _first_fault(answers):
+            others = "" if all(answers) else "; other engines have it in force: restart the server"
+            raise ReloadRefusedError(fault + others)
         return program.revision
+
+    def _running(self) -> Program:
+        """Asked for each time: another process may have changed it. Raises ReloadRefusedError."""
+        programs = [decode_program(data) for data in self._call(CORE_PROGRAM_METHOD)]
+        if len(programs) < self._engines:
+            raise ReloadRefusedError(
+                f"policies change in all engines together, but this process speaks with "
+                f"{len(programs)} of {self._engines}; restart them"
+            )
+        if len({(program.revision, program.generation) for program in programs}) > 1:
+            raise ReloadRefusedError("the engines have different policies in force; restart the server")
+        return programs[0]
+
+
+def _first_fault(answers: list[str | None]) -> str | None:
+    """With more than one engine, by whose it is."""
+    for engine, fault in enumerate(answers):
+        if fault:
+            return fault if len(answers) == 1 else f"engine {engine}: {fault}"
+    return None
 
 
 _reloaders: list[Callable[[], Reloader | None]] = []
@@ -149,37 +188,45 @@ def reload_policies(llm: Any, path: Path | str) -> ReloadResult:
     return result
 
 
-def reload_in_server(engine: Any, settings: Settings, bus: EventBus, model: str) -> None:
-    """For the event loop of an API server, once its engine answers. model: as vLLM takes it"""
+def reload_in_server(engine: Any, settings: Settings, bus: EventBus, vllm_config: Any) -> None:
+    """For the event loop of an API server, once its engines answer."""
     client = seam(engine, "engine_core")
-    loop, call_utility = asyncio.get_running_loop(), seam(client, "call_utility_async")
+    loop, call_utility_all = asyncio.get_running_loop(), seam(client, "call_utility_all_async")
 
-    def call(method: str, *args: Any) -> Any:
-        answer = asyncio.run_coroutine_threadsafe(call_utility(method, *args), loop)
-        return _answer(lambda: answer.result(CALL_TIMEOUT_S))
+    def call(method: str, *args: Any) -> list[Any]:
+        answer = asyncio.run_coroutine_threadsafe(call_utility_all(method, *args), loop)
+        return _answers(lambda: answer.result(CALL_TIMEOUT_S))
 
     is_first = int(getattr(client, "client_index", 0)) == 0
-    own = Reloader(call, bus, observe_only=settings.observe_only, model=model, watches=is_first)
+    own = Reloader(call, bus, **_facts(settings, vllm_config), watches=is_first)
     _reloaders[:] = [lambda: own]
 
 
-def reload_offline(engine: Any, settings: Settings, bus: EventBus, model: str) -> None:
-    """For an engine that the program itself drives, step by step. model: as vLLM takes it"""
+def reload_offline(engine: Any, settings: Settings, bus: EventBus, vllm_config: Any) -> None:
+    """For an engine that the program itself drives, step by step."""
     client = seam(engine, "engine_core")
     core = getattr(client, "engine_core", None)
 
-    def call(method: str, *args: Any) -> Any:
+    def call(method: str, *args: Any) -> list[Any]:
         if hasattr(client, "call_utility"):  # in a process of its own
-            return _answer(lambda: seam(client, "call_utility")(method, *args))
-        return _answer(lambda: getattr(core, method)(*args))
+            return _answers(lambda: [seam(client, "call_utility")(method, *args)])
+        return _answers(lambda: [getattr(core, method)(*args)])
 
-    own = Reloader(call, bus, observe_only=settings.observe_only, model=model)
+    own = Reloader(call, bus, **_facts(settings, vllm_config))
     setattr(engine, _RELOADER_ATTRIBUTE, own)
     # An engine that nobody has any more must go before the next one starts.
     _reloaders[:] = [weakref.ref(own)]
 
 
-def _answer(ask: Callable[[], Any]) -> Any:
+def _facts(settings: Settings, vllm_config: Any) -> dict[str, Any]:
+    return {
+        "observe_only": settings.observe_only,
+        "model": vllm_config.model_config.model,
+        "engines": int(vllm_config.parallel_config.data_parallel_size),
+    }
+
+
+def _answers(ask: Callable[[], list[Any]]) -> list[Any]:
     try:
         return ask()
     except Exception as error:  # whatever vLLM raises when an engine is gone

@@ -214,7 +214,7 @@ def _guarded(
             return topk_weights, topk_ids
         gate_weights = _gate_weights(family, router_logits, topk_weights, topk_ids, top_k)
         if mask is not None:
-            masked = mask.wanted(index, rows.bits_TW(router_logits.shape[0]))
+            masked = rows.wanted(index, router_logits.shape[0])
             bias = None if family.bias is None else family.bias(kwargs.get("input_ids"))
             own_gates, own_ids = route_masked(facts, router_logits, masked, bias)
             own_weights = own_gates * family.scaling

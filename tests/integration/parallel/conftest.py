@@ -9,7 +9,7 @@ import pytest
 from tests.integration.frontend.tiny_model import write_tiny_model
 from tests.integration.offline.engines import write_inputs
 from tests.integration.parallel.engines import RANKS, SHIM, EnginePairs
-from tests.integration.server.conftest import Server, serving
+from tests.integration.server.conftest import ADMIN_KEY, Server, serving
 from tests.support.tiny_models import write_tiny_moe
 
 
@@ -26,10 +26,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Started as an operator starts it: two engines, and as many API servers."""
     folder = tmp_path_factory.mktemp("server")
     write_tiny_model(folder / "model")
+    keys = folder / "keys.yaml"
+    keys.write_text(f"{ADMIN_KEY}: {{name: alice, role: admin}}\n")
+    keys.chmod(0o600)
     with serving(
         folder,
         folder / "model",
-        *("--data-parallel-size", str(RANKS)),
+        *("--data-parallel-size", str(RANKS), "--label-header", "tenant=X-Tenant"),
+        *("--admin-keys", str(keys), "--state-dir", str(folder / "state")),
         environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         python_path=[SHIM],
     ) as running:

@@ -86,7 +86,7 @@ spec:
 
 RED_KEY = "sk-of-the-red-team"
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 
 _CHECKOUT = Path(__file__).parents[3]
 

@@ -28,12 +28,13 @@ class Reloader:
 
     def __init__(self) -> None:
         self.fault = False
+        self.engines = 1
 
-    def ask(self, method: str) -> bytes:
+    def ask(self, method: str) -> list[bytes]:
         assert method == CORE_LOAD_METHOD
         if self.fault:
             raise ReloadRefusedError("the engine did not answer")
-        return encode_counts(COUNTED)
+        return [encode_counts(COUNTED)] * self.engines
 
 
 @pytest.fixture
@@ -65,6 +66,15 @@ def test_a_viewer_gets_counts_by_logical_id_and_what_they_come_to(client: TestCl
             {"layer": 4, "counts": [0, 0]} | dict.fromkeys(used),
         ],
     }
+
+
+def test_counts_of_several_engines_are_summed_up(client: TestClient, reloader: Reloader) -> None:
+    reloader.engines = 2
+    answer = client.get("/guard/v1/experts", headers=VIEWER).json()
+    assert answer["tokens"] == 12
+    assert [layer["counts"] for layer in answer["layers"]] == [[12, 0], [0, 0]]
+    assert [layer["effective_experts"] for layer in answer["layers"]] == [1.0, None]
+    assert {layer["divergence_nats"] for layer in answer["layers"]} == {None}
 
 
 def test_nobody_else_gets_any(client: TestClient) -> None:

@@ -100,9 +100,9 @@ def test_a_reload_does_not_bring_a_profile_of_other_weights(
 
     running = encode_program(compile_policies(loaded(None), topology))
 
-    def call(method: str, *args: object) -> object:
+    def call(method: str, *args: object) -> list[object]:
         asked.append(method)
-        return {CORE_PROGRAM_METHOD: running, CORE_PREPARE_METHOD: ""}.get(method, "")
+        return [{CORE_PROGRAM_METHOD: running, CORE_PREPARE_METHOD: ""}.get(method, "")]
 
     reloader = Reloader(call, Bus(), observe_only=False, model=str(model))  # type: ignore[arg-type]
     refused = reloader.apply(lambda: loaded(OTHER))

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.exceptions import HTTPException
 
 from guard.errors import GuardError
-from guard.events.load import LayerCounts, decode_counts
+from guard.events.load import LayerCounts, decode_counts, of_all_engines
 from guard.failures import Stage
 from guard.overrides.model import (
     NotThereError,
@@ -156,9 +156,10 @@ def events(
 def experts(known: Viewer) -> dict[str, Any]:
     """How often each expert was chosen in sampled steps, since the first engine started."""
     try:
-        counted = decode_counts(known.context.reloader.ask(CORE_LOAD_METHOD))
+        answers = known.context.reloader.ask(CORE_LOAD_METHOD)
     except GuardError as error:
         raise HTTPException(409, str(error)) from error
+    counted = of_all_engines([decode_counts(answer) for answer in answers])
     return {
         "tokens": counted.tokens,
         "sampled_every": counted.sampled_every,

@@ -28,7 +28,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         "vllm.v1.engine.core_client",
-        "AsyncMPClient.call_utility_async",
+        "AsyncMPClient.call_utility_all_async",
         "reloads policies",
         leading=("method",),
     ),
