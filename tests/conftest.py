@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.support_recorder import SupportRecord, SupportRecorder
+from tests.support.thorough import is_left_out
 
 # Nothing here may reach a network: not for models, not for usage statistics. Servers that a test
 # starts inherit this.
@@ -32,7 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_recorder, "support-recorder")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if is_left_out(item.nodeid)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not is_left_out(item.nodeid)]
+    _refuse_unstable_ids(items)
+
+
+def _refuse_unstable_ids(items: list[pytest.Item]) -> None:
     """An object without a name of its own puts its address into the test's id, which then differs
     between the processes of one run, and pytest-xdist gives up."""
     unstable = [item.nodeid for item in items if " at 0x" in item.nodeid]

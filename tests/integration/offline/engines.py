@@ -16,6 +16,7 @@ import pytest
 from tests.integration.offline import cases, policies
 from tests.support.partners import wait_for_all
 from tests.support.support_facts import Mode, Runner
+from tests.support.thorough import IS_THOROUGH
 
 _CHECKOUT = Path(__file__).parents[3]
 _SUPPORT = _CHECKOUT / "tests" / "support"
@@ -184,11 +185,13 @@ class Engines:
             cases_of_pp2 = [*_ENFORCING, cases.mask_midway(["late"]), cases.blocks(["stop"])]
             two = {"pipeline_parallel_size": 2, "worker_extension_cls": RANKED_RECORDER}
             chunks = {"max_num_batched_tokens": 32, "enable_chunked_prefill": True}
-            return [
+            engines = [
                 self._engine("main", "main", cases_of_pp2, **two),
                 self._engine("chunked", "main", [cases.LONG_PROMPTS], **two, **chunks),
-                self._engine("faults", "faults", _FAULTS_OF_PP2, **two | _FAULTS_ON),
             ]
+            if IS_THOROUGH:
+                engines.append(self._engine("faults", "faults", _FAULTS_OF_PP2, **two | _FAULTS_ON))
+            return engines
         if group == "kernel":
             return self._engines_of_a_kernel_that_routes()
         if group == "processes":
