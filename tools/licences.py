@@ -8,6 +8,7 @@ and to write down what was found and why it may stay.
 from __future__ import annotations
 
 import sys
+import sysconfig
 from collections.abc import Iterable, Mapping
 from importlib.metadata import Distribution, distributions
 from typing import Final, NamedTuple
@@ -119,7 +120,9 @@ def refused(found: Iterable[Licence], exempt: Mapping[str, Exempt] = EXEMPT) -> 
 
 
 def installed() -> list[Licence]:
-    return [licence_of(one) for one in distributions() if one.metadata["Name"]]
+    """Of this environment. What a package has copied into itself is that package's."""
+    folders = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    return [licence_of(one) for one in distributions(path=folders) if one.metadata["Name"]]
 
 
 def _parsed(text: str) -> LicenseExpression | None:

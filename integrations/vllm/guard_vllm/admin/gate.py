@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
 from typing import Any, Final
 
 from starlette.responses import JSONResponse
@@ -36,7 +35,6 @@ _HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
 )
-_Headers = list[tuple[bytes, bytes]]
 
 
 def stand_before(app: Any) -> None:
@@ -48,8 +46,8 @@ class AdminGate:
     """ASGI. Other paths pass it as they are.
 
     No other site's page gets to read or change anything: a key travels in a header, which no browser
-    sends by itself, and `Origin` goes no further, so that vLLM's CORS middleware neither answers a
-    preflight nor allows an origin, whatever it is told to allow.
+    sends by itself; and what vLLM's CORS middleware would say, whatever it is told to allow, is not
+    asked for in a preflight, which has no key, and is taken out of every other answer.
     """
 
     def __init__(self, app: Any) -> None:
@@ -65,9 +63,8 @@ class AdminGate:
             await _answer(404, "Not Found")(scope, receive, send)
             return
         method = scope["method"]
-        inner = {**scope, "headers": _without_origin(scope["headers"])}
         if path in _PAGES and method in _LOOKING:
-            await self._app(inner, receive, send)
+            await self._app(scope, receive, send)
             return
         person = _let_in(context, scope)
         if isinstance(person, JSONResponse):
@@ -80,12 +77,11 @@ class AdminGate:
             if wait_s:
                 await _too_many("changes", wait_s)(scope, receive, send)
                 return
-        inner[PERSON] = person
         body = await _body(receive)
         if body is None:
             await _answer(413, f"a body has at most {MAX_BODY_BYTES} bytes")(scope, receive, send)
             return
-        await self._app(inner, _given(body, receive), send)
+        await self._app({**scope, PERSON: person}, _given(body, receive), send)
 
 
 def _let_in(context: AdminContext, scope: Any) -> Person | JSONResponse:
@@ -162,10 +158,6 @@ def _path(scope: Any) -> str:
 
 def _is_ours(path: str) -> bool:
     return path == ROOT or path.startswith(f"{ROOT}/")
-
-
-def _without_origin(headers: Iterable[tuple[bytes, bytes]]) -> _Headers:
-    return [(name, value) for name, value in headers if name.lower() != b"origin"]
 
 
 def _too_many(what: str, wait_s: float) -> JSONResponse:
