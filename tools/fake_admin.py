@@ -93,13 +93,13 @@ class FakeServer:
         nobody = cast(Any, self)
         self.context = AdminContext(settings, self.bus, self.store, nobody, nobody, keys)
 
-    def ask(self, method: str) -> bytes:
-        """In the place of the engine core."""
+    def ask(self, method: str) -> list[bytes]:
+        """In the place of the engine cores."""
         layers = [
             LayerCounts(layer, counts.tolist(), layer_load(layer, counts))
             for layer, counts in enumerate(self._counts_LE)
         ]
-        return encode_counts(ExpertCounts(self._tokens, 16, layers if self.says_experts else []))
+        return [encode_counts(ExpertCounts(self._tokens, 16, layers if self.says_experts else []))]
 
     def route(self, tokens: int, *, attack: bool = False) -> None:
         """Tokens pass through the model; under attack a few experts take much of them."""

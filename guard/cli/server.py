@@ -32,6 +32,9 @@ POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
 START_TIMEOUT_S = 3600.0
 """Large models load for long; vLLM itself ends where it cannot start."""
 
+ENDED_BY_ITSELF = 1
+"""Exit code of a server that ended without being asked to."""
+
 GUARD_TIMEOUT_S = 15.0
 """How long a server that answers may leave open whether its guard is up."""
 
@@ -196,6 +199,7 @@ class GuardedServer:
         self._settings = settings
         self._process = process
         self._is_guarded = False
+        self._is_asked_to_end = False
 
     @property
     def base_url(self) -> str:
@@ -278,6 +282,8 @@ class GuardedServer:
         a hangup, too, once the server has a use for it; before that, it would end it."""
 
         def forward(number: int, _: object) -> None:
+            if number != signal.SIGHUP:
+                self._is_asked_to_end = True
             if number != signal.SIGHUP or self._is_guarded:
                 self._process.send_signal(number)
 
@@ -285,8 +291,10 @@ class GuardedServer:
             signal.signal(number, forward)
 
     def wait(self) -> int:
-        """Until the server ends."""
-        return self._process.wait()
+        """Until the server ends. Its exit code; one that nobody asked to end has failed, whatever vLLM
+        says: where an engine dies that is 0."""
+        code = self._process.wait()
+        return code if code or self._is_asked_to_end else ENDED_BY_ITSELF
 
     def stop(self, timeout_s: float = 30.0) -> None:
         self._process.terminate()

@@ -23,6 +23,8 @@ Cell = int | float | str
 MAX_CELLS: Final = 1 << 24
 MAX_MEMO: Final = 1 << 20
 _MEMO_OPCODES: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+_MAX_SHOWN: Final = 200
+_NO_CELL: Final = "holds a cell that is neither a number nor a text"
 _KINDS: Final = "iufb"
 
 
@@ -50,7 +52,8 @@ def read_frame(data: bytes) -> dict[str, list[Cell]]:
         TypeError,
         ValueError,
     ) as error:
-        raise DiscoverError(f"is no pickled table ({type(error).__name__}: {error})") from error
+        told = ascii(str(error))  # it may quote half of a character
+        raise DiscoverError(f"is no pickled table ({type(error).__name__}: {told})") from error
 
 
 def _refuse_bombs(data: bytes) -> None:
@@ -123,6 +126,9 @@ def _array(data: Any, dtype: Any, shape: Any, order: Any) -> NDArray[Any]:
     if dtype.is_object:
         if not isinstance(data, list) or len(data) != num_cells:
             raise DiscoverError("holds an array that is not as large as it says")
+        # A name is written out: one that is a pair of a pair of the same pair, and so on, has no end.
+        if not all(isinstance(cell, Cell) for cell in data):
+            raise DiscoverError(_NO_CELL)
         flat = np.empty(num_cells, dtype=object)
         flat[:] = data
     else:
@@ -188,9 +194,11 @@ class _Frame(_Kept):
 
 
 def _cell(value: Any) -> Cell:
-    if isinstance(value, int | float | str):
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+        raise DiscoverError("holds a number of more than 64 bits")
+    if isinstance(value, Cell):
         return value
-    raise DiscoverError("holds a cell that is neither a number nor a text")
+    raise DiscoverError(_NO_CELL)
 
 
 def _new_index(_: object, facts: Any) -> _Index:
@@ -228,9 +236,11 @@ class _Reader(pickle.Unpickler):
         try:
             return _NAMES[module, name]
         except KeyError:
+            named = f"{module}.{name}"
+            shown = named if named.isascii() and named.isprintable() else ascii(named)
             raise DiscoverError(
-                f"names {module}.{name}, which no table of numbers needs; it is not read, for reading "
-                "a pickle may run what it names"
+                f"names {shown[:_MAX_SHOWN]}, which no table of numbers needs; it is not read, for "
+                "reading a pickle may run what it names"
             ) from None
 
     def persistent_load(self, pid: Any) -> Any:

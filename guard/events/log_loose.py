@@ -60,7 +60,7 @@ def _kind_of(line: bytes) -> tuple[bool, bool]:
 def is_json(text: bytes) -> bool:
     try:
         msgspec.json.decode(text)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return False
     return True
 
@@ -82,6 +82,8 @@ def _is_truncated(body: bytes) -> bool:
         msgspec.json.decode(body)
     except msgspec.DecodeError as error:
         return "truncated" in str(error)
+    except RecursionError:
+        return False
     return False
 
 

@@ -104,7 +104,7 @@ class OverrideStore:
     def _decode(self, content: bytes, kind: type[_T], name: str) -> _T:
         try:
             return msgspec.json.decode(content, type=kind)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise OverrideError(
                 f"{self.folder / name} cannot be read ({error}); mend it, or take it away and mask "
                 "again"

@@ -28,8 +28,9 @@ from guard.policy.model import (
     Profile,
 )
 from guard.policy.nodes import Node, locate, plain
-from guard.policy.profile_schema import CalibratedThresholdSpec, ProfileDocument
-from guard.policy.references import entry_layers, expert_weights
+from guard.policy.profile_schema import CalibratedThresholdSpec, NeverMaskSpec, ProfileDocument
+from guard.policy.references import MAX_EXPERTS, entry_layers, expert_weights
+from guard.policy.schema import ListedEntrySpec
 from guard.policy.suggest import did_you_mean, one_of, quote
 from guard.policy.texts import Text
 
@@ -57,6 +58,7 @@ class _Builder:
         self._document = document
         self._root = root
         self._named_at = named_at
+        self._spare_experts = MAX_EXPERTS
         self.faults: list[Fault] = []
 
     def build(self) -> Profile:
@@ -91,7 +93,20 @@ class _Builder:
                 location=locate(self._root, ("neverMask", index)),
             )
             for index, entry in enumerate(self._document.never_mask)
+            if self._has_room(entry, ("neverMask", index))
         )
+
+    def _has_room(self, entry: ListedEntrySpec | NeverMaskSpec, path: _Path) -> bool:
+        """Whether an entry may be written out. A short one can stand for millions of experts."""
+        layers = 1 if entry.layer is not None else sum(map(len, entry.layers or ()))
+        weights = entry.weights if isinstance(entry, ListedEntrySpec) else None
+        experts = sum(map(len, entry.experts or ())) if weights is None else len(weights)
+        had_room = self._spare_experts >= 0
+        self._spare_experts -= layers * experts
+        if had_room and self._spare_experts < 0:
+            text = f"the profile's sets and neverMask have more than {MAX_EXPERTS} experts"
+            self._fault(path, f"{text}; take some out")
+        return self._spare_experts >= 0
 
     def _protective(self, sets: Mapping[str, ExpertSet]) -> Iterator[NeverMask]:
         """Masking what makes a model refuse is an attack, so it takes a word to that effect."""
@@ -120,6 +135,7 @@ class _Builder:
                     not_to_mask,
                 )
                 for index, entry in enumerate(entries)
+                if self._has_room(entry, (*path, index))
             ]
             sets[name] = ExpertSet(name, tuple(built), locate(self._root, path, key=True))
         return sets

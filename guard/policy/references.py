@@ -69,14 +69,23 @@ def expert_weights(entry: ListedEntrySpec) -> dict[int, float]:
     """Expert id -> weight of one entry of a set; 1.0 where it gives none."""
     if entry.weights is not None:
         return {expert_id: weight + 0.0 for expert_id, weight in sorted(entry.weights.items())}
-    return dict.fromkeys(sorted({id_ for ids in entry.experts or () for id_ in ids}), 1.0)
+    return dict.fromkeys(_united(entry.experts or ()), 1.0)
 
 
 def entry_layers(entry: ListedEntrySpec) -> tuple[int, ...]:
     """The layers of one entry of a set, ascending, each once."""
     if entry.layer is not None:
         return (entry.layer,)
-    return tuple(sorted({number for numbers in entry.layers or () for number in numbers}))
+    return tuple(_united(entry.layers or ()))
+
+
+def _united(ranges: Iterable[range]) -> Iterator[int]:
+    """Their numbers, ascending, each once. Ranges that overlap are not gone through again."""
+    following = 0
+    for numbers in sorted(ranges, key=lambda one: one.start):
+        first = max(numbers.start, following)
+        yield from range(first, numbers.stop)
+        following = max(following, numbers.stop)
 
 
 def _name_faults(root: Node, key: str, what: str) -> Iterator[Fault]:

@@ -126,6 +126,7 @@ class PolicyWatcher:
         if found != revision:
             self._put_in_force(texts)
             return
+        self._keep()  # of a bundle, that this one is in force now
         if overlay is not None:
             overlay.keep(texts)
         if is_asked or self._is_refused:

@@ -153,7 +153,7 @@ def decode_header(line: bytes, file: str) -> TraceHeader:
         )
     try:
         on_file = msgspec.json.decode(line, type=_HeaderOnFile)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise TraceError(f"{file}: is no trace: its first line is not its header ({error})") from error
     if on_file.format != FORMAT:
         raise TraceError(f"{file}: is no trace: its format is {on_file.format[:60]!r}, not {FORMAT!r}")

@@ -83,7 +83,7 @@ class TraceReader:
     def _request(self, facts_json: bytes, packed: bytes, num_raw: int) -> TracedRequest:
         try:
             facts = msgspec.json.decode(facts_json, type=RequestFactsOnFile)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise self._error(f"a request's facts cannot be read ({error})") from error
         header = self.header
         if not facts.prompt >= 1 or not 0 <= facts.positions <= MAX_POSITIONS:

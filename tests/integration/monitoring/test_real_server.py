@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from guard.cli.demonstration.assets import find_assets
+from guard.fault_injection import ALLOW_VARIABLE, FAULTS_VARIABLE
 from tests.integration.server.conftest import Server, serving
 from tools.accounting import Listener, by_key, counted, logged, series
 from tools.mixed_load import TENANT_HEADER, MixedLoad, Seen
@@ -31,6 +32,9 @@ LISTENERS = 4
 
 PATIENCE_S = 60.0
 SCRAPE_S = 3
+LOST_LINE = 1_500
+"""Of the decision log: its thread fails there, later than the first load."""
+
 EMPTY_AT_REST = {"alert MoeGuardMissing", "alert MoeGuardAbsent"}
 """Alerts about series that are not there; see `test_queries.py`."""
 
@@ -69,8 +73,8 @@ class Scene:
         url, body = f"{self.server.address}/collective_rpc", {"method": method, "args": list(args)}
         httpx.post(url, json=body, timeout=60).raise_for_status()
 
-    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE_S
+    def wait_for(self, condition: Callable[[], bool], what: str, times: int = 1) -> None:
+        deadline = time.monotonic() + times * PATIENCE_S
         while not condition():
             assert time.monotonic() < deadline, what
             time.sleep(0.3)
@@ -122,7 +126,11 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             find_assets().model,
             *options,
             policies=policies,
-            environment={"VLLM_SERVER_DEV_MODE": "1"},  # by which a test reaches the worker
+            environment={
+                "VLLM_SERVER_DEV_MODE": "1",  # by which a test reaches the worker
+                FAULTS_VARIABLE: f"decision_log@{LOST_LINE}",
+                ALLOW_VARIABLE: "1",
+            },
         ) as server,
         running(
             prometheus_folder,
@@ -231,3 +239,16 @@ def test_a_blind_layer_raises_its_alerts_until_it_reports_again(scene: Scene) ->
         scene.wait_for(lambda: alerts <= scene.alerts(), "both alerts fire")
         scene.call_worker("clear_routing_faults")
         scene.wait_for(lambda: not alerts & scene.alerts(), "the guard sees all layers again")
+
+
+def test_a_fault_in_the_thread_that_writes_decisions_raises_its_alert(scene: Scene) -> None:
+    with load_going_on(scene.server):
+        scene.wait_for(lambda: "MoeGuardEventsDropped" in scene.alerts(), "the alert fires", 10)
+    dropped = series(scene.server.address, "moe_guard_events_dropped_total", "stage")
+    assert +dropped == {("decision_log",): 1}
+
+    def is_told() -> bool:
+        lines = len(logged(scene.server.decision_log))
+        return lines == counted(scene.server.address).total() - 1
+
+    scene.wait_for(is_told, "the log lacks that line alone")

@@ -308,6 +308,20 @@ def test_a_termination_is_passed_on_while_the_server_still_loads(
 
 
 @pytest.mark.usefixtures("handlers")
+def test_a_server_that_nobody_asked_to_end_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's exit code is 0 where an engine died."""
+    guarded = watched(monkeypatch, FakeProcess(), lambda _: None)
+    guarded.forward_signals()
+    assert guarded.wait() == 1
+
+    signal.raise_signal(signal.SIGHUP)
+    assert guarded.wait() == 1
+
+    signal.raise_signal(signal.SIGTERM)
+    assert guarded.wait() == 0
+
+
+@pytest.mark.usefixtures("handlers")
 def test_a_hangup_is_passed_on_once_the_server_is_guarded_and_ends_nothing_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

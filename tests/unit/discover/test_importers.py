@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import struct
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guard.discover.errors import DiscoverError
-from guard.discover.frames import read_frame
+from guard.discover.frames import _cell, read_frame
 from guard.discover.importers import FORMATS, as_profile_sets, import_sets
 
 FRAME = Path(__file__).parent / "data" / "steermoe_like.pkl"
@@ -79,6 +80,38 @@ def test_a_table_whose_columns_are_fewer_than_it_says_is_refused() -> None:
 def test_what_would_fill_the_memory_is_refused_first(content: bytes, message: str) -> None:
     with pytest.raises(DiscoverError, match=message):
         read_frame(content)
+
+
+def test_a_name_with_half_of_a_character_is_told_so_that_it_can_be_shown() -> None:
+    content = (
+        pickle.BINUNICODE + struct.pack("<I", 3) + b"\xed\xa0\x80" + pickle.SHORT_BINUNICODE + b"\1x"
+    )
+    with pytest.raises(DiscoverError, match=r"names '\\ud800\.x', which") as refused:
+        read_frame(pickle.PROTO + b"\4" + content + pickle.STACK_GLOBAL + pickle.STOP)
+    str(refused.value).encode()
+
+
+def test_a_tuple_in_the_place_of_a_name_is_refused_before_it_is_written_out() -> None:
+    """Each of forty holds the next one twice."""
+    content = FRAME.read_bytes()
+    place = content.index(b"task") - 2
+    tuples = pickle.EMPTY_TUPLE + 40 * (pickle.DUP + pickle.TUPLE2)
+    changed = content[:place] + tuples + content[place + 6 :]
+    with pytest.raises(DiscoverError, match="neither a number nor a text"):
+        read_frame(_without_frames(changed, at=place))
+
+
+def _without_frames(content: bytes, at: int) -> bytes:
+    """The bytes of a pickle whose only frame begins ahead of `at`, without that frame's length."""
+    start = content.index(pickle.FRAME)
+    assert start < at
+    return content[:start] + content[start + 9 :]
+
+
+def test_a_number_of_any_length_is_no_cell() -> None:
+    with pytest.raises(DiscoverError, match="more than 64 bits"):
+        _cell(10**400)
+    assert [_cell(number) for number in (2**64 - 1, -(2**63))] == [2**64 - 1, -(2**63)]
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

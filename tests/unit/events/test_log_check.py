@@ -165,6 +165,10 @@ def test_without_a_known_head_only_what_looks_like_an_older_or_a_cut_log_is_none
         ([*PLAIN[:3], OTHER[0], *PLAIN[3:]], ["file-0:4 spliced", "file-0:5 spliced"]),
         ([*PLAIN[:3], record(5), record(6), *PLAIN[3:]], ["file-0:4 unchained"]),
         ([*PLAIN[:3], b"{\n", *PLAIN[3:]], ["file-0:4 inserted"]),
+        (
+            [*PLAIN[:3], b'{"a":' + b"[" * 9000 + b"]" * 9000 + b"}\n", *PLAIN[3:]],
+            ["file-0:4 inserted"],
+        ),
         ([*PLAIN[:3], b"{", *PLAIN[3:]], ["file-0:4 changed"]),
         ([*PLAIN[:3], PLAIN[3][:-1], *PLAIN[4:]], ["file-0:4 changed", "file-0:5 missing"]),
         ([*PLAIN[:3], PLAIN[3][1:], *PLAIN[4:]], ["file-0:4 inserted", "file-0:5 missing"]),

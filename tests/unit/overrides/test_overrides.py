@@ -309,6 +309,13 @@ def test_the_state_is_its_owners_alone_and_damage_is_said(store: OverrideStore) 
         store.read()
 
 
+def test_what_is_nested_without_end_is_damage(store: OverrideStore) -> None:
+    store.keep_texts(texts())
+    (store.folder / "policies-in-force.json").write_text('{"x":' + "[" * 5000)
+    with pytest.raises(OverrideError, match=r"policies-in-force\.json cannot be read"):
+        store.texts()
+
+
 def test_a_folder_that_cannot_be_used_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OverrideError, match=r"the state folder .* cannot be used"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guard.policy import PolicyError, PolicySet, parse_policies
-from tools import fuzz_policies
+from tools.fuzz import policies as fuzz_policies
 
 DOCUMENT = """\
 apiVersion: moe-guard/v1

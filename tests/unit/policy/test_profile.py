@@ -261,3 +261,14 @@ def test_the_revision_follows_what_a_profile_says_not_where_it_lies(tmp_path: Pa
     first = load(here, harmless).revision
     assert load(elsewhere, "\n\n" + harmless).revision == first
     assert load(here, harmless, profile=PROFILE | {"neverMask": longer}).revision != first
+
+
+@pytest.mark.parametrize("key", ["sets", "neverMask"])
+def test_a_short_profile_does_not_stand_for_millions_of_experts(key: str) -> None:
+    entry = {"layers": "0-4095", "experts": ["0-65535"] * 1024}
+    document = {key: {"s": [entry] * 3} if key == "sets" else [entry] * 3}
+    text = json.dumps(PROFILE | {"model": {"architecture": "X"}} | document)
+    with pytest.raises(PolicyError) as caught:
+        load_profile(Text("m.json", text), Location("p.yaml", 1, 1))
+    (fault,) = caught.value.faults
+    assert "more than 1048576 experts; take some out" in fault.message

@@ -7,6 +7,7 @@ import os
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -100,6 +101,26 @@ def test_an_older_bundle_is_refused_after_a_restart_too_and_let_where_it_may(
     assert files(back) == ["bundle.tar.gz/policies/one.yaml"]
     source.keep()
     assert files(kept(address)) == ["bundle.tar.gz/policies/one.yaml"]
+
+
+def test_a_newer_bundle_of_the_policies_in_force_moves_the_order_on(
+    host: Host, address: BundleAddress
+) -> None:
+    host.documents = {PATH: ONE}
+    texts, source = fetch_at_start(address)
+    source.keep()
+    revision = load_texts(texts).revision
+    watcher = PolicyWatcher(source, unasked, lambda: revision, Failures())
+    host.documents = {PATH: signed(3, one=policy("one"))}
+
+    watcher.turn(is_asked=True)
+
+    host.documents = {PATH: TWO}
+    assert "has serial 2, older than 3" in refusal(source)
+
+
+def unasked(load: object) -> NoReturn:
+    raise AssertionError("it is in force already")
 
 
 def test_without_a_state_folder_the_order_holds_while_the_server_runs(

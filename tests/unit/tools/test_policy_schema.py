@@ -12,7 +12,8 @@ from jsonschema import Draft7Validator
 from guard.policy import parse_policies
 from guard.policy.nodes import plain
 from guard.policy.yaml12 import read_documents
-from tools import fuzz_policies, policy_schema
+from tools import policy_schema
+from tools.fuzz import policies as fuzz_policies
 from tools.policy_schema import FOLDER, schemas, stale
 
 ROOT = FOLDER.parent.parent

@@ -228,6 +228,10 @@ HOSTILE = {
         "an expert that the model does not have",
     ),
     "facts that are no JSON": (block(b"\x80\x04K\x01.", bytes(ONE_POSITION)), "facts cannot be read"),
+    "facts without end": (
+        block(b'{"x":' + b"[" * 5000 + b"]" * 5000 + b',"prompt":1,"positions":0}', b""),
+        "facts cannot be read",
+    ),
     "facts of another kind": (block(b'{"prompt":"x","positions":1}', b""), "facts cannot be read"),
     "unseen positions elsewhere": (
         block(b'{"prompt":1,"positions":1,"unseen":[[0,9]]}', bytes(ONE_POSITION)),
@@ -302,8 +306,9 @@ def test_damaged_token_ids_are_refused_with_their_place(
             "no sound list of MoE layers",
         ),
         (b"x" * (1 << 21), "has no end"),
+        (b'{"x":' + b"[" * 5000 + b"]" * 5000 + b"}\n", "not its header"),
     ],
-    ids=["empty", "no keys", "numpy", "format", "version", "layers", "endless"],
+    ids=["empty", "no keys", "numpy", "format", "version", "layers", "endless", "nested"],
 )
 def test_what_is_no_trace_is_refused(tmp_path: Path, line: bytes, message: str) -> None:
     path = tmp_path / "a.moetrace"

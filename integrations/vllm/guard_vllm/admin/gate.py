@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse
 from guard_vllm.admin.context import AdminContext, admin_context
 from guard_vllm.admin.keys import Person
 from guard_vllm.admin.limits import caller_of
-from guard_vllm.steps import wrap
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,8 @@ _HEADERS: Final = (
 
 def stand_before(app: Any) -> None:
     """Hang the gate around all that the app consists of when it is first asked. app: FastAPI's"""
-    wrap(app, "build_middleware_stack", lambda stock: AdminGate(stock()))
+    stock = app.build_middleware_stack  # Starlette's, so no seam of vLLM
+    app.build_middleware_stack = lambda: AdminGate(stock())
 
 
 class AdminGate:

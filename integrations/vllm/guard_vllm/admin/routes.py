@@ -8,8 +8,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
-from fastapi import APIRouter, Depends, Query, Request
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, Depends, HTTPException, Query, Request
 
 from guard.errors import GuardError
 from guard.events.load import LayerCounts, decode_counts, of_all_engines

@@ -17,7 +17,12 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", "workers are up, no scheduler yet"),
     Seam("vllm.entrypoints.llm", "LLM", "reloads policies, records", has=("llm_engine",)),
     Seam("vllm.v1.engine.llm_engine", "LLMEngine", "reloads policies", has=("engine_core",)),
-    Seam("vllm.v1.engine.async_llm", "AsyncLLM", "reloads policies", has=("engine_core",)),
+    Seam(
+        "vllm.v1.engine.async_llm",
+        "AsyncLLM",
+        "reloads policies, traces decisions where requests are traced",
+        has=("engine_core", "observability_config", "output_processor"),
+    ),
     Seam("vllm.v1.engine.core_client", "AsyncMPClient", "the first reloads", has=("client_index",)),
     Seam("vllm.v1.engine.core_client", "InprocClient", "reloads policies", has=("engine_core",)),
     Seam(
@@ -36,12 +41,6 @@ SEAMS: tuple[Seam, ...] = (
     Seam("vllm.v1.engine.async_llm", "AsyncLLM.__init__", "opens the bus", leading=("vllm_config",)),
     Seam("vllm.v1.engine.async_llm", "AsyncLLM.get_supported_tasks", "asked before it serves"),
     Seam("vllm.v1.engine.async_llm", "AsyncLLM.shutdown", "its watch of the policies ends"),
-    Seam(
-        "vllm.v1.engine.async_llm",
-        "AsyncLLM",
-        "decisions are traced where requests are",
-        has=("observability_config", "output_processor"),
-    ),
     Seam(
         "vllm.v1.engine.output_processor",
         "OutputProcessor.add_request",

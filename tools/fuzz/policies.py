@@ -1,30 +1,25 @@
-"""Fuzzes the loader of policies, set files and profiles for a while, and counts.
-
-python -m tools.fuzz_policies                # for ten minutes
-python -m tools.fuzz_policies --seconds 30
+"""Policies, set files and profiles: edits of three documents that hang together.
 
 Whatever the files hold, loading returns a policy set or raises PolicyError whose faults have a message
-and a place in a file that was given; of a policy set, lint and the comparison of two say something.
-Anything else ends the run with the smallest files that hypothesis finds for it.
+and a place in a file that was given; of a policy set, lint and the comparison of two say something. In
+a server nothing but a good set comes into force.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from guard.policy import Fault, PolicyError, PolicySet, load_texts
+from guard.policy import Fault, PolicyError, PolicySet, PolicyTexts, load_texts
 from guard.policy.diff import compare
 from guard.policy.lint import lint
 from guard.policy.texts import Text, with_profiles
+from tools.fuzz.part import Part, Parts
+from tools.fuzz.policy_server import PolicyServer
 
 POLICY: Final = """\
 apiVersion: moe-guard/v1
@@ -159,10 +154,14 @@ def edited(edits: list[Edit]) -> tuple[str, ...]:
     return tuple("".join(tokens) for tokens in documents)
 
 
+def texts_of(policy: str, sets: str, profile: str) -> PolicyTexts:
+    named = [Text("p.yaml", policy), Text("sets.yaml", sets)]
+    return with_profiles(named, lambda path: Text(str(path), profile))
+
+
 def load(policy: str, sets: str, profile: str) -> PolicySet | None:
     """None where the files were refused. Raises AssertionError for a fault without a place."""
-    texts = [Text("p.yaml", policy), Text("sets.yaml", sets)]
-    read = with_profiles(texts, lambda path: Text(str(path), profile))
+    read = texts_of(policy, sets, profile)
     try:
         return load_texts(read)
     except PolicyError as error:
@@ -198,45 +197,16 @@ def judge(policies: PolicySet) -> None:
     assert bool(compare(policies, _UNEDITED)) == (policies.revision != _UNEDITED.revision)
 
 
-def run(seconds: float) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    end = time.monotonic() + seconds
-    round_number = 0
-    while time.monotonic() < end:
-        round_number += 1
+def parts(_: Path) -> Parts:
+    server = PolicyServer(texts_of(*DOCUMENTS))
 
-        @seed(round_number)
-        @settings(
-            max_examples=2000,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(st.lists(EDITS, min_size=1, max_size=3))
-        def one(edits: list[Edit]) -> None:
-            if time.monotonic() > end:
-                return
-            loaded = load(*edited(edits))
-            counts["executions"] += 1
-            counts["refused" if loaded is None else "loaded"] += 1
-            if loaded is not None:
-                judge(loaded)
+    def read(edits: list[Edit]) -> None:
+        texts = texts_of(*edited(edits))
+        try:
+            judge(server.take(lambda: texts))
+        except PolicyError as error:
+            check(error.faults, [*texts.policies, *texts.profiles])
+            raise
 
-        one()
-    return counts
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=600.0)
-    options = parser.parse_args()
-    begin = time.monotonic()
-    counts = run(options.seconds)
-    took = time.monotonic() - begin
-    said = ", ".join(f"{number} {what}" for what, number in counts.items())
-    print(f"{took:.0f} s: {said}; no uncaught exception, no fault without a place")
-
-
-if __name__ == "__main__":
-    assert Path("guard").is_dir(), "run it in the repository's root"
-    main()
+    edits = st.lists(EDITS, min_size=1, max_size=3)
+    return {"files": Part(edits, read, (PolicyError,), server.state)}
