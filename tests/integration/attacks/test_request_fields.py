@@ -170,7 +170,7 @@ def test_a_label_that_is_nearly_that_of_the_exception_is_another(
 
 
 def test_a_label_with_characters_that_no_label_has_is_refused(http: httpx.Client) -> None:
-    """Full-width letters: headers are read as latin-1, in which some of their bytes are no characters."""
+    """Full-width letters: headers are read as latin-1, where some of their bytes are none."""
     headers = [(b"x-tenant", b"output"), (b"x-team", "\uff52\uff45\uff44".encode())]
     answer = http.post(COMPLETIONS, json=body_of(COMPLETIONS), headers=headers)
     assert answer.status_code == 400
