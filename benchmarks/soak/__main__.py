@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -184,12 +183,12 @@ def measure(place: Place, minutes: float, faults: str) -> Outcome:
             ends = time.monotonic() + 60 * minutes
             load = MixedLoad(f"{server.base_url}/v1", "demo")
             seen = load.run(until=lambda: time.monotonic() >= ends)
+            queries = [*rule_queries(), *dashboard_queries()]
+            found = check(prometheus, queries)  # at once: rates look back a minute
             done.set()
             for worker in workers:
                 worker.join()
             outcome = account(server.base_url, place, seen, minutes)
-            queries = [*rule_queries(), *dashboard_queries()]
-            found = check(prometheus, queries)
             outcome.queries, outcome.silent_queries = len(queries), [*found.broken, *found.empty]
             outcome.alerts = sorted({alert["labels"]["alertname"] for alert in alerts(prometheus)})
     outcome.made = dict(disturbances.made)
@@ -226,7 +225,13 @@ def account(address: str, place: Place, seen: Seen, minutes: float) -> Outcome:
         differ.append(f"log beyond counters: {dict(more)}, counters beyond log: {dict(fewer)}")
     return Outcome(
         minutes=minutes,
-        seen={name: _plain(value) for name, value in asdict(seen).items()},
+        seen={
+            "engine_requests": seen.engine_requests,
+            "kinds": dict(seen.kinds),
+            "endings": dict(seen.endings),
+            "stops": dict(seen.stops),
+            "errors": dict(seen.errors),
+        },
         made={},
         outcomes={name: count for (name,), count in outcomes.items()},
         decisions=counted(address).total(),
@@ -238,10 +243,6 @@ def account(address: str, place: Place, seen: Seen, minutes: float) -> Outcome:
         accounts_differ=differ,
         slopes={},
     )
-
-
-def _plain(value: object) -> object:
-    return dict(value) if isinstance(value, Counter) else value
 
 
 def verifies(place: Place) -> bool:

@@ -89,7 +89,7 @@ class Disturbances:
         self._call("POST", "/masks", body)
 
     def _mode(self) -> None:
-        mode = "enforce" if self.made["mode"] % 2 else "written"
+        mode = "audit" if self.made["mode"] % 2 else "enforce"
         self._call("PUT", f"/policies/{MODED}/mode", {"mode": mode, "reason": "soak"})
 
     def _call(self, method: str, path: str, body: dict[str, Any]) -> None:
