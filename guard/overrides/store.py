@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ import msgspec
 
 from guard.overrides.model import OverrideError, Overrides
 from guard.policy.texts import PolicyTexts
+from guard.whole_file import write_whole
 
 OVERRIDES: Final = "overrides.json"
 IN_FORCE: Final = "policies-in-force.json"
@@ -113,17 +113,7 @@ class OverrideStore:
     def _write(self, name: str, content: bytes) -> None:
         """Whole or not at all."""
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder)  # made with 0600
-            try:
-                with os.fdopen(handle, "wb") as stream:
-                    stream.write(content)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(temporary, self.folder / name)
-            except OSError:
-                os.unlink(temporary)
-                raise
+            write_whole(self.folder / name, content)
         except OSError as error:
             raise self._unusable(error) from error
 

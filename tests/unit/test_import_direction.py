@@ -19,6 +19,7 @@ LAYERS: dict[str, set[str]] = {
     "guard": set(),
     "guard.errors": set(),
     "guard.failures": set(),
+    "guard.whole_file": set(),
     "guard.fault_injection": {"guard.failures"},
     "guard.policy": set(),
     "guard.program": {"guard.policy"},
@@ -41,8 +42,8 @@ LAYERS: dict[str, set[str]] = {
         "guard.policy",
         "guard.program",
     },
-    "guard.source": {"guard.failures", "guard.policy"},
-    "guard.overrides": {"guard.failures", "guard.policy"},
+    "guard.source": {"guard.failures", "guard.policy", "guard.whole_file"},
+    "guard.overrides": {"guard.failures", "guard.policy", "guard.whole_file"},
     "guard.discover": {"guard.policy", "guard.program", "guard.trace", "guard.offline"},
     "guard.prepared": {"guard.policy", "guard.program", "guard.device"},
     "guard.runtime": {
@@ -65,6 +66,7 @@ ARRAYS = {"numpy", "torch"}
 FOREIGN: dict[str, set[str]] = {
     "guard": ARRAYS,
     "guard.errors": ARRAYS,
+    "guard.whole_file": ARRAYS,
     "guard.policy": ARRAYS,
     "guard.source": ARRAYS,
     "guard.overrides": ARRAYS,
