@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +21,10 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # Engines of tiny models run side by side: a second thread of one would mostly be waited for.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+# Inductor's pool of compilers lives as long as the process, and then fails whichever test it is
+# collected under, as a process that nobody waited for.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # No deadline, since the machine is shared with running engines. In CI the examples are the same at
 # each run: a failure there is the change's fault.
@@ -86,3 +92,22 @@ def support_record(request: pytest.FixtureRequest) -> SupportRecord:
     whole run recorded.
     """
     return _recorder.record(request.node.nodeid)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A test that changes what is logged would fail another one, far away, that reads log lines."""
+    before = _logging_state()
+    yield
+    after = _logging_state()
+    assert after == {**after, **before}, "the test changed the logging of its process"
+
+
+def _logging_state() -> dict[str, tuple[int, bool, bool]]:
+    loggers = logging.Logger.manager.loggerDict
+    state = {
+        name: (logger.level, logger.propagate, logger.disabled)
+        for name, logger in loggers.items()
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] in ("guard", "guard_vllm")
+    }
+    return {**state, "everything": (logging.Logger.manager.disable, True, False)}

@@ -163,6 +163,9 @@ def serving(
             assert time.monotonic() < deadline, f"the server did not start:\n{tail}"
             time.sleep(0.5)
         yield server
+        assert process.poll() is None, (
+            f"the server ended:\n{log_path.read_text(errors='replace')[-8000:]}"
+        )
     finally:
         client.close()
         process.terminate()
