@@ -10,15 +10,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from guard.events.chained_log import ChainedLog, LogChangedError
 from guard.events.log_anchor import Anchor
-from guard.events.log_file import DecisionLogError, LogLimits
+from guard.events.log_file import Appended, DecisionLogError, LogFile, LogLimits
 from guard.events.log_key import KeyFile, LogKeyError, SealingKey, read_key
 from tests.unit.events.chains import (
     check,
@@ -107,7 +108,25 @@ def killed_in_a_line(after: int) -> Iterator[None]:
 
 @contextmanager
 def killed_between_line_and_key() -> Iterator[None]:
-    with mock.patch.object(KeyFile, "write", side_effect=Killed):
+    """Not before the line: the key may be written then too, of a line that others left."""
+    write_line, write_key = LogFile.write, KeyFile.write
+    is_written = False
+
+    def write_line_and_note(file: LogFile, line: bytes) -> Appended:
+        nonlocal is_written
+        done = write_line(file, line)
+        is_written = True
+        return done
+
+    def die_behind_the_line(file: KeyFile, *arguments: Any) -> None:
+        if is_written:
+            raise Killed
+        write_key(file, *arguments)
+
+    with (
+        mock.patch.object(LogFile, "write", write_line_and_note),
+        mock.patch.object(KeyFile, "write", die_behind_the_line),
+    ):
         yield
 
 
@@ -129,6 +148,7 @@ STEPS = st.one_of(
     max_bytes=st.sampled_from([1, 400, 900, 4000, None]),
     is_sealed=st.booleans(),
 )
+@example(steps=[("disk full", 0, 320), ("killed before the key", 0, 0)], max_bytes=1, is_sealed=True)
 def test_whatever_writers_are_killed_in_the_chain_has_no_fault_and_no_line_is_lost(
     steps: list[Step], max_bytes: int | None, is_sealed: bool
 ) -> None:
