@@ -39,12 +39,13 @@ class Desk:
     def __init__(self, store: OverrideStore, put_in_force: PutInForce) -> None:
         self._store = store
         self._put_in_force = put_in_force
+        self._loaded: tuple[PolicyTexts, PolicySet] | None = None  # the last ones
 
     def take(self, texts: PolicyTexts) -> Result:
         """Another policy set, under the overrides that there are. Raises OverrideError."""
         with self._store.locked():
             overrides = self._store.read()
-            result = self._put_in_force(lambda: apply_overrides(load_texts(texts), overrides))
+            result = self._put_in_force(lambda: apply_overrides(self._load(texts), overrides))
             if result.fault is None:
                 self._store.keep_texts(texts)
             return result
@@ -57,7 +58,7 @@ class Desk:
 
     def revision_of(self, texts: PolicyTexts) -> str:
         """Of the set under the overrides that there are. Raises PolicyError, OverrideError."""
-        return apply_overrides(load_texts(texts), self._store.read()).revision
+        return apply_overrides(self._load(texts), self._store.read()).revision
 
     def change(self, edit: Callable[[Overrides], Overrides]) -> tuple[Overrides, Result]:
         """Other overrides over the policies in force; what is refused is not kept.
@@ -75,7 +76,7 @@ class Desk:
                     f"{self._store.folder} does not say which policies are in force; restart the "
                     "server with this state folder"
                 )
-            policies = load_texts(texts)
+            policies = self._load(texts)
             check_new_modes(policies, before, changed)
             result = self._put_in_force(lambda: apply_overrides(policies, changed))
             if result.fault is None:
@@ -105,6 +106,13 @@ class Desk:
         for mask_id in ended:
             self._store.audit("moe-guard", "unmask", "its time is over", "done", mask=mask_id)
         return ended
+
+    def _load(self, texts: PolicyTexts) -> PolicySet:
+        """Parsed once: it takes longer than all else of an operator's change. Raises PolicyError."""
+        last = self._loaded
+        if last is None or last[0] != texts:
+            last = self._loaded = (texts, load_texts(texts))
+        return last[1]
 
 
 class Expiry:

@@ -13,6 +13,8 @@ from guard.policy.suggest import quote
 
 MAX_DEPTH: Final = 64
 
+_JSON = json.JSONDecoder()
+
 _TOKEN = re.compile(r'[ \t\r\n]*([{}\[\],:]|"(?:[^"\\]|\\.)*"|[^\s,:\[\]{}"]+)')
 
 
@@ -74,7 +76,8 @@ class _Reader:
             return MapNode(self._entries(depth), place)
         if token == "[":
             return ListNode(self._items(depth), place)
-        scalar: Value = json.loads(token)
+        scalar: Value
+        scalar, _ = _JSON.raw_decode(token)
         return ScalarNode(scalar, place)
 
     def _items(self, depth: int) -> tuple[Node, ...]:
@@ -91,7 +94,7 @@ class _Reader:
         while token != "}":
             if token == ",":
                 token = self._next()
-            key, place = json.loads(token), self._here()
+            (key, _), place = _JSON.raw_decode(token), self._here()
             if key in entries:
                 first = entries[key].key_location
                 text = f"the key {quote(key)} is already given at line {first.line}; keep one of them"

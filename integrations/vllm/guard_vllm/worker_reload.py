@@ -66,7 +66,6 @@ class WorkerReload(Generic[Status]):
                 if data is not None:
                     self._prepared = None
                     self._preparing = self._guard.prepare_in_parts(decode_program(data))
-                    return Answer(None)
                 if self._preparing is None:
                     raise ReloadRefusedError("nothing is being prepared")
                 prepared = next(self._preparing, self._prepared)

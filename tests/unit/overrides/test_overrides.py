@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import guard.overrides.desk
 from guard.failures import Failures
 from guard.overrides.apply import apply_overrides
 from guard.overrides.desk import Desk, Expiry
@@ -25,7 +26,7 @@ from guard.overrides.model import (
     parse_experts,
 )
 from guard.overrides.store import AUDIT, OverrideStore
-from guard.policy import PolicyError, PolicySet, PolicyTexts, parse_policies
+from guard.policy import PolicyError, PolicySet, PolicyTexts, load_texts, parse_policies
 from guard.policy.model import Mask, Mode
 from guard.policy.texts import Text
 from guard.program.applicability import RequestFacts, client_ids, rules_for
@@ -114,6 +115,28 @@ def test_durations_add_up(days: int, hours: int, minutes: int, seconds: int) -> 
     text = f"{days}d{hours}h{minutes}m{seconds}s"
     wanted = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
     assert parse_duration(text) == wanted
+
+
+def test_policies_are_parsed_once_however_often_masks_change(
+    desk: Desk, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[PolicyTexts] = []
+
+    def parse(found: PolicyTexts) -> PolicySet:
+        parsed.append(found)
+        return load_texts(found)
+
+    monkeypatch.setattr(guard.overrides.desk, "load_texts", parse)
+    first, other = texts("a"), texts("b")
+    desk.change(lambda _: masked((1, 3)))
+    desk.change(lambda _: Overrides())
+    desk.take(first)
+    assert parsed == [first]
+
+    assert desk.take(other).revision == desk.revision_of(other) == engines.in_force.revision
+    desk.change(lambda _: masked((1, 3)))
+    assert parsed == [first, other]
+    assert [policy.name for policy in engines.in_force.policies if policy.name in "ab"] == ["b"]
 
 
 @pytest.mark.parametrize("text", ["", "2", "h", "2 hours", "-1h", "1h2d"])
