@@ -14,10 +14,10 @@ import typer
 
 from guard.cli.output import err, fail, out
 from guard.errors import GuardError
-from guard.events.log_anchor import Anchor
-from guard.events.log_check import LogCheck, Report
-from guard.events.log_findings import MAX_FINDINGS
-from guard.events.log_key import SealingKey, make_key_files, read_key, verification_of
+from guard.events.log.anchor import Anchor
+from guard.events.log.check import LogCheck, Report
+from guard.events.log.findings import MAX_FINDINGS
+from guard.events.log.key import SealingKey, make_key_files, read_key, verification_of
 
 log = typer.Typer(help="Seal and verify decision logs.", no_args_is_help=True)
 

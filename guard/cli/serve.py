@@ -11,7 +11,7 @@ import typer
 from guard.cli.output import err, fail
 from guard.cli.server import GuardedServer, ServerSettings
 from guard.errors import GuardError
-from guard.events.log_file import KEEP
+from guard.events.log.file import KEEP
 from guard.source.remote import is_url
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from guard.errors import GuardError, NotLiveError
-from guard.events.log_file import KEEP, SYNC
-from guard.events.log_key import KeyFile
+from guard.events.log.file import KEEP, SYNC
+from guard.events.log.key import KeyFile
 from guard.events.webhooks import read_webhooks
 from guard.policy import PolicyError, load_policies
 from guard.program.compile import check_observe_only, compile_policies

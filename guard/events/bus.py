@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from guard.events.decision_log import DecisionLog
-from guard.events.log_file import LogLimits
+from guard.events.log.decision_log import DecisionLog
+from guard.events.log.file import LogLimits
 from guard.events.message import Decision, Delta, Health, Hello, Load, News, decode, serial_of
 from guard.events.metrics import GuardMetrics
 from guard.failures import Failures, Stage

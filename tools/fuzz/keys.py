@@ -14,7 +14,7 @@ from guard_vllm.labels import MAX_LABELS, ApiKeyLabels, LabelError, check_labels
 from hypothesis import strategies as st
 
 from guard.errors import GuardError
-from guard.events.log_key import LogKeyError, make_key_files, read_key
+from guard.events.log.key import LogKeyError, make_key_files, read_key
 from guard.events.webhooks import WebhookError, read_webhooks
 from guard.source.signature import PolicyKeyError, PolicyKeys
 from tools.fuzz.mutation import mostly, mutated

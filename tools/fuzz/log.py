@@ -15,11 +15,11 @@ from typing import Final, Literal, NamedTuple
 
 from hypothesis import strategies as st
 
-from guard.events.log_anchor import Anchor
-from guard.events.log_chain import NO_HASH, Head, chained
-from guard.events.log_check import LogCheck, Report
-from guard.events.log_findings import MAX_FINDINGS
-from guard.events.log_key import SealingKey
+from guard.events.log.anchor import Anchor
+from guard.events.log.chain import NO_HASH, Head, chained
+from guard.events.log.check import LogCheck, Report
+from guard.events.log.findings import MAX_FINDINGS
+from guard.events.log.key import SealingKey
 from tools.fuzz.mutation import Edit, edited, edits
 from tools.fuzz.part import Outcome, Part, Parts
 

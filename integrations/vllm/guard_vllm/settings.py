@@ -10,7 +10,7 @@ from typing import Any
 
 from guard.device.layout import LOAD_EVERY_STEPS
 from guard.errors import GuardError
-from guard.events.log_file import KEEP, SYNC, LogLimits
+from guard.events.log.file import KEEP, SYNC, LogLimits
 from guard.fault_injection import (
     ALLOW_VARIABLE,
     FAULTS_VARIABLE,

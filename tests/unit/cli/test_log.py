@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from guard.cli import app
-from tests.unit.events.chains import lines_of, make_key, older_first, open_log, record
+from tests.unit.events.log.chains import lines_of, make_key, older_first, open_log, record
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

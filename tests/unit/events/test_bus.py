@@ -12,10 +12,10 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from guard.events.bus import KEPT_DECISIONS, EventBus
-from guard.events.log_file import LogLimits
+from guard.events.log.file import LogLimits
 from guard.events.message import Decision, Delta, Hello, News, encode
 from guard.events.metrics import GuardMetrics
-from tests.unit.events.chains import check_files, make_key
+from tests.unit.events.log.chains import check_files, make_key
 from tests.unit.events.reports import HELLO, decision
 
 LABELS = {"model_name": "m", "engine": "0"}

@@ -17,10 +17,11 @@ import uvicorn
 from prometheus_client import CollectorRegistry, make_asgi_app
 from prometheus_client.parser import text_string_to_metric_families
 
-from guard.events import decision_log, tally
+from guard.events import tally
 from guard.events.bus import KEPT_DECISIONS, EventBus
-from guard.events.decision_log import MAX_QUEUED_LINES
 from guard.events.ledger import Ledger
+from guard.events.log import decision_log
+from guard.events.log.decision_log import MAX_QUEUED_LINES
 from guard.events.message import Delta, Hello, SetFacts, encode
 from guard.events.metrics import GuardMetrics
 from guard.events.rulebook import RuleBook

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 from guard_vllm.settings import Settings, SettingsError
 
-from guard.events.log_file import LogLimits
+from guard.events.log.file import LogLimits
 
 
 @pytest.fixture(autouse=True)

@@ -61,7 +61,7 @@ def faulty(stock: Callable[..., Any]) -> Callable[..., Any]:
         ("trace", "tools.fuzz.trace.TraceReader"),
         ("importers", "tools.fuzz.importers.import_sets"),
         ("keys", "tools.fuzz.keys.read_webhooks"),
-        ("log", "guard.events.log_loose.is_json"),
+        ("log", "guard.events.log.loose.is_json"),
         ("xargs", "guard_vllm.frontend.request_args.check_request_args"),
         ("admin", "guard_vllm.admin.routes.parse_experts"),
     ],

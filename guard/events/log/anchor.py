@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from guard.events.log_chain import Head, Link
-from guard.events.log_findings import Findings, Kind, Place
+from guard.events.log.chain import Head, Link
+from guard.events.log.findings import Findings, Kind, Place
 
 
 class Anchor(NamedTuple):

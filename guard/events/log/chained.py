@@ -1,4 +1,4 @@
-"""The decision log's file, with each line in the chain of `log_chain`, and sealed where there is a key.
+"""The decision log's file, with each line in the chain of `chain`, and sealed where there is a key.
 
 Processes that share a file carry on one chain: who finds the file longer than it left it reads the last
 line of the chain, over rotations too. What only somebody else can have done (lines are gone, another
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guard.errors import GuardError
-from guard.events.log_chain import MAX_LINE_BYTES, Head, Link, chained, new_log
-from guard.events.log_file import Appended, DecisionLogError, LogFile, LogLimits
-from guard.events.log_loose import is_json
-from guard.events.log_sealer import Sealer
-from guard.events.log_tail import Tail, read_tail
+from guard.events.log.chain import MAX_LINE_BYTES, Head, Link, chained, new_log
+from guard.events.log.file import Appended, DecisionLogError, LogFile, LogLimits
+from guard.events.log.loose import is_json
+from guard.events.log.sealer import Sealer
+from guard.events.log.tail import Tail, read_tail
 
 
 class LogChangedError(GuardError):

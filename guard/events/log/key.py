@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from guard.errors import GuardError
-from guard.events.log_chain import Head, Link, new_log, sha256
+from guard.events.log.chain import Head, Link, new_log, sha256
 
 KEY_FILE_BYTES: Final = 512
 MAX_STEPS: Final = 1_000_000

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guard.events import log_check, log_findings, log_seals
-from guard.events.log_anchor import Anchor
-from guard.events.log_chain import NO_HASH, chained, link_of, new_log
-from guard.events.log_key import SealingKey
-from tests.unit.events.chains import check, lines_of, record, told
+from guard.events.log import check as log_check
+from guard.events.log import findings, seals
+from guard.events.log.anchor import Anchor
+from guard.events.log.chain import NO_HASH, chained, link_of, new_log
+from guard.events.log.key import SealingKey
+from tests.unit.events.log.chains import check, lines_of, record, told
 
 KEY = SealingKey.new()
 PLAIN, SEALED, OTHER = lines_of(8), lines_of(8, KEY), lines_of(8)
@@ -292,7 +293,7 @@ def test_a_sealed_log_is_checked_without_its_key_as_one_that_has_none() -> None:
 
 
 def test_a_number_out_of_all_reason_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_seals, "MAX_KEY_STEPS", 100)
+    monkeypatch.setattr(seals, "MAX_KEY_STEPS", 100)
     far = KEY.head._replace(n=10**14)
     line, _ = chained(record(1), far, seal=KEY.seal)
 
@@ -311,7 +312,7 @@ def test_a_line_longer_than_any_decision_is_a_fault_and_is_not_kept(
 
 
 def test_of_many_faults_all_are_counted_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_findings, "MAX_FINDINGS", 5)
+    monkeypatch.setattr(findings, "MAX_FINDINGS", 5)
     monkeypatch.setattr(log_check, "MAX_FINDINGS", 5)
     lines = lines_of(60)[::3]
     report = check(lines)

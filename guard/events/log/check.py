@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import BinaryIO, NamedTuple
 
-from guard.events.log_anchor import Anchor, Anchoring
-from guard.events.log_chain import MAX_LINE_BYTES, NO_HASH, Head, Link, link_of, sha256
-from guard.events.log_findings import MAX_FINDINGS, Findings, Kind, LogFinding, Place
-from guard.events.log_key import SealingKey
-from guard.events.log_loose import Loose, LooseLines
-from guard.events.log_seals import Seals
+from guard.events.log.anchor import Anchor, Anchoring
+from guard.events.log.chain import MAX_LINE_BYTES, NO_HASH, Head, Link, link_of, sha256
+from guard.events.log.findings import MAX_FINDINGS, Findings, Kind, LogFinding, Place
+from guard.events.log.key import SealingKey
+from guard.events.log.loose import Loose, LooseLines
+from guard.events.log.seals import Seals
 
 
 class Report(NamedTuple):

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from guard.events.chained_log import ChainedLog, LogChangedError
-from guard.events.log_anchor import Anchor
-from guard.events.log_file import Appended, DecisionLogError, LogFile, LogLimits
-from guard.events.log_key import KeyFile, LogKeyError, SealingKey, read_key
-from tests.unit.events.chains import (
+from guard.events.log.anchor import Anchor
+from guard.events.log.chained import ChainedLog, LogChangedError
+from guard.events.log.file import Appended, DecisionLogError, LogFile, LogLimits
+from guard.events.log.key import KeyFile, LogKeyError, SealingKey, read_key
+from tests.unit.events.log.chains import (
     check,
     check_files,
     lines_of,
@@ -584,7 +584,7 @@ def test_nothing_is_read_where_nobody_else_wrote(
 ) -> None:
     log = open_log(tmp_path / "log")
     log.append(record(0))
-    monkeypatch.setattr("guard.events.chained_log.read_tail", None)
+    monkeypatch.setattr("guard.events.log.chained.read_tail", None)
     for number in range(5):
         log.append(record(number))
     log.close()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from guard.events.log_chain import Head, Link
-from guard.events.log_findings import Findings, Kind, Place
-from guard.events.log_key import SealingKey
+from guard.events.log.chain import Head, Link
+from guard.events.log.findings import Findings, Kind, Place
+from guard.events.log.key import SealingKey
 
 MAX_KEY_STEPS: Final = 100_000_000
 """A line whose number is further from that of the last seal is not believed; a minute or two."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from guard.events import decision_log
-from guard.events.decision_log import DecisionLog
-from guard.events.log_file import DecisionLogError
+from guard.events.log import decision_log
+from guard.events.log.decision_log import DecisionLog
+from guard.events.log.file import DecisionLogError
 from tests.unit.events.reports import decision
 
 # As in the policy language's contract.

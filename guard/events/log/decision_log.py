@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from guard.events.chained_log import ChainedLog
-from guard.events.log_file import LogFile, LogLimits
+from guard.events.log.chained import ChainedLog
+from guard.events.log.file import LogFile, LogLimits
 from guard.events.message import Decision
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class DecisionLog:
     on_drop: called with how many lines were lost, whether to a full queue or to a failing disk
     on_write: called with how many bytes the file got
     on_fault: called with what shows that somebody changed the file, or that its key cannot be kept
-    chain: whether each line is chained to the one before it, see `log_chain`
+    chain: whether each line is chained to the one before it, see `guard.events.log.chain`
     key: file of the key that seals the chain, which is changed with each line
 
     Raises DecisionLogError if the file cannot be opened, LogKeyError if the key cannot be used.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Final, NamedTuple
 
-from guard.events.log_chain import MAX_LINE_BYTES, Link, link_of
+from guard.events.log.chain import MAX_LINE_BYTES, Link, link_of
 
 _FIRST_BYTES: Final = 8 << 10
 

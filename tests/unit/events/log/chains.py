@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from guard.events.chained_log import ChainedLog
-from guard.events.log_anchor import Anchor
-from guard.events.log_chain import Head, chained, new_log
-from guard.events.log_check import LogCheck, Report
-from guard.events.log_file import LogLimits
-from guard.events.log_key import SealingKey, make_key_files, read_key, verification_of
+from guard.events.log.anchor import Anchor
+from guard.events.log.chain import Head, chained, new_log
+from guard.events.log.chained import ChainedLog
+from guard.events.log.check import LogCheck, Report
+from guard.events.log.file import LogLimits
+from guard.events.log.key import SealingKey, make_key_files, read_key, verification_of
 
 
 def record(number: int, padding: int = 0) -> bytes:

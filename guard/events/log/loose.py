@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from guard.events.log_findings import MAX_FINDINGS, Place
+from guard.events.log.findings import MAX_FINDINGS, Place
 
 
 class Loose(NamedTuple):

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guard.events.log_chain import NO_HASH, Head, chained, link_of, new_log
-from guard.events.log_key import SealingKey
-from tests.unit.events.chains import lines_of, record
+from guard.events.log.chain import NO_HASH, Head, chained, link_of, new_log
+from guard.events.log.key import SealingKey
+from tests.unit.events.log.chains import lines_of, record
 
 LOG = "0123456789abcdef" * 2
 

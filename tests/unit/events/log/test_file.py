@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guard.events.decision_log import DecisionLog
-from guard.events.log_file import DecisionLogError, LogFile, LogLimits
+from guard.events.log.decision_log import DecisionLog
+from guard.events.log.file import DecisionLogError, LogFile, LogLimits
 from tests.unit.events.reports import decision
 
 
@@ -222,7 +222,7 @@ def test_what_waits_is_on_the_disk_a_second_later_without_another_line(
 ) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
-    monkeypatch.setattr("guard.events.decision_log.SYNC_SECONDS", 0.2)
+    monkeypatch.setattr("guard.events.log.decision_log.SYNC_SECONDS", 0.2)
     log = DecisionLog(tmp_path / "log", lambda count: None, LogLimits(sync="second"))
     log.write(decision())
 

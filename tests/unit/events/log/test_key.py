@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guard.events.log_chain import Head
-from guard.events.log_key import (
+from guard.events.log.chain import Head
+from guard.events.log.key import (
     KEY_FILE_BYTES,
     KeyFile,
     LogKeyError,
@@ -18,7 +18,7 @@ from guard.events.log_key import (
     read_key,
     verification_of,
 )
-from tests.unit.events.chains import make_key
+from tests.unit.events.log.chains import make_key
 
 
 def test_both_files_hold_the_first_key_and_are_their_owners_alone(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from guard.events.log_chain import Head, Link
-from guard.events.log_key import MAX_STEPS, KeyFile, LogKeyError
+from guard.events.log.chain import Head, Link
+from guard.events.log.key import MAX_STEPS, KeyFile, LogKeyError
 
 
 class Sealer:

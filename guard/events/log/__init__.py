@@ -1,0 +1,1 @@
+"""The decision log: a file of lines, each in a chain with the one before it."""
