@@ -53,6 +53,7 @@ def breakable(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         *("--worker-extension-cls", FAULTS),
         policies=POLICIES,
         environment={"VLLM_SERVER_DEV_MODE": "1"},
+        ends=True,
     ) as running:
         yield running
 
@@ -146,14 +147,26 @@ def test_an_engine_core_that_is_killed_ends_the_server_and_no_request_passes(
     breakable: Server,
 ) -> None:
     """The last of the tests with this server."""
-    serving_process = psutil.Process(breakable.pid)
-    [core] = [
+    kill_and_see_it_end(breakable, "EngineCore")
+
+
+def test_a_worker_that_is_killed_ends_the_server_and_no_request_passes(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    with serving(tmp_path, tiny_model, policies=POLICIES, ends=True) as server:
+        assert generate(server, "closed") == WHOLE
+        kill_and_see_it_end(server, "Worker")
+
+
+def kill_and_see_it_end(server: Server, title: str) -> None:
+    serving_process = psutil.Process(server.pid)
+    [killed] = [
         process
         for process in serving_process.children(recursive=True)
-        if "EngineCore" in " ".join(process.cmdline())
+        if title in " ".join(process.cmdline())
     ]
-    core.kill()
+    killed.kill()
     for _ in range(3):
         with pytest.raises(openai.APIError):  # refused, or nobody answers any more
-            generate(breakable)
+            generate(server)
     assert serving_process.wait(timeout=120) == 1, "vLLM alone ends as if it had been asked to"
