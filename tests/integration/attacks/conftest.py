@@ -31,7 +31,7 @@ def _keys(file: Path, key: str, labels: str) -> Path:
     return file
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("attacked")
     write_tiny_model(folder / "model")
@@ -46,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def http(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.address, timeout=120) as client:
         yield client

@@ -21,7 +21,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> EnginePairs:
     return EnginePairs(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Started as an operator starts it: two engines, and as many API servers."""
     folder = tmp_path_factory.mktemp("server")

@@ -183,13 +183,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ADMIN_KEY = "key-of-alice"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def collector() -> Iterator[TraceCollector]:
     with TraceCollector() as collecting:
         yield collecting
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(
     tiny_model: Path, collector: TraceCollector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
@@ -208,7 +208,7 @@ def server(
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def two_api_servers(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("two_api_servers")
     with serving(folder, tiny_model, "--api-server-count", "2", "--redact-reasons") as running:

@@ -48,7 +48,7 @@ class Ran:
     metrics: dict[str, float]
 
 
-@pytest.fixture(scope="session", params=RUNNERS)
+@pytest.fixture(scope="package", params=RUNNERS)
 def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     runner: Runner = request.param
     folder = tmp_path_factory.mktemp(f"workload-{runner}")
