@@ -1,13 +1,14 @@
 """A guarded server under a mixed load for half an hour, with reloads, operators' changes and faults.
 
-    .venv/bin/python -m benchmarks.soak [--minutes 30] [--faults TEXT] [--out NAME]
+    .venv/bin/python -m benchmarks.soak [--minutes 30] [--faults TEXT | --without-guard] [--out NAME]
 
 Starts `moe-guard serve demo/model` with two API servers, a decision log that rotates and an admin key;
 sends the mixed load of `tools.mixed_load`, clients that hang up among them; replaces policies, every
 fourth time by something bad, masks an expert and changes a mode now and then; and makes the guard fail
 where --faults says (see docs/fail-modes.md). Then: does memory grow, was each request and decision told
 once, does the log verify, do steps take as long at the end as at the beginning. `--out NAME` writes
-`results/NAME.json` and a picture.
+`results/NAME.json` and a picture. `--without-guard` gives vLLM alone the same load: the
+control of what its memory does by itself.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,21 +54,46 @@ MAX_SLOPE_MIB_PER_MINUTE: Final = 0.2
 LOG_MIB: Final = 1
 SCRAPE_S: Final = 5
 _TOLD_S: Final = 60.0
+TIDY_MEMORY: Final = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
+"""vLLM's worker keeps no products by their shapes (oneDNN's cache has up to 1,024), and glibc gives back
+what is freed: both grow for long by themselves, and would hide what else does."""
 
 
-@dataclass
-class Outcome:
+@dataclass(kw_only=True)
+class Control:
     """What came of a run.
 
     slopes: by process, MiB a minute behind the warm-up
-    queries: of all rules and dashboards; silent_queries: those that gave nothing
-    alerts: that fire at the end
     first, last: steps of the first minutes behind the warm-up and of the last
     """
 
     minutes: float
     seen: dict[str, Any]
-    made: dict[str, int]
+    slopes: dict[str, float] = field(default_factory=dict)
+    p99_first_ms: float = math.nan
+    p99_last_ms: float = math.nan
+    median_first_ms: float = math.nan
+    median_last_ms: float = math.nan
+    rss_mib: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    @property
+    def warm_up_s(self) -> float:
+        return min(WARM_UP_S, 60 * self.minutes / 3)
+
+
+@dataclass(kw_only=True)
+class Outcome(Control):
+    """And of a guarded one.
+
+    queries: of all rules and dashboards; silent_queries: those that gave nothing
+    alerts: that fire at the end
+    """
+
     outcomes: dict[str, int]
     decisions: int
     logged: int
@@ -76,15 +102,10 @@ class Outcome:
     failures: dict[str, int]
     log_verifies: bool
     accounts_differ: list[str]
-    slopes: dict[str, float]
+    made: dict[str, int] = field(default_factory=dict)
     queries: int = 0
     silent_queries: list[str] = field(default_factory=list)
     alerts: list[str] = field(default_factory=list)
-    p99_first_ms: float = math.nan
-    p99_last_ms: float = math.nan
-    median_first_ms: float = math.nan
-    median_last_ms: float = math.nan
-    rss_mib: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,11 +138,8 @@ def serving(place: Place, faults: str) -> Iterator[GuardedServer]:
     keys = place.folder / "keys.yaml"
     keys.write_text(f"{KEY}: {{name: soak, role: admin}}\n")
     keys.chmod(0o600)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = ServerSettings(
-        model=str(find_assets().model),
+    settings = replace(
+        vllm_alone(),
         policies=place.policies,
         decision_log=place.log,
         decision_log_max_mib=LOG_MIB,
@@ -129,6 +147,20 @@ def serving(place: Place, faults: str) -> Iterator[GuardedServer]:
         label_headers={"tenant": TENANT_HEADER},
         admin_keys=keys,
         state_dir=place.folder / "state",
+    )
+    drill = {"MOE_GUARD_INJECT_FAULTS": faults, "MOE_GUARD_ALLOW_INJECTED_FAULTS": "1"}
+    with started(place, settings, drill if faults else {}) as server:
+        server.wait_until_guarded()
+        yield server
+
+
+def vllm_alone() -> ServerSettings:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return ServerSettings(
+        model=str(find_assets().model),
+        policies=None,
         vllm_args=(
             *("--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)),
             *("--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"),
@@ -136,18 +168,23 @@ def serving(place: Place, faults: str) -> Iterator[GuardedServer]:
             *("--scheduler-cls", "benchmarks.step_clock.ClockedScheduler"),
         ),
     )
+
+
+@contextmanager
+def started(
+    place: Place, settings: ServerSettings, environment: Mapping[str, str]
+) -> Iterator[GuardedServer]:
     paths = [str(CHECKOUT), str(CHECKOUT / "integrations" / "vllm"), os.environ.get("PYTHONPATH", "")]
-    environment = {
+    variables = {
         STEP_CLOCK: str(place.steps),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        **TIDY_MEMORY,
+        **environment,
     }
-    if faults:
-        environment |= {"MOE_GUARD_INJECT_FAULTS": faults, "MOE_GUARD_ALLOW_INJECTED_FAULTS": "1"}
     with (place.folder / "server.log").open("wb") as log:
-        server = GuardedServer.start(settings, environment=environment, log=log)
+        server = GuardedServer.start(settings, environment=variables, log=log)
         try:
-            server.wait_until_guarded()
             yield server
         finally:
             server.stop()
@@ -192,14 +229,26 @@ def measure(place: Place, minutes: float, faults: str) -> Outcome:
             outcome.queries, outcome.silent_queries = len(queries), [*found.broken, *found.empty]
             outcome.alerts = sorted({alert["labels"]["alertname"] for alert in alerts(prometheus)})
     outcome.made = dict(disturbances.made)
-    outcome.rss_mib = memory.rss_mib
-    warm_up_s = min(WARM_UP_S, 60 * minutes / 3)
-    outcome.slopes = {
-        name: round(slope_mib_per_minute(samples, warm_up_s), 3)
-        for name, samples in memory.rss_mib.items()
-        if samples[-1][0] > 60 * minutes - 30  # short-lived helpers apart
-    }
-    note_steps(outcome, place.steps, warm_up_s)
+    note_memory(outcome, memory)
+    note_steps(outcome, place.steps)
+    return outcome
+
+
+def control(place: Place, minutes: float) -> Control:
+    """The same load on vLLM alone."""
+    done = threading.Event()
+    with started(place, vllm_alone(), {}) as server:
+        server.wait_until_healthy()
+        memory = Memory()
+        watcher = threading.Thread(target=memory.watch, args=(done,))
+        watcher.start()
+        ends = time.monotonic() + 60 * minutes
+        seen = MixedLoad(f"{server.base_url}/v1", "demo").run(until=lambda: time.monotonic() >= ends)
+        done.set()
+        watcher.join()
+    outcome = Control(minutes=minutes, seen=facts_of(seen))
+    note_memory(outcome, memory)
+    note_steps(outcome, place.steps)
     return outcome
 
 
@@ -225,14 +274,7 @@ def account(address: str, place: Place, seen: Seen, minutes: float) -> Outcome:
         differ.append(f"log beyond counters: {dict(more)}, counters beyond log: {dict(fewer)}")
     return Outcome(
         minutes=minutes,
-        seen={
-            "engine_requests": seen.engine_requests,
-            "kinds": dict(seen.kinds),
-            "endings": dict(seen.endings),
-            "stops": dict(seen.stops),
-            "errors": dict(seen.errors),
-        },
-        made={},
+        seen=facts_of(seen),
         outcomes={name: count for (name,), count in outcomes.items()},
         decisions=counted(address).total(),
         logged=len(lines),
@@ -241,8 +283,17 @@ def account(address: str, place: Place, seen: Seen, minutes: float) -> Outcome:
         failures={name: count for (name,), count in (+failures).items()},
         log_verifies=verifies(place),
         accounts_differ=differ,
-        slopes={},
     )
+
+
+def facts_of(seen: Seen) -> dict[str, Any]:
+    return {
+        "engine_requests": seen.engine_requests,
+        "kinds": dict(seen.kinds),
+        "endings": dict(seen.endings),
+        "stops": dict(seen.stops),
+        "errors": dict(seen.errors),
+    }
 
 
 def verifies(place: Place) -> bool:
@@ -253,9 +304,18 @@ def verifies(place: Place) -> bool:
     return done.returncode == 0
 
 
-def note_steps(outcome: Outcome, file: Path, warm_up_s: float) -> None:
+def note_memory(outcome: Control, memory: Memory) -> None:
+    outcome.rss_mib = memory.rss_mib
+    outcome.slopes = {
+        name: round(slope_mib_per_minute(samples, outcome.warm_up_s), 3)
+        for name, samples in memory.rss_mib.items()
+        if samples[-1][0] > 60 * outcome.minutes - 30  # short-lived helpers apart
+    }
+
+
+def note_steps(outcome: Control, file: Path) -> None:
     steps = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    first_at, last_at = steps[0]["at"] + warm_up_s, steps[-1]["at"]
+    first_at, last_at = steps[0]["at"] + outcome.warm_up_s, steps[-1]["at"]
     compared_s = min(COMPARED_S, (last_at - first_at) / 2)
 
     def of(since: float, until: float) -> tuple[float, float]:
@@ -267,40 +327,49 @@ def note_steps(outcome: Outcome, file: Path, warm_up_s: float) -> None:
     outcome.median_last_ms, outcome.p99_last_ms = of(last_at - compared_s, last_at)
 
 
-def faults_of(outcome: Outcome) -> list[str]:
+def faults_of(outcome: Control) -> list[str]:
     """What this run was to show and did not."""
     growing = {n: s for n, s in outcome.slopes.items() if not s < MAX_SLOPE_MIB_PER_MINUTE}
     faults = {
         f"memory grows by MiB a minute: {growing}": bool(growing),
-        f"accounts differ: {outcome.accounts_differ}": bool(outcome.accounts_differ),
-        "the decision log does not verify": not outcome.log_verifies,
         f"requests ended in errors: {outcome.seen['errors']}": bool(outcome.seen["errors"]),
     }
+    if isinstance(outcome, Outcome):
+        faults |= {
+            f"accounts differ: {outcome.accounts_differ}": bool(outcome.accounts_differ),
+            "the decision log does not verify": not outcome.log_verifies,
+        }
     return [fault for fault, is_one in faults.items() if is_one]
 
 
-def show(outcome: Outcome, console: Console) -> None:
+def show(outcome: Control, console: Console) -> None:
     lines = [
         f"minutes    {outcome.minutes:g}",
-        f"requests   {outcome.seen['engine_requests']} sent, counted as {outcome.outcomes}",
+        f"requests   {outcome.seen['engine_requests']} sent",
         f"endings    {outcome.seen['endings']}",
-        f"decisions  {outcome.decisions} counted, {outcome.logged} in {outcome.log_files} files of the "
-        f"log, {outcome.dropped} dropped; the log verifies: {outcome.log_verifies}",
-        f"made       {outcome.made}",
-        f"failures   {outcome.failures}",
-        f"queries    {outcome.queries}, of which gave nothing: {outcome.silent_queries}",
-        f"alerts     {outcome.alerts}",
         f"memory     MiB a minute behind the warm-up: {outcome.slopes}",
         f"steps      first minutes: median {outcome.median_first_ms:.2f} ms, p99 "
         f"{outcome.p99_first_ms:.2f}; last: {outcome.median_last_ms:.2f}, {outcome.p99_last_ms:.2f}",
     ]
+    if isinstance(outcome, Outcome):
+        lines += [
+            f"outcomes   {outcome.outcomes}",
+            f"decisions  {outcome.decisions} counted, {outcome.logged} in {outcome.log_files} files of "
+            f"the log, {outcome.dropped} dropped; the log verifies: {outcome.log_verifies}",
+            f"made       {outcome.made}",
+            f"failures   {outcome.failures}",
+            f"queries    {outcome.queries}, of which gave nothing: {outcome.silent_queries}",
+            f"alerts     {outcome.alerts}",
+        ]
     console.print("\n".join(lines), highlight=False, markup=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--faults", default="", help="as MOE_GUARD_INJECT_FAULTS takes them")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--faults", default="", help="as MOE_GUARD_INJECT_FAULTS takes them")
+    way.add_argument("--without-guard", action="store_true")
     parser.add_argument("--keep", type=Path, help="a folder for logs, which is made")
     parser.add_argument("--out", help="name of a result")
     given = parser.parse_args()
@@ -308,7 +377,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        outcome = measure(Place(folder), given.minutes, given.faults)
+        place = Place(folder)
+        outcome: Control
+        if given.without_guard:
+            outcome = control(place, given.minutes)
+        else:
+            outcome = measure(place, given.minutes, given.faults)
     show(outcome, console)
     if given.out is not None:
         record = {**machine(), "faults": given.faults, **asdict(outcome)}
