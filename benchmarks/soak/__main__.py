@@ -60,8 +60,8 @@ TIDY_MEMORY: Final = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "131072",
 }
-"""vLLM's worker keeps no products by their shapes (oneDNN's cache has up to 1,024), and glibc gives back
-what is freed: both grow for long by themselves, and would hide what else does."""
+"""vLLM's worker keeps no products by their shapes (oneDNN's cache has up to 1,024), and glibc gives
+back what is freed: both grow for long by themselves, and would hide what else does."""
 
 
 @dataclass(kw_only=True)
