@@ -150,7 +150,8 @@ def serving(
     command += ["--policies", str(policy_folder), "--decision-log", str(decision_log)]
     command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32"]  # a bfloat16 kernel is an illegal instruction on some hosts
-    command += ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16", *arguments]
+    command += ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"]
+    command += ["--num-gpu-blocks-override", "1024", *arguments]  # or the KV cache takes a gigabyte
     checkout = (*python_path, _CHECKOUT, _CHECKOUT / "integrations" / "vllm")
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})}
     env["PYTHONPATH"] = os.pathsep.join(map(str, checkout))
