@@ -50,6 +50,7 @@ RESULTS = CHECKOUT / "benchmarks" / "results"
 KEY: Final = "key-of-the-soak"
 WARM_UP_S: Final = 300.0
 COMPARED_S: Final = 300.0
+WINDOW_S: Final = 120.0
 MAX_SLOPE_MIB_PER_MINUTE: Final = 0.2
 LOG_MIB: Final = 1
 SCRAPE_S: Final = 5
@@ -70,6 +71,7 @@ class Control:
 
     slopes: by process, MiB a minute behind the warm-up
     first, last: steps of the first minutes behind the warm-up and of the last
+    p99_ms: of the steps of each `WINDOW_S`
     """
 
     minutes: float
@@ -79,6 +81,7 @@ class Control:
     p99_last_ms: float = math.nan
     median_first_ms: float = math.nan
     median_last_ms: float = math.nan
+    p99_ms: list[float] = field(default_factory=list)
     rss_mib: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     @property
@@ -179,7 +182,7 @@ def started(
         STEP_CLOCK: str(place.steps),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        **TIDY_MEMORY,
+        **{name: os.environ.get(name, value) for name, value in TIDY_MEMORY.items()},
         **environment,
     }
     with (place.folder / "server.log").open("wb") as log:
@@ -325,6 +328,9 @@ def note_steps(outcome: Control, file: Path) -> None:
 
     outcome.median_first_ms, outcome.p99_first_ms = of(first_at, first_at + compared_s)
     outcome.median_last_ms, outcome.p99_last_ms = of(last_at - compared_s, last_at)
+    windows = range(int((last_at - steps[0]["at"]) // WINDOW_S))
+    starts = [steps[0]["at"] + WINDOW_S * window for window in windows]
+    outcome.p99_ms = [round(of(start, start + WINDOW_S)[1], 1) for start in starts]
 
 
 def faults_of(outcome: Control) -> list[str]:
@@ -350,6 +356,7 @@ def show(outcome: Control, console: Console) -> None:
         f"memory     MiB a minute behind the warm-up: {outcome.slopes}",
         f"steps      first minutes: median {outcome.median_first_ms:.2f} ms, p99 "
         f"{outcome.p99_first_ms:.2f}; last: {outcome.median_last_ms:.2f}, {outcome.p99_last_ms:.2f}",
+        f"           p99 by {WINDOW_S / 60:g} minutes: {outcome.p99_ms}",
     ]
     if isinstance(outcome, Outcome):
         lines += [
