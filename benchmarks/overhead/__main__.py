@@ -1,15 +1,13 @@
 """What the guard costs, in ratios to a vLLM whose guard is off.
 
     python -m benchmarks.overhead [--groups guard,policies,masks,plugin] [--concurrency 1,4,32,256]
-        [--workloads decode,prefill] [--rounds 10] [--starts 2] [--model 340m] [--eager]
-        [--one-at-a-time] [--out NAME]
+        [--workloads decode,prefill] [--slices 12] [--starts 2] [--model 340m] [--dtype bfloat16]
+        [--eager] [--one-at-a-time] [--out NAME]
 
-The engines of a group are up at once and take turns: in a round every state runs a slice of the same
-work, in an order that is drawn anew, and its ratio is its time over that of the base in the slice right
-before or behind it. Engines that have the plugin share one process, so that no two processes'
-memory and threads are compared; the group `plugin` compares a plugin that is off with none at all. A
-second engine of the base's kind shows what the method cannot tell apart. Weights are random, so nothing
-is downloaded.
+All states of a group are up at once in one process, each with an engine of its own, and take turns: in
+decoding step by step, in an order that is drawn anew for each step. A state's ratio in a slice is its
+median step over that of the base in the same slice. A second engine of the base's kind shows what the
+method cannot tell apart. Weights are random, so nothing is downloaded.
 
 On one GPU: `--model qwen3-30b-a3b --one-at-a-time --starts 5`, which starts each engine five times.
 
@@ -23,7 +21,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +36,23 @@ from benchmarks.paired import paired_ratio
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
+STEPS = {1: 30, 4: 15, 32: 6}
+"""Of a slice of decoding, by concurrency; of larger batches 3, whose steps take long."""
+
+
 def workloads(concurrency: Sequence[int], kinds: Sequence[str]) -> list[Workload]:
-    """A slice of decoding has 6 steps, and of prefill so many tokens that it takes about as long; what
-    takes little time has more rounds, since it is disturbed more easily."""
+    """A slice of prefill has so many tokens that it takes about as long as one of decoding. What
+    takes little time has more slices, since it is disturbed more easily."""
     made = {
-        "decode": lambda each: Workload("decode", each, 4, 6),
-        "prefill": lambda each: Workload("prefill", each, 128 if each < 32 else 2048 // each),
+        "decode": lambda each: Workload("decode", each, 4, STEPS.get(each, 3), 2),
+        "prefill": lambda each: Workload(
+            "prefill",
+            each,
+            128 if each < 32 else 2048 // each,
+            slices=4 if each < 4 else 2 if each < 32 else 1,
+        ),
     }
-    return [
-        replace(made[kind](each), rounds=4 if each < 4 else 2 if each < 256 else 1)
-        for kind in kinds
-        for each in concurrency
-    ]
+    return [made[kind](each) for kind in kinds for each in concurrency]
 
 
 def summary(group: str, base: str, slices: Sequence[Slice]) -> list[dict[str, Any]]:
@@ -105,9 +108,10 @@ def main() -> None:
     parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--concurrency", default="1,4,32,256")
     parser.add_argument("--workloads", default="decode,prefill")
-    parser.add_argument("--rounds", type=int, default=10, help="of each start; of short work more")
+    parser.add_argument("--slices", type=int, default=12, help="of each start; of short work more")
     parser.add_argument("--starts", type=int, default=2)
     parser.add_argument("--model", choices=MODELS, default="340m")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument(
         "--one-at-a-time", action="store_true", help="where the device has no room for all engines"
@@ -115,7 +119,14 @@ def main() -> None:
     parser.add_argument("--out", help="name of the files to write; by default none")
     options = parser.parse_args()
     console = Console(highlight=False, width=170)
-    plan = Plan(options.model, options.starts, options.rounds, options.eager, options.one_at_a_time)
+    plan = Plan(
+        options.model,
+        options.dtype,
+        options.starts,
+        options.slices,
+        options.eager,
+        options.one_at_a_time,
+    )
     rows, slices = [], []
     for group in options.groups.split(","):
         states = states_of(group)

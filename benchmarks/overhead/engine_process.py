@@ -1,7 +1,7 @@
-"""A process with one or several vLLM engines, of which one at a time runs a slice of work.
+"""A process with one or several vLLM engines, which take turns.
 
-Started by `runs.py`. Reads a JSON job from its first argument, then a JSON line for each slice from
-standard input; answers each with a JSON line on the descriptor that the job names.
+Started by `runs.py`. Reads a JSON job from its first argument, then a JSON line for each workload from
+standard input; answers each with a JSON line for each slice, on the descriptor that the job names.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-SKIPPED_STEPS = 3
-"""At the beginning of a slice of decoding: caches hold what another engine needs."""
+WARM_UP_STEPS = 5
 
 
-class Slices:
-    """An engine, and the requests that it is decoding."""
+class Batches:
+    """An engine, and the requests that it serves."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         from vllm import LLM
@@ -31,7 +32,7 @@ class Slices:
             model=job["model"],
             load_format="dummy",
             skip_tokenizer_init=True,
-            dtype="bfloat16",
+            dtype=job["dtype"],
             seed=0,
             max_model_len=job["max_model_len"],
             max_num_seqs=job["max_num_seqs"],
@@ -42,6 +43,7 @@ class Slices:
             **job["arguments"],
         ).llm_engine
         self._numbers = itertools.count()
+        self._decoding: list[str] = []
 
     @property
     def model(self) -> torch.nn.Module:
@@ -49,39 +51,42 @@ class Slices:
         model: torch.nn.Module = core.model_executor.driver_worker.worker.model_runner.get_model()
         return model
 
-    def decode(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Seconds of each step of a steady batch. It is a new one in each slice, so that all those
-        compared have read the same number of tokens before."""
-        req_ids = self._add(order, self._job["max_model_len"] - order["prompt_tokens"] - 1)
-        waiting = set(req_ids)
-        while waiting:  # until all are decoding
+    def begin_decoding(self, order: dict[str, Any], masks: list[str | None]) -> None:
+        """Begin a batch, and go on until all of it are decoding."""
+        self._decoding = self._add(
+            order, masks, self._job["max_model_len"] - order["prompt_tokens"] - 1
+        )
+        waiting = set(self._decoding)
+        while waiting:
             waiting -= {output.request_id for output in self._engine.step() if output.outputs}
-        seconds = []
-        for _ in range(SKIPPED_STEPS + order["steps"]):
-            began = time.perf_counter()
-            self._engine.step()
-            seconds.append(time.perf_counter() - began)
-        self._engine.abort_request(req_ids)
+
+    def decode(self) -> float:
+        """Seconds of one step of it."""
+        began = time.perf_counter()
+        self._engine.step()
+        return time.perf_counter() - began
+
+    def end_decoding(self) -> None:
+        self._engine.abort_request(self._decoding)
         while self._engine.has_unfinished_requests():
             self._engine.step()
-        return {"seconds": seconds[SKIPPED_STEPS:]}
 
-    def prefill(self, order: dict[str, Any]) -> dict[str, Any]:
+    def prefill(self, order: dict[str, Any], masks: list[str | None]) -> list[float]:
         """Seconds from when all requests came to each one's first token."""
         began = time.perf_counter()
-        waiting = set(self._add(order, 1))
+        waiting = set(self._add(order, masks, 1))
         seconds = []
         while waiting:
             done = {output.request_id for output in self._engine.step() if output.outputs}
             seconds += [time.perf_counter() - began] * len(done & waiting)
             waiting -= done
-        return {"seconds": seconds}
+        return seconds
 
-    def _add(self, order: dict[str, Any], tokens: int) -> list[str]:
+    def _add(self, order: dict[str, Any], masks: list[str | None], tokens: int) -> list[str]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        masks, length = order["masks"], order["prompt_tokens"]
+        length = order["prompt_tokens"]
         req_ids = []
         for nth in range(order["concurrency"]):
             mask = masks[nth % len(masks)]
@@ -100,6 +105,41 @@ class Slices:
         return req_ids
 
 
+def slices(engines: Mapping[str, Any], order: dict[str, Any]) -> Iterator[dict[str, list[float]]]:
+    """For each slice, the seconds of each state.
+
+    engines: `Batches` by state; order: `workload`, `masks` by state, `slices`, `steps`, `seed`
+
+    Decoding: the states take turns step by step, in an order drawn anew for each step, each with a
+    batch that lasts for all slices. So what disturbs the machine for longer than a step disturbs all
+    states, and all have read the same number of tokens before.
+    """
+    draw, states = random.Random(order["seed"]), list(order["masks"])
+
+    def turns() -> list[str]:
+        return draw.sample(states, len(states))
+
+    if order["workload"] == "prefill":
+        for number in range(order["slices"] + 1):
+            took = {name: engines[name].prefill(order, order["masks"][name]) for name in turns()}
+            if number:  # the first one warms up
+                yield took
+        return
+    for name in states:
+        engines[name].begin_decoding(order, order["masks"][name])
+    for _ in range(WARM_UP_STEPS):
+        for name in turns():
+            engines[name].decode()
+    for _ in range(order["slices"]):
+        seconds: dict[str, list[float]] = {name: [] for name in states}
+        for _ in range(order["steps"]):
+            for name in turns():
+                seconds[name].append(engines[name].decode())
+        yield seconds
+    for name in states:
+        engines[name].end_decoding()
+
+
 def share_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
     """Let `model` read the weights of `other`, which are the same numbers. Where weights lie in memory
     decides how fast they are read, by more than what is measured here."""
@@ -109,21 +149,33 @@ def share_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
         parameter.data = weights[name].data
 
 
+def started(jobs: list[dict[str, Any]]) -> Iterator[tuple[str, Batches]]:
+    """The engines by name. Those without the plugin come before it is loaded: it wraps constructors."""
+    assert jobs == sorted(jobs, key=lambda job: job["plugin"])
+    first: Batches | None = None
+    for job in jobs:
+        if job["plugin"]:
+            from guard_vllm.plugin import register
+
+            register()
+        engine = Batches(job)
+        if first is None:
+            first = engine
+        else:
+            share_weights(engine.model, first.model)
+        yield job["name"], engine
+
+
 def main() -> None:
     job: dict[str, Any] = json.loads(sys.argv[1])
     answers = os.fdopen(job["answers_fd"], "w", buffering=1)
     engines = {}
-    for engine in job["engines"]:
-        slices = Slices(engine)
-        if engines and job["share_weights"]:
-            share_weights(slices.model, next(iter(engines.values())).model)
-        engines[engine["name"]] = slices
-        answers.write(json.dumps({"ready": engine["name"]}) + "\n")
+    for name, engine in started(job["engines"]):
+        engines[name] = engine
+        answers.write(json.dumps({"ready": name}) + "\n")
     for line in sys.stdin:
-        order = json.loads(line)
-        slices = engines[order["engine"]]
-        run = slices.decode if order["workload"] == "decode" else slices.prefill
-        answers.write(json.dumps(run(order)) + "\n")
+        for seconds in slices(engines, json.loads(line)):
+            answers.write(json.dumps(seconds) + "\n")
 
 
 if __name__ == "__main__":

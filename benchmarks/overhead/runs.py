@@ -1,4 +1,4 @@
-"""Engines that are up at once, each in its own process, and take turns."""
+"""A process of engines, one for each state, that take turns."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,22 +18,21 @@ from typing import IO, Any
 from benchmarks.overhead.states import ENGINES, MODELS, Engine, State
 
 _ROOT = Path(__file__).resolve().parents[2]
-PAUSE_S = 0.01
-"""Between two slices: idle threads of OpenMP look for work for a while, at the next engine's cost."""
+_BY_NAME = {engine.name: engine for engine in ENGINES}
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """name: `decode`, of which a slice is so many steps of a steady batch, or `prefill`, of which it is
     the requests' first tokens
-    rounds: so many times as many as `Plan.rounds`
+    slices: so many times as many as `Plan.slices`
     """
 
     name: str
     concurrency: int
     prompt_tokens: int
     steps: int = 0
-    rounds: int = 1
+    slices: int = 1
 
     def __str__(self) -> str:
         return f"{self.name} at {self.concurrency}"
@@ -42,11 +40,11 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """value_s: what is compared; base_s: that of the base's slice beside it; last_s: when
+    """value_s: what is compared; base_s: that of the base in the same slice; last_s: when
     the last of the requests had its token"""
 
     start: int
-    round: int
+    number: int
     state: str
     workload: Workload
     value_s: float
@@ -70,39 +68,51 @@ class EngineError(RuntimeError):
     """An engine ended, with the last of what it said."""
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How states are compared. starts: so many times the engines are started anew; slices: of
+    each workload in each start
+    one_at_a_time: where a device has no room for two engines; then states do not take turns step by
+        step, and what is measured is compared by the slice's number
+    """
+
+    model: str = "340m"
+    dtype: str = "bfloat16"
+    starts: int = 2
+    slices: int = 10
+    eager: bool = False
+    one_at_a_time: bool = False
+
+
 class EngineProcess:
-    """One process. In it are the engines that it was started with: they have one thread pool, one
+    """One process. In it are the engines of its states: they have one thread pool, one
     allocator and one interpreter, so that what differs from process to process is no difference."""
 
     def __init__(
         self,
-        engines: Sequence[Engine],
-        model: str,
+        states: Sequence[State],
+        plan: Plan,
         scratch: Path,
         max_num_seqs: int,
         *,
-        eager: bool,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.name = ", ".join(engine.name for engine in engines)
+        self.name = ", ".join(state.name for state in states)
         environment = {
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, [_ROOT, _ROOT / "integrations" / "vllm"])),
+            "VLLM_PLUGINS": "",  # the process loads the plugin itself, behind the engines without
         }
         environment.pop("MOE_GUARD_POLICIES", None)
-        plugins = {engine.plugin for engine in engines}
-        assert len(plugins) == 1, "a process has the plugin or does not"
-        if plugins == {False}:
-            environment["VLLM_PLUGINS"] = ""
         read_fd, write_fd = os.pipe()
-        job = {
-            "engines": [_job(engine, model, scratch, max_num_seqs, eager=eager) for engine in engines],
-            "answers_fd": write_fd,
-            "share_weights": True,
-        }
+        in_order = sorted(states, key=lambda state: _BY_NAME[state.engine].plugin)
+        jobs = [
+            _job(state, plan, scratch / str(nth), max_num_seqs) for nth, state in enumerate(in_order)
+        ]
+        job = {"engines": jobs, "answers_fd": write_fd}
         self._log = scratch / "engines.log"
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -116,23 +126,27 @@ class EngineProcess:
             )
         os.close(write_fd)
         self._answers: IO[str] = os.fdopen(read_fd)
-        for _ in engines:
+        for _ in jobs:
             say(f"{self._answer()['ready']} is up")
 
-    def run(self, workload: Workload, state: State) -> list[float]:
+    def run(
+        self, workload: Workload, states: Sequence[State], slices: int, seed: int
+    ) -> Iterator[dict[str, list[float]]]:
+        """For each slice, the seconds of each state."""
         assert self._process.stdin is not None
         order = {
-            "engine": state.engine,
             "workload": workload.name,
             "concurrency": workload.concurrency,
             "prompt_tokens": workload.prompt_tokens,
             "steps": workload.steps,
-            "masks": state.masks,
+            "slices": slices,
+            "seed": seed,
+            "masks": {state.name: state.masks for state in states},
         }
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        seconds: list[float] = self._answer()["seconds"]
-        return seconds
+        for _ in range(slices):
+            yield self._answer()
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -153,24 +167,24 @@ class EngineProcess:
         return answer
 
 
-def _job(
-    engine: Engine, model: str, scratch: Path, max_num_seqs: int, *, eager: bool
-) -> dict[str, Any]:
-    folder = scratch / engine.name
+def _job(state: State, plan: Plan, folder: Path, max_num_seqs: int) -> dict[str, Any]:
+    engine, config = _BY_NAME[state.engine], MODELS[plan.model]
     (folder / "model").mkdir(parents=True)
-    (folder / "model" / "config.json").write_text(json.dumps(MODELS[model]))
-    arguments = {"enforce_eager": eager, **engine.arguments}
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    arguments = {"enforce_eager": plan.eager, **engine.arguments}
     section: dict[str, Any] = {}
     if engine.policies is not None:
         (folder / "policies").mkdir()
-        (folder / "policies" / "all.yaml").write_text(policies_for(engine, MODELS[model]))
+        (folder / "policies" / "all.yaml").write_text(policies_for(engine, config))
         section = {"policies": "policies", "reload": False}
         if "mask_actions" in arguments:
             section["mask_actions"] = arguments.pop("mask_actions")
     return {
-        "name": engine.name,
+        "name": state.name,
+        "plugin": engine.plugin,
         "folder": str(folder),
         "model": "model",
+        "dtype": plan.dtype,
         "max_num_seqs": max_num_seqs,
         "max_model_len": 1024,
         "additional_config": {"moe_guard": section} if section else {},
@@ -178,131 +192,67 @@ def _job(
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How states are compared. starts: so many times the engines are started anew; rounds: slices of
-    each state and workload in each start
-    one_at_a_time: where a device has no room for two engines; then there is no slice of the base beside
-        each one, and what is measured is compared by its round
-    """
-
-    model: str = "340m"
-    starts: int = 2
-    rounds: int = 10
-    eager: bool = False
-    one_at_a_time: bool = False
-
-
 def run_group(
     states: Sequence[State], workloads: Sequence[Workload], plan: Plan, say: Callable[[str], None]
 ) -> list[Slice]:
-    """The first state is the base. In each round every other one runs a slice of the same work, in an
-    order that is drawn anew, with a slice of the base beside it."""
+    """The first state is the base."""
     order = random.Random(0)
-    slices = []
-    names = list(dict.fromkeys(state.engine for state in states))
+    found = []
     for start in range(plan.starts):
-        drawn = order.sample(names, len(names))
-        if plan.one_at_a_time:
-            slices += _one_after_the_other(start, states, drawn, workloads, plan, say)
-            continue
-        with _running(drawn, workloads, plan, say) as engines:
-            for workload in workloads:
-                say(f"start {start + 1} of {plan.starts}: {workload}")
-                slices += _take_turns(start, states, workload, engines, plan, order)
-    return slices
+        drawn = order.sample(states, len(states))
+        # Where engines have a process each, so that none is in another one's way.
+        for together in [[state] for state in drawn] if plan.one_at_a_time else [drawn]:
+            with _running(together, workloads, plan, say) as (process, running):
+                for workload in workloads if running else ():
+                    say(f"start {start + 1} of {plan.starts}: {workload}")
+                    slices = workload.slices * plan.slices
+                    for number, seconds in enumerate(process.run(workload, running, slices, start)):
+                        found += [(start, number, workload, *each) for each in seconds.items()]
+    return _compared(found, states[0].name)
 
 
-def _take_turns(
-    start: int,
-    states: Sequence[State],
-    workload: Workload,
-    engines: Mapping[str, EngineProcess],
-    plan: Plan,
-    order: random.Random,
-) -> list[Slice]:
-    def run(state: State) -> list[float]:
-        time.sleep(PAUSE_S)
-        return engines[state.engine].run(workload, state)
-
-    base, *others = [state for state in states if state.engine in engines]
-    for state in (base, *others):
-        run(state)  # warm
-    slices = []
-    for number in range(workload.rounds * plan.rounds):
-        for nth, state in enumerate(order.sample(others, len(others))):
-            # By turns the base comes first and second: a machine that slows down favours neither.
-            pair = [base, state] if (number + nth) % 2 else [state, base]
-            seconds = {each.name: run(each) for each in pair}
-            values = {name: value_of(workload, each) for name, each in seconds.items()}
-            slices.append(
-                Slice(
-                    start,
-                    number,
-                    state.name,
-                    workload,
-                    values[state.name],
-                    values[base.name],
-                    max(seconds[state.name]),
-                )
-            )
-    return slices
-
-
-def _one_after_the_other(
-    start: int,
-    states: Sequence[State],
-    names: Sequence[str],
-    workloads: Sequence[Workload],
-    plan: Plan,
-    say: Callable[[str], None],
-) -> list[Slice]:
-    found: dict[tuple[Workload, int, str], list[float]] = {}
-    for name in names:
-        with _running([name], workloads, plan, say) as engines:
-            for workload in workloads if name in engines else ():
-                for state in (state for state in states if state.engine == name):
-                    engines[name].run(workload, state)  # warm
-                    for number in range(workload.rounds * plan.rounds):
-                        seconds = engines[name].run(workload, state)
-                        found[workload, number, state.name] = seconds
+def _compared(found: Sequence[tuple[int, int, Workload, str, list[float]]], base: str) -> list[Slice]:
+    base_s = {
+        (start, number, workload): value_of(workload, seconds)
+        for start, number, workload, state, seconds in found
+        if state == base
+    }
     return [
         Slice(
             start,
             number,
-            name,
+            state,
             workload,
             value_of(workload, seconds),
-            value_of(workload, found[workload, number, states[0].name]),
+            base_s[start, number, workload],
             max(seconds),
         )
-        for (workload, number, name), seconds in found.items()
-        if name != states[0].name
+        for start, number, workload, state, seconds in found
+        if state != base
     ]
 
 
 @contextmanager
 def _running(
-    names: Sequence[str], workloads: Sequence[Workload], plan: Plan, say: Callable[[str], None]
-) -> Iterator[dict[str, EngineProcess]]:
-    by_name = {engine.name: engine for engine in ENGINES}
+    states: Sequence[State], workloads: Sequence[Workload], plan: Plan, say: Callable[[str], None]
+) -> Iterator[tuple[EngineProcess | None, Sequence[State]]]:
+    """The process, and the states that run in it: all, or those that every machine can run."""
     most = max(workload.concurrency for workload in workloads)
-    # All guarded ones and their base share a process, if one engine more in it can do no harm.
-    apart = [[name] for name in names if not by_name[name].plugin or by_name[name].may_fail]
-    shared = [name for name in names if [name] not in apart]
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as closing:
-        running = {}
-        for number, together in enumerate([shared, *apart] if shared else apart):
-            folder = Path(scratch, str(number))
-            folder.mkdir()
-            chosen = [by_name[name] for name in together]
+    while states:
+        with tempfile.TemporaryDirectory() as scratch:
             try:
-                process = EngineProcess(chosen, plan.model, folder, most, eager=plan.eager, say=say)
+                process = EngineProcess(states, plan, Path(scratch), most, say=say)
             except EngineError as error:
-                if not any(engine.may_fail for engine in chosen):
+                surely = [state for state in states if not _BY_NAME[state.engine].may_fail]
+                if len(surely) == len(states):
                     raise
-                say(f"does not run here: {str(error).strip().splitlines()[-1]}")
+                left_out = ", ".join(state.name for state in states if state not in surely)
+                say(f"{left_out} does not run here: {str(error).strip().splitlines()[-1]}")
+                states = surely
                 continue
-            closing.callback(process.close)
-            running.update(dict.fromkeys(together, process))
-        yield running
+            try:
+                yield process, states
+            finally:
+                process.close()
+            return
+    yield None, ()

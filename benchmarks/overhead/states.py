@@ -69,8 +69,8 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """An engine under requests of a kind. masks: for the n-th request, the label that puts it under a
-    mask, or None; it is number n modulo their count"""
+    """An engine of a kind under requests of a kind. masks: for the n-th request, the label that puts it
+    under a mask, or None; it is number n modulo their count"""
 
     name: str
     engine: str
@@ -193,9 +193,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "masks": ("off", "off-again", "mask-256"),
     "plugin": ("none", "none-again", "off", "capture"),
 }
-"""Engines that are up at once. The first one is the base, and the second one another of its kind: what
-its ratio differs from 1 is what the method cannot tell apart. Those with the plugin share a process;
-what is not configured does nothing, which the last group compares with a vLLM that has no plugin."""
+"""Of each group, all states of these engines are up at once, each with an engine of its own. The first
+is the base, and the second another of its kind: what its ratio differs from 1 is what the method cannot
+tell apart. The last group compares a plugin that is not configured with a vLLM that has none."""
 
 
 def states_of(group: str) -> list[State]:
