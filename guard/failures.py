@@ -42,6 +42,11 @@ class Failures:
         self._taken: Counter[str] = Counter()
         self._has_new = False
 
+    @property
+    def has_new(self) -> bool:
+        """There were some since `take` was called last."""
+        return self._has_new
+
     def take(self) -> dict[str, int]:
         """Faults since the last call, by stage."""
         if not self._has_new:

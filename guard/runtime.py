@@ -18,11 +18,18 @@ from guard.device.findings import CheckFindings
 from guard.device.inference import in_inference_mode
 from guard.device.kept_evidence import KeepRows, KeptEvidence
 from guard.device.kernels.backends import Judge
+from guard.device.kernels.native.whole_step import WholeStep, make_whole_step
 from guard.device.layout import LOAD_EVERY_STEPS, NULL_SLOT, Capacity
 from guard.device.load import ExpertLoad
 from guard.device.mask import ExpertMask
 from guard.device.packed import PinnedPool
-from guard.device.readback import Readback, ReplayedDecisions, StepDecisions, StepFacts
+from guard.device.readback import (
+    PackedReadback,
+    Readback,
+    ReplayedDecisions,
+    StepDecisions,
+    StepFacts,
+)
 from guard.device.replay import CachedPrefix, replay_chunks
 from guard.device.rows import StepBatch, last_rows
 from guard.device.start import make_start
@@ -34,7 +41,7 @@ from guard.fault_injection import strikes
 from guard.prepared import PreparedProgram, check_fits, check_follows, make_evaluator
 from guard.program.applicability import RequestFacts, RulesByFacts, RulesFor
 from guard.program.program import Program
-from guard.program.step_report import StepReport
+from guard.program.step_report import PackedReport, StepReport
 
 
 class LiveRequest(NamedTuple):
@@ -96,9 +103,11 @@ class Guard:
         self._free_slots = list(range(capacity.max_slots, NULL_SLOT, -1))
         self._missed: set[str] = set()  # requests of failed steps, until their next good one
         self._batch: StepBatch | None = None
+        self._whole: WholeStep | None = None
+        self._is_whole = False  # the step at hand was begun by it
         self._in_force_TA: torch.Tensor | None = None
         self._findings: CheckFindings | None = None
-        self._req_ids: Sequence[str] = ()
+        self._req_ids: tuple[str, ...] = ()
         self.kept: KeptEvidence | None = None
         self._cached: dict[str, tuple[Sequence[int], int]] = {}  # prefixes that await their step
         self._kv_slot_T: torch.Tensor | None = None
@@ -106,11 +115,23 @@ class Guard:
         self._pool = PinnedPool()
         if self.mask is not None:
             self.mask.install(program.masks, program.generation)
+        self._set_whole_step()
 
     def _set_evaluator(self, evaluator: Judge | None) -> None:
         self._evaluator = evaluator
         found: object = evaluator
         self._keeper = found if isinstance(found, KeepsSignals) else None
+
+    def _set_whole_step(self) -> None:
+        """Whenever something else is in force than what it was made of."""
+        alone = self._has_all_layers and self.agreement is None and self.device.type == "cpu"
+        self._whole = (
+            make_whole_step(
+                self._evaluator, self.tap, self.mask, self._state, self.kept, self._check.trusted
+            )
+            if alone
+            else None
+        )
 
     @property
     def layers(self) -> Sequence[int]:
@@ -121,6 +142,7 @@ class Guard:
         """The ranks of this group compute the same rows. Each of them must call it."""
         self.agreement = RankAgreement(group, self.capacity.max_slots, self._check.form, self.device)
         self.agreement.follow(self.program.revision, self.program.generation, self._check.form)
+        self._set_whole_step()
 
     @property
     def num_requests(self) -> int:
@@ -223,7 +245,7 @@ class Guard:
 
         Raises ReloadRefusedError, and then the program before is still in force.
         """
-        if self._batch is not None:
+        if self._batch is not None or self._is_whole:
             raise ReloadRefusedError("a step is under way; a program takes effect between two of them")
         check_follows(prepared.program, self.program)
         judged = self.judges
@@ -241,6 +263,7 @@ class Guard:
             self.kept.install(prepared.kept)
         if self.agreement is not None:
             self.agreement.follow(self.program.revision, self.program.generation, self._check.form)
+        self._set_whole_step()
         if not self.judges:
             self._cached.clear()
             self._missed.clear()
@@ -280,6 +303,7 @@ class Guard:
             self.device,
             program.generation,
         )
+        self._set_whole_step()
         return self.kept
 
     def take_from_cache(self, req_id: str, blocks: Sequence[int], num_tokens: int) -> None:
@@ -290,18 +314,24 @@ class Guard:
 
     @in_inference_mode
     def begin_step(
-        self, req_ids: Sequence[str], query_start_B1: torch.Tensor, position_T: torch.Tensor
+        self,
+        req_ids: Sequence[str],
+        query_start_B1: torch.Tensor,
+        position_T: torch.Tensor,
+        num_rows: int | None = None,
     ) -> None:
         """Say which rows the forward that follows computes, and put their masks in force.
 
         req_ids: requests in row order
-        query_start_B1: [B+1] on the device; first row of each request, and the number of rows
-        position_T: [T] on the device; position of each row in its request
+        query_start_B1: [B+1 or more] on the device; first row of each request, and the number of rows
+        position_T: [T or more] on the device; position of each row in its request
+        num_rows: T; None: as many as `position_T` has
         """
         self._batch = self._in_force_TA = self._findings = None
-        self._kv_slot_T = None
+        self._kv_slot_T, self._is_whole = None, False
         if self._evaluator is None:
             return
+        num_rows = len(position_T) if num_rows is None else num_rows
         self._req_ids = tuple(req_ids)
         self._check.begin_step()
         self.load.begin_step()
@@ -309,15 +339,33 @@ class Guard:
             self._catch_up(req_ids)
             self._state.apply_staged_writes()
             slots_B = self._slots(self._req_ids)
-            batch, self._in_force_TA = self._start.begin(
-                slots_B, query_start_B1, position_T, self._state
-            )
-            is_masking = self.mask is not None and self.program.masks.num_actions > 0
-            if is_masking and self._in_force_TA is None and self._check.is_due:
-                self._in_force_TA = self._state.masks_at(batch.slot_T, batch.position_T)
+            if self._is_ordinary():
+                assert self._whole is not None, "an ordinary step has it"
+                self._whole.begin(slots_B, query_start_B1, position_T, num_rows)
+                self._is_whole = True
+            else:
+                self._batch = self._begin_in_parts(
+                    slots_B, query_start_B1[: len(req_ids) + 1], position_T[:num_rows]
+                )
             if self.kept is not None:
                 self.kept.apply_staged_writes()
-            self._batch = batch
+
+    def _is_ordinary(self) -> bool:
+        """Whether nothing is known yet for which the step at hand would have to be taken in parts."""
+        return (
+            self._whole is not None
+            and not (self._check.is_due or self.load.is_due)
+            and not (self._cached or self._missed or self.blind or self.failures.has_new)
+        )
+
+    def _begin_in_parts(
+        self, slots_B: torch.Tensor, query_start_B1: torch.Tensor, position_T: torch.Tensor
+    ) -> StepBatch:
+        batch, self._in_force_TA = self._start.begin(slots_B, query_start_B1, position_T, self._state)
+        is_masking = self.mask is not None and self.program.masks.num_actions > 0
+        if is_masking and self._in_force_TA is None and self._check.is_due:
+            self._in_force_TA = self._state.masks_at(batch.slot_T, batch.position_T)
+        return batch
 
     def _slots(self, req_ids: tuple[str, ...]) -> torch.Tensor:
         """int64 [B]. A step's requests are as a rule those of the step before."""
@@ -339,6 +387,12 @@ class Guard:
         """
         if self._evaluator is None:
             return None
+        if self._is_whole:
+            self._is_whole = False
+            if rejected_B is None and self._is_ordinary():
+                return self._end_whole_step()
+            assert self._whole is not None, "it has begun the step"
+            self._batch = self._whole.batch()
         batch, req_ids = self._batch, self._req_ids
         self._batch, self._req_ids = None, ()
         prefixes = self._cached_prefixes(req_ids) if self._cached else []
@@ -356,16 +410,7 @@ class Guard:
                 decisions, self._findings = self.agreement.agree(decisions, self._findings)
                 if self._findings is not None:
                     self._check.hear(self._findings)
-            readback = Readback(
-                self.program.revision,
-                req_ids,
-                StepFacts(decisions, self._findings),
-                self._copy_stream,
-                self.failures.take(),
-                replayed,
-                self._layers,
-                self._pool,
-            )
+            readback = self._readback(req_ids, decisions, replayed)
         if attempt.failed:
             if not evaluated:
                 self._report_fault()
@@ -373,18 +418,47 @@ class Guard:
                 self._state.distrust(batch.slots_B)
         return self._failed_step(req_ids) if readback is None else readback
 
+    def _end_whole_step(self) -> Readback | StepReport:
+        assert self._whole is not None, "it has begun the step"
+        req_ids, self._req_ids = self._req_ids, ()
+        readback: Readback | None = None
+        with self.failures.caught(Stage.EVALUATE) as attempt:
+            decided = self._whole.end(req_ids, self.program.revision, self._place_of_rows())
+            if isinstance(decided, PackedReport):
+                readback = PackedReadback(decided)
+            else:
+                readback = self._readback(req_ids, decided, [])
+        if attempt.failed:
+            with self.failures.caught(Stage.EVALUATE):
+                self._state.distrust(self._slots(req_ids))
+        return self._failed_step(req_ids) if readback is None else readback
+
+    def _readback(
+        self,
+        req_ids: Sequence[str],
+        decisions: StepDecisions,
+        replayed: Sequence[ReplayedDecisions],
+    ) -> Readback:
+        return Readback(
+            self.program.revision,
+            req_ids,
+            StepFacts(decisions, self._findings),
+            self._copy_stream,
+            self.failures.take(),
+            replayed,
+            self._layers,
+            self._pool,
+        )
+
     def _catch_up(self, req_ids: Collection[str]) -> None:
         """Decide what a step with these requests depends on, and this rank does not know yet."""
 
     def _kept_signals(self, batch: StepBatch, rejected_B: torch.Tensor | None) -> torch.Tensor:
         """int64 [T, X]: the step's signals, which are kept beside the KV from now on."""
         num_rows, keep = len(batch.position_T), None
-        if self.kept is not None:
-            if self._kv_slot_T is None:
-                raise RuntimeError(
-                    "where the step's KV is written was not said: `place_rows` is missing"
-                )
-            keep = KeepRows(self.kept, self._kv_slot_T[:num_rows], batch, rejected_B)
+        kv_slot_T = self._place_of_rows()
+        if self.kept is not None and kv_slot_T is not None:
+            keep = KeepRows(self.kept, kv_slot_T[:num_rows], batch, rejected_B)
         if self._has_all_layers and self._keeper is not None:
             trusted_T1 = self._check_routing(batch)
             self._count_load(batch, rejected_B, trusted_T1)
@@ -393,6 +467,14 @@ class Guard:
         if keep is not None:
             keep.write(signal_TX)
         return signal_TX
+
+    def _place_of_rows(self) -> torch.Tensor | None:
+        """What `place_rows` said. None where nothing is kept."""
+        if self.kept is None:
+            return None
+        if self._kv_slot_T is None:
+            raise RuntimeError("where the step's KV is written was not said: `place_rows` is missing")
+        return self._kv_slot_T
 
     def _signals(self, batch: StepBatch, rejected_B: torch.Tensor | None) -> torch.Tensor:
         """int64 [T, X]: the step's signals, of all layers."""
@@ -480,6 +562,6 @@ class Guard:
 
     def idle(self) -> None:
         """The forward that follows computes dummy rows: they are nobody's, and nothing is masked."""
-        self._batch, self._req_ids = None, ()
+        self._batch, self._req_ids, self._is_whole = None, (), False
         if self.mask is not None:
             self.mask.clear_rows()

@@ -136,6 +136,11 @@ class LivenessCheck:
             torch.zeros((num_requests, self._num_actions), dtype=torch.int64),
         )
 
+    @property
+    def trusted(self) -> torch.Tensor:
+        """bool: what `check` says of the rows of a step that is not checked. It changes in place."""
+        return self._sees
+
     def hear(self, findings: CheckFindings) -> None:
         """Of all ranks that route the same rows: until the next check they trust the same ones."""
         self._sees.copy_(~findings.silent_L.any())

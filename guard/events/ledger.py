@@ -26,11 +26,18 @@ from guard.program.applicability import RulesFor
 from guard.program.step_report import (
     NEVER,
     EventColumn,
+    HostSeconds,
     Judged,
+    PackedReport,
     RequestColumn,
     StepReport,
     StepSummary,
 )
+
+_QUIET = StepSummary(
+    blocks=False, begins_masks=False, masks=False, is_all_seen=True, sums_F=np.zeros(0, dtype=np.int64)
+)
+"""Of a step whose sums are added up later."""
 
 
 class Ending(NamedTuple):
@@ -78,6 +85,7 @@ class Ledger:
         self._rules_of = rules_of
         self.liveness = liveness or Liveness(engine)
         self._report: StepReport | None = None
+        self._packed: PackedReport | None = None  # in place of `_report`
         self._row_of: dict[str, int] = {}
         self._summary: StepSummary | None = None
         self._open: dict[str, int] = {}  # requests of this step whose accepted drafts may be cut
@@ -93,13 +101,36 @@ class Ledger:
             self._outcomes.masked_by.clear()  # no report will say so
 
     def begin_step(
-        self, report: StepReport, rows_of: Callable[[Sequence[str]], dict[str, int]]
+        self,
+        report: StepReport | PackedReport,
+        rows_of: Callable[[Sequence[str]], dict[str, int]],
     ) -> dict[str, Ending]:
         """Take a step's report. Returns the requests to end.
 
         rows_of: of these requests, the place of each for which the engine accepts this step's result
         """
-        self._report, self._summary = report, None
+        if isinstance(report, PackedReport):
+            if report.is_quiet and self._takes_quiet_steps(report.revision):
+                row_of = rows_of(report.req_ids)
+                if len(row_of) == len(report.req_ids):
+                    self._packed, self._report, self._summary = report, None, _QUIET
+                    self._row_of, self._open, self._num_cut = row_of, {}, {}
+                    self._tally.add_later(report.sums)
+                    return {}
+            report = report.unpacked()
+        return self._begin_step(report, rows_of)
+
+    def _takes_quiet_steps(self, revision: str) -> bool:
+        """Whether a step that holds nothing changes nothing but sums."""
+        outcomes, liveness = self._outcomes, self.liveness
+        if outcomes.masked_by or outcomes.owed or liveness.silent or not liveness.judges:
+            return False
+        return revision == self._book.revision == self._tally.revision
+
+    def _begin_step(
+        self, report: StepReport, rows_of: Callable[[Sequence[str]], dict[str, int]]
+    ) -> dict[str, Ending]:
+        self._packed, self._report, self._summary = None, report, None
         self.note_failures(report.failures)
         self._open, self._num_cut = {}, {}
         self._row_of = rows_of(report.req_ids)
@@ -143,6 +174,7 @@ class Ledger:
     def give_up(self, req_ids: Iterable[str]) -> dict[str, Ending]:
         """As `begin_step`, where not even a failed step can be entered."""
         self._report, self._row_of = None, {req_id: row for row, req_id in enumerate(req_ids)}
+        self._packed = None
         self._summary = None
         for req_id in self._row_of:
             self._note_unjudged(req_id)
@@ -178,11 +210,11 @@ class Ledger:
             report, more_V[is_own_V & (more_V[:, EventColumn.POSITION] <= last_position)]
         )
 
-    def note_step(self, report: StepReport) -> None:
+    def note_step(self, report: StepReport | PackedReport) -> None:
         """A step was taken, once, however it went."""
         self._tally.count_step()
         if report.host is not None:
-            for part, seconds in report.host._asdict().items():
+            for part, seconds in zip(HostSeconds._fields, report.host, strict=True):
                 self._tally.spend(part, seconds)
 
     def note_own_time(self, seconds: float) -> None:
@@ -216,6 +248,8 @@ class Ledger:
     def finish(self, req_id: str) -> None:
         """A request ended, whether by itself or by a client that went away."""
         row = self._row_of.get(req_id)
+        if row is not None and self._packed is not None:
+            self._report, self._packed = self._packed.unpacked(), None
         if row is not None and self._report is not None and not self._report.failed:
             self.accept(req_id, NEVER)
             num_cut = self._num_cut.get(req_id)
@@ -225,9 +259,9 @@ class Ledger:
                 self._observe_values(self._report.drafts.extremes_BKC[row, num_cut - 1])
         self._tally.count("outcomes", {self._outcomes.end(req_id): 1})
 
-    def has_begun(self, report: StepReport) -> bool:
+    def has_begun(self, report: StepReport | PackedReport) -> bool:
         """Its faults are counted, though the step may have broken off behind that."""
-        return self._report is report
+        return report is self._report or report is self._packed
 
     def forget_requests(self) -> None:
         """The engine has none left. What is still known of some is of those whose end was missed."""
@@ -236,7 +270,7 @@ class Ledger:
     def end_step(self) -> None:
         for req_id in tuple(self._open):
             self.accept(req_id, NEVER)
-        self._report, self._row_of = None, {}
+        self._report, self._packed, self._row_of = None, None, {}
 
     def take(self, *, idle: bool) -> Delta | None:
         """What is due for delivery, if anything; where revisions changed there may be more behind it.
@@ -252,14 +286,7 @@ class Ledger:
 
     def _count_sums(self, sums_F: NDArray[np.int64]) -> None:
         """sums_F: columns of `requests_B`, added up over the requests that count"""
-        self._tally.count(
-            "tokens",
-            {
-                "prompt": int(sums_F[RequestColumn.PROMPT_TOKENS]),
-                "output": int(sums_F[RequestColumn.OUTPUT_TOKENS]),
-            },
-        )
-        self._tally.select(sums_F[RequestColumn.NUM : RequestColumn.NUM + self._book.num_sets])
+        self._tally.add(sums_F)
 
     def _note_masks(self, report: StepReport, summary: StepSummary) -> None:
         masked_by, violated = self._outcomes.masked_by, self.liveness.violated

@@ -44,6 +44,11 @@ class Liveness:
         self._is_told = True  # nothing has changed since
 
     @property
+    def judges(self) -> bool:
+        """The last step was judged."""
+        return self._judges
+
+    @property
     def health(self) -> Health:
         up = self._proved and self._judges and not self._blind and not self.violated
         return Health(self._engine, up, max(self._proved_blind, len(self._blind)))

@@ -12,6 +12,7 @@ from guard.events.message import Decision, DecisionCount, Delta
 from guard.events.rulebook import RuleBook
 from guard.failures import Stage
 from guard.fault_injection import strikes
+from guard.program.step_report import RequestColumn
 
 MAX_PENDING_DECISIONS = 10_000
 """Decisions that may wait for delivery; more are dropped and counted, their counters are not."""
@@ -45,6 +46,7 @@ class Tally:
         self._values: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
         self._num_values = 0
         self._selections = np.zeros(book.num_sets, dtype=np.int64)
+        self._sums: list[bytes] = []  # of steps, not added up yet
         self._moved = False
 
     def turn_to(self, book: RuleBook, masked_requests: dict[str, int]) -> None:
@@ -62,8 +64,25 @@ class Tally:
             into[key] = into.get(key, 0) + count
         self._moved = self._moved or bool(counts)
 
-    def select(self, selections_N: NDArray[np.int64]) -> None:
-        self._selections += selections_N
+    def add(self, sums_F: NDArray[np.int64]) -> None:
+        """Columns of `StepReport.requests_B`, added up over the requests that count."""
+        counts = {
+            "prompt": int(sums_F[RequestColumn.PROMPT_TOKENS]),
+            "output": int(sums_F[RequestColumn.OUTPUT_TOKENS]),
+        }
+        self.count("tokens", counts)
+        self._selections += sums_F[RequestColumn.NUM : RequestColumn.NUM + len(self._selections)]
+
+    def add_later(self, sums: bytes) -> None:
+        """The same, of int64 in bytes, when somebody asks: a step of its own costs hardly anything."""
+        self._sums.append(sums)
+        self._moved = True
+
+    def _add_up(self) -> None:
+        if self._sums:
+            sums_SF = np.frombuffer(b"".join(self._sums), dtype=np.int64).reshape(len(self._sums), -1)
+            self._sums.clear()
+            self.add(sums_SF.sum(axis=0))
 
     def observe(self, rule: int, condition: int, value: float) -> None:
         if self._num_values >= MAX_PENDING_VALUES:
@@ -78,7 +97,8 @@ class Tally:
 
     def spend(self, part: str, seconds: float) -> None:
         """Host time of the guard. It goes with the next delta and asks for none."""
-        self._host_seconds[part] = self._host_seconds.get(part, 0.0) + seconds
+        spent = self._host_seconds
+        spent[part] = spent.get(part, 0.0) + seconds
 
     def decide(self, key: tuple[int, str, str], count: int = 1) -> None:
         """key: number of the rule, mode, phase"""
@@ -115,6 +135,7 @@ class Tally:
         return delta
 
     def _seal(self, masked_requests: dict[str, int]) -> Delta:
+        self._add_up()
         self._delta.decision_counts = [
             DecisionCount(*key, count) for key, count in self._decision_counts.items()
         ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -209,4 +210,83 @@ class StepReport:
             0,
             failures,
             failed=True,
+        )
+
+
+class ReportForm(NamedTuple):
+    """Widths of a program's reports: of `requests_B`, of `masked_BW` and of `extremes_BC`."""
+
+    num_columns: int
+    num_words: int
+    num_conditions: int
+
+
+class PackedFlag:
+    """What a packed report holds, as in `StepSummary`."""
+
+    BLOCKS = 1
+    BEGINS_MASKS = 2
+    MASKS = 4
+    ALL_SEEN = 8
+
+
+class PackedReport:
+    """`StepReport` of a step in which nothing fired, not taken apart: of most of them nobody asks for
+    more than the sums.
+
+    data: int64 [columns], the sums; behind them `requests_B`, `masked_BW` and `extremes_BC`
+    host: what the step took of the host, where it was measured
+    """
+
+    __slots__ = ("data", "flags", "form", "host", "req_ids", "revision")
+
+    failed = False
+    failures: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(
+        self, revision: str, req_ids: tuple[str, ...], form: ReportForm, data: bytes, flags: int
+    ) -> None:
+        self.revision = revision
+        self.req_ids = req_ids
+        self.form = form
+        self.data = data
+        self.flags = flags
+        self.host: HostSeconds | None = None
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nobody is blocked or under a mask, and nothing of anybody was unseen."""
+        return self.flags == PackedFlag.ALL_SEEN
+
+    @property
+    def sums(self) -> bytes:
+        """int64 [columns]: `StepSummary.sums_F`."""
+        return self.data[: 8 * self.form.num_columns]
+
+    def unpacked(self) -> StepReport:
+        columns, words, conditions = self.form
+        num_requests = len(self.req_ids)
+        # A copy, since who reads a report may write in it.
+        numbers = np.frombuffer(bytearray(self.data), dtype=np.int64)
+        sums_F, rest = np.split(numbers, [columns])
+        requests, masked, extremes = np.split(
+            rest, np.cumsum([num_requests * columns, num_requests * words])
+        )
+        return StepReport(
+            self.revision,
+            self.req_ids,
+            requests.reshape(num_requests, columns),
+            masked.reshape(num_requests, words),
+            extremes.view(np.float32)[: num_requests * conditions].reshape(num_requests, conditions),
+            _no_events(),
+            np.zeros((0, 0), dtype=np.float64),
+            0,
+            summary=StepSummary(
+                bool(self.flags & PackedFlag.BLOCKS),
+                bool(self.flags & PackedFlag.BEGINS_MASKS),
+                bool(self.flags & PackedFlag.MASKS),
+                bool(self.flags & PackedFlag.ALL_SEEN),
+                sums_F,
+            ),
+            host=self.host,
         )

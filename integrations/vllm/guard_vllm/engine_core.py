@@ -40,7 +40,7 @@ from guard.program.applicability import (
     expired_exceptions,
     utc_today,
 )
-from guard.program.step_report import StepReport
+from guard.program.step_report import PackedReport, StepReport
 from guard_vllm import kv_isolation
 from guard_vllm.client import MESSAGE_CALL_ID, deliver
 from guard_vllm.core_load import CoreLoad
@@ -213,33 +213,37 @@ class EngineCoreGuard:
     def _update_from_output(self, stock: Any, scheduler_output: Any, output: Any) -> Any:
         began = time.perf_counter()
         self._blocked = {}
+        report: StepReport | PackedReport | None = getattr(output, REPORT_ATTRIBUTE, None)
         if self._kv_blocks is not None:
-            self._kv_blocks.note_step(scheduler_output, getattr(output, REPORT_ATTRIBUTE, None))
-        req_ids = tuple(scheduler_output.num_scheduled_tokens)
-        if req_ids and self._is_reported(output):
-            report: StepReport | None = getattr(output, REPORT_ATTRIBUTE, None)
+            self._kv_blocks.note_step(scheduler_output, report)
+        if scheduler_output.num_scheduled_tokens and self._is_reported(report):
             with self._failures.caught(Stage.LEDGER) as attempt:
-                report = report or self._unreported(req_ids)
+                if report is None:
+                    report = self._unreported(tuple(scheduler_output.num_scheduled_tokens))
                 self._ledger.note_step(report)
                 self._blocked = self._ledger.begin_step(report, self._rows_of)
                 self._isolate_kv(report, scheduler_output)  # before this step's tokens fill a block
             if attempt.failed:
                 is_counted = report is None or self._ledger.has_begun(report)
                 faults = {} if report is None or is_counted else report.failures
+                req_ids = tuple(scheduler_output.num_scheduled_tokens)
                 self._enter_failed_step(req_ids, scheduler_output, faults)
         assert self._cut_tokens is not None, "requests come first"
-        # Called for each request, so only in steps in which there is something to do.
         spent = time.perf_counter() - began
-        with self._cut_tokens.hung(bool(self._blocked) or self._ledger.awaits_tokens):
+        if self._blocked or self._ledger.awaits_tokens:
+            # Called for each request, so only in steps in which there is something to do.
+            with self._cut_tokens.hung():
+                outputs = stock(scheduler_output, output)
+        else:
             outputs = stock(scheduler_output, output)
         began = time.perf_counter()
         self._ledger.end_step()
         self._ledger.note_own_time(spent + time.perf_counter() - began)
         return outputs
 
-    def _is_reported(self, output: Any) -> bool:
+    def _is_reported(self, report: StepReport | PackedReport | None) -> bool:
         """Whether the step was decided by a program with rules, whatever is in force now."""
-        if getattr(output, REPORT_ATTRIBUTE, None) is not None:
+        if report is not None:
             return True
         if self._unruled_steps:
             self._unruled_steps -= 1
@@ -325,7 +329,7 @@ class EngineCoreGuard:
                 self._kv_blocks.finish(request.request_id)
         return stock(request, *args, **kwargs)
 
-    def _isolate_kv(self, report: StepReport, scheduler_output: Any) -> None:
+    def _isolate_kv(self, report: StepReport | PackedReport, scheduler_output: Any) -> None:
         if self._isolation is None:
             return
         scheduler = self._core.scheduler
@@ -335,6 +339,8 @@ class EngineCoreGuard:
                 self._isolation.isolate_from(request, start)
         if self._ledger.has_seen_all:
             return
+        if isinstance(report, PackedReport):
+            report = report.unpacked()
         unjudged = report.unjudged()
         if not unjudged:
             return

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from guard.failures import Failures, Stage
-from guard.program.step_report import StepReport
+from guard.program.step_report import PackedReport, StepReport
 from guard_vllm.prefix_evidence import NEWS_ATTRIBUTE, BlockNews, KeptGroup
 from guard_vllm.steps import wrap
 
@@ -139,7 +139,7 @@ class KVBlocks:
                 )
         return result
 
-    def note_step(self, scheduler_output: Any, report: StepReport | None) -> None:
+    def note_step(self, scheduler_output: Any, report: StepReport | PackedReport | None) -> None:
         """What the workers say of a step that was scheduled. None: nothing."""
         if self._must_be_seen is None:
             return
@@ -148,7 +148,7 @@ class KVBlocks:
         if attempt.failed:
             self._lose_track()
 
-    def _note_step(self, scheduler_output: Any, report: StepReport | None) -> None:
+    def _note_step(self, scheduler_output: Any, report: StepReport | PackedReport | None) -> None:
         news: BlockNews = getattr(scheduler_output, NEWS_ATTRIBUTE)
         registered = self._in_flight.pop(news.serial, {})
         scheduled = scheduler_output.num_scheduled_tokens

@@ -32,9 +32,7 @@ def _hook_v2(runner: Any, hooks: StepHooks) -> None:
             # On the device: under adaptive verification the host does not know the rows.
             with hooks.guard.failures.caught(Stage.BEGIN_STEP):
                 hooks.begin_step(
-                    batch.req_ids,
-                    batch.query_start_loc[: batch.num_reqs + 1],
-                    batch.positions[: batch.num_tokens],
+                    batch.req_ids, batch.query_start_loc, batch.positions, batch.num_tokens
                 )
         return batch
 
@@ -62,8 +60,9 @@ def _hook_v1(runner: Any, hooks: StepHooks) -> None:
                 num_reqs = runner.input_batch.num_reqs
                 hooks.begin_step(
                     runner.input_batch.req_ids[:num_reqs],
-                    runner.query_start_loc.gpu[: num_reqs + 1],
-                    runner.positions[: scheduler_output.total_num_scheduled_tokens],
+                    runner.query_start_loc.gpu,
+                    runner.positions,
+                    scheduler_output.total_num_scheduled_tokens,
                 )
             hooks.place_rows(lambda group: runner.input_batch.block_table[group].slot_mapping.gpu)
         return prepared

@@ -65,12 +65,17 @@ class StepHooks:
         runner._dummy_run = guarded_dummy_run
 
     def begin_step(
-        self, req_ids: Sequence[str], query_start_B1: torch.Tensor, position_T: torch.Tensor
+        self,
+        req_ids: Sequence[str],
+        query_start_B1: torch.Tensor,
+        position_T: torch.Tensor,
+        num_rows: int,
     ) -> None:
+        """As `Guard.begin_step`."""
         began = time.perf_counter()
-        self.guard.begin_step(req_ids, query_start_B1, position_T)
+        self.guard.begin_step(req_ids, query_start_B1, position_T, num_rows)
         if self.recorder is not None:
-            self.recorder.begin_step(req_ids, query_start_B1, position_T)
+            self.recorder.begin_step(req_ids, query_start_B1[: len(req_ids) + 1], position_T[:num_rows])
         self._begin_s = time.perf_counter() - began
 
     def end_step(self, rejected_B: torch.Tensor | None = None) -> None:
@@ -124,7 +129,7 @@ def with_report(output: Any, pending: Readback | StepReport | None, guard: Guard
         return _ReportingOutput(output, pending, guard)
     assert isinstance(output, ModelRunnerOutput)
     with guard.failures.caught(Stage.READBACK) as attempt:
-        report = pending.result() if isinstance(pending, Readback) else pending
+        report = pending.report() if isinstance(pending, Readback) else pending
     if attempt.failed:
         faults = guard.failures.take()
         report = StepReport.of_failed_step(pending.revision, pending.req_ids, faults)
@@ -168,10 +173,7 @@ class Hook:
         self._hooked = partial(around, seam(owner, name))
 
     @contextmanager
-    def hung(self, is_hung: bool) -> Iterator[None]:
-        if not is_hung:
-            yield
-            return
+    def hung(self) -> Iterator[None]:
         stock = vars(self._owner).get(self._name)  # somebody else's, if there is one
         setattr(self._owner, self._name, self._hooked)
         try:

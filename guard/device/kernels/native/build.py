@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "MOE_GUARD_CACHE_DIR"
 """Folder for compiled kernels; by default `moe-guard` in the user's cache folder."""
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("judge.cpp", "load.cpp", "route.cpp"))
+_NAMES = ("judge.cpp", "load.cpp", "route.cpp", "step.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
+_HEADER = Path(__file__).with_name("judge.h")
 _FLAGS = (
     "-std=c++20",
     "-O3",
@@ -86,7 +88,8 @@ def _compiled(compiler: str) -> Path:
     version = subprocess.run(
         [compiler, "--version"], check=True, capture_output=True, text=True, timeout=60
     ).stdout
-    parts = [*(source.read_text() for source in _SOURCES), *_FLAGS, version, torch.__version__]
+    sources = [source.read_text() for source in (*_SOURCES, _HEADER)]
+    parts = [*sources, *_FLAGS, version, torch.__version__]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     try:
         folder = _cache_folder()

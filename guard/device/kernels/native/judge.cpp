@@ -7,6 +7,8 @@
 //
 // Letters as in `guard/device/layout.py`. All arrays are whole and in C order.
 
+#include "judge.h"
+
 #include <omp.h>
 
 #include <algorithm>
@@ -49,42 +51,15 @@ struct Share {
 
 extern "C" {
 
-// The fields of these, in order, are those of the structures in `judge.py`.
-
-struct SignalTables {
-  const int64_t *num_experts_L, *unit_start_P1, *unit_signal, *unit_value;
-  const int64_t *spread_start_P1, *spread_signal;
-  const int64_t *mass_start_P1, *mass_signal;
-  const double* mass_value;
-  const int64_t *layer_start_L1, *layer_signal;
-  const double* layer_value;
-  int64_t num_tokens, first_spread, first_mass, max_experts, num_columns, num_layers, top_k;
-};
-
-struct DecisionTables {
-  const int64_t *signals, *readings, *conditions;
-  const double* real;
-  const int64_t *rules, *conditions_RC, *node_start_R1, *node_N, *nodes, *actions, *set_signal_N;
-  int64_t num_evidence, num_signals, num_readings, num_conditions, num_rules, most_conditions;
-  int64_t num_nodes, node_width, num_actions, num_sets, num_words;
-};
-
-struct Slots {
-  int64_t *next_position_S, *prompt_tokens_S, *unseen_S, *sum_SX, *prompt_sum_SX, *recent_sum_SQX;
-  int64_t *hits_SR, *recent_hits_SHR;
-  bool *active_SR, *applies_SR, *enforced_SR, *exempt_SR;
-  int64_t *mask_from_SIA, *mask_to_SIA, *block_at_SR;
-  double* extreme_SC;
-  int64_t kept_sums, kept_hits, num_intervals;
-};
-
 int64_t moe_guard_sizes(int64_t which) {
-  const int64_t sizes[] = {sizeof(SignalTables), sizeof(DecisionTables), sizeof(Slots)};
+  const int64_t sizes[] = {sizeof(SignalTables), sizeof(DecisionTables), sizeof(Slots), sizeof(Kept),
+                           sizeof(WholeStep)};
   return sizes[which];
 }
 
 // Whose each row is, no expert in the rows' part of the tap, and the rows' masks.
 // row_bits_TW: null where nothing is masked; the first `num_rows_before` rows may be masked still
+// request_T: null where nobody asks
 void moe_guard_begin(const Slots* slots, const int64_t* slots_B, const int64_t* query_start_B1,
                      const int64_t* position_T, int64_t num_requests, int64_t num_rows,
                      int64_t num_rows_before, int32_t* ids_TLK, int64_t tap_width,
@@ -96,7 +71,7 @@ void moe_guard_begin(const Slots* slots, const int64_t* slots_B, const int64_t* 
   }
   for (int64_t request = 0; request < num_requests; ++request) {
     const int64_t first_row = query_start_B1[request], stop_row = query_start_B1[request + 1];
-    std::fill(request_T + first_row, request_T + stop_row, request);
+    if (request_T != nullptr) std::fill(request_T + first_row, request_T + stop_row, request);
     if (row_bits_TW == nullptr) continue;
     const int64_t at = slots_B[request] * slots->num_intervals * num_actions;
     for (int64_t place = 0; place < slots->num_intervals; ++place) {
@@ -113,6 +88,7 @@ void moe_guard_begin(const Slots* slots, const int64_t* slots_B, const int64_t* 
       }
     }
   }
+  if (request_T == nullptr) return;
   // Rows behind the last request's: as a search for their request finds.
   std::fill(request_T + query_start_B1[num_requests], request_T + num_rows, num_requests);
 }
@@ -185,8 +161,7 @@ namespace {
 template <typename T>
 void keep_rows(const int64_t* evidence_TX, int64_t num_evidence, const int64_t* query_start_B1,
                const int64_t* rejected_B, int64_t num_requests, const int64_t* kv_slot_T,
-               const int64_t* narrow_source, int64_t num_narrow, const int64_t* wide_source,
-               int64_t num_wide, int32_t tag, int32_t* written_K, T* narrow_KX, int64_t* wide_KX) {
+               const Kept& kept, T* narrow_KX) {
   for (int64_t request = 0; request < num_requests; ++request) {
     int64_t stop = query_start_B1[request + 1];
     if (rejected_B != nullptr) stop -= rejected_B[request];
@@ -194,13 +169,15 @@ void keep_rows(const int64_t* evidence_TX, int64_t num_evidence, const int64_t* 
       const int64_t at = kv_slot_T[row];
       if (at < 0) continue;
       const int64_t* evidence_X = evidence_TX + row * num_evidence;
-      for (int64_t column = 0; column < num_narrow; ++column) {
-        narrow_KX[at * num_narrow + column] = static_cast<T>(evidence_X[narrow_source[column]]);
+      for (int64_t column = 0; column < kept.num_narrow; ++column) {
+        narrow_KX[at * kept.num_narrow + column] =
+            static_cast<T>(evidence_X[kept.narrow_source[column]]);
       }
-      for (int64_t column = 0; column < num_wide; ++column) {
-        wide_KX[at * num_wide + column] = evidence_X[wide_source[column]];
+      for (int64_t column = 0; column < kept.num_wide; ++column) {
+        kept.wide_KX[at * kept.num_wide + column] = evidence_X[kept.wide_source[column]];
       }
-      written_K[at] = static_cast<int32_t>(evidence_X[0]) * tag;  // last: the token was seen
+      // Last: the token was seen.
+      kept.written_K[at] = static_cast<int32_t>(evidence_X[0] * kept.tag);
     }
   }
 }
@@ -210,22 +187,20 @@ void keep_rows(const int64_t* evidence_TX, int64_t num_evidence, const int64_t* 
 extern "C" {
 
 // Evidence beside its KV, as `KeepRows.write`, but for the dustbin, which stays as it is.
-// rejected_B: null where there are none; narrow_bytes: of each number in `narrow_KX`, 2, 4 or 8
+// rejected_B: null where there are none
 void moe_guard_keep(const int64_t* evidence_TX, int64_t num_evidence, const int64_t* query_start_B1,
                     const int64_t* rejected_B, int64_t num_requests, const int64_t* kv_slot_T,
-                    const int64_t* narrow_source, int64_t num_narrow, const int64_t* wide_source,
-                    int64_t num_wide, int32_t tag, int32_t* written_K, void* narrow_KX,
-                    int64_t narrow_bytes, int64_t* wide_KX) {
+                    const Kept* kept) {
   const auto keep = [&](auto* narrow) {
-    keep_rows(evidence_TX, num_evidence, query_start_B1, rejected_B, num_requests, kv_slot_T,
-              narrow_source, num_narrow, wide_source, num_wide, tag, written_K, narrow, wide_KX);
+    keep_rows(evidence_TX, num_evidence, query_start_B1, rejected_B, num_requests, kv_slot_T, *kept,
+              narrow);
   };
-  if (narrow_bytes == 2) {
-    keep(static_cast<int16_t*>(narrow_KX));
-  } else if (narrow_bytes == 4) {
-    keep(static_cast<int32_t*>(narrow_KX));
+  if (kept->narrow_bytes == 2) {
+    keep(static_cast<int16_t*>(kept->narrow_KX));
+  } else if (kept->narrow_bytes == 4) {
+    keep(static_cast<int32_t*>(kept->narrow_KX));
   } else {
-    keep(static_cast<int64_t*>(narrow_KX));
+    keep(static_cast<int64_t*>(kept->narrow_KX));
   }
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from guard.device.kernels.native.judge import functions
+from guard.device.kernels.native.interface import functions
 from guard.device.tap import RoutingTap
 
 

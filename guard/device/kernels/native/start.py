@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from guard.device.kernels.native.judge import SlotAddresses, functions
+from guard.device.kernels.native.interface import SlotAddresses, functions
 from guard.device.mask import ExpertMask
 from guard.device.rows import StepBatch
 from guard.device.start import Started

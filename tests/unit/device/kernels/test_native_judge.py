@@ -23,7 +23,7 @@ from guard.device.tap import RoutingTap
 from guard.errors import GuardError
 from guard.program.program import Program
 from tests.support.judged_twice import judged
-from tests.unit.device.driving import FLAGGED, OTHER, Engine, policy_text, rule_text
+from tests.unit.device.driving import FLAGGED, OTHER, Engine, policy_text, rule_text, tokens
 
 CPU = torch.device("cpu")
 CAPACITY = Capacity(8, 4, 1)
@@ -139,3 +139,14 @@ def test_every_step_of_these_tests_is_judged_by_both() -> None:
     engine.step({"a": (0, [FLAGGED, OTHER])})
     engine.step({"a": (2, [OTHER])})
     assert judged["both"] == before + 2
+
+
+def test_a_step_that_is_checked_is_taken_in_parts_and_the_next_one_as_a_whole() -> None:
+    engine = Engine(policy_text(rule_text(COUNT)))
+    engine.guard.add_request("a", prompt_tokens=2)
+    before = judged["whole"]
+    engine.step({"a": (0, [FLAGGED, OTHER])})
+    assert judged["whole"] == before
+    report = engine.step({"a": (2, [FLAGGED])})
+    assert judged["whole"] == before + 1
+    assert tokens(report) == (0, 1)

@@ -1,0 +1,89 @@
+// What the parts of a step share, and Python knows, too: the fields, in order, are those of the
+// structures in `judge.py` and `whole_step.py`. All numbers are 64 bits wide.
+
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+struct SignalTables {
+  const int64_t *num_experts_L, *unit_start_P1, *unit_signal, *unit_value;
+  const int64_t *spread_start_P1, *spread_signal;
+  const int64_t *mass_start_P1, *mass_signal;
+  const double* mass_value;
+  const int64_t *layer_start_L1, *layer_signal;
+  const double* layer_value;
+  int64_t num_tokens, first_spread, first_mass, max_experts, num_columns, num_layers, top_k;
+};
+
+struct DecisionTables {
+  const int64_t *signals, *readings, *conditions;
+  const double* real;
+  const int64_t *rules, *conditions_RC, *node_start_R1, *node_N, *nodes, *actions, *set_signal_N;
+  int64_t num_evidence, num_signals, num_readings, num_conditions, num_rules, most_conditions;
+  int64_t num_nodes, node_width, num_actions, num_sets, num_words;
+};
+
+struct Slots {
+  int64_t *next_position_S, *prompt_tokens_S, *unseen_S, *sum_SX, *prompt_sum_SX, *recent_sum_SQX;
+  int64_t *hits_SR, *recent_hits_SHR;
+  bool *active_SR, *applies_SR, *enforced_SR, *exempt_SR;
+  int64_t *mask_from_SIA, *mask_to_SIA, *block_at_SR;
+  double* extreme_SC;
+  int64_t kept_sums, kept_hits, num_intervals;
+};
+
+// Evidence beside the KV, under one program's columns. narrow_bytes: of each number in `narrow_KX`,
+// 2, 4 or 8
+struct Kept {
+  const int64_t* narrow_source;
+  int64_t num_narrow;
+  const int64_t* wide_source;
+  int64_t num_wide, tag;
+  int32_t* written_K;
+  void* narrow_KX;
+  int64_t narrow_bytes;
+  int64_t* wide_KX;
+};
+
+// Where everything is that a step needs: buffers that stay, and those of the step at hand.
+// query_start_B1: of `query_start_bytes` each, copied into `starts_B1` when the step begins
+// row_bits_TW: null where nothing is masked; kept: null where nothing is; trusted: one for all rows
+// decided: what the step's sums are, then its requests, masks and extremes, see `PackedReport`
+struct WholeStep {
+  const SignalTables* signals;
+  const DecisionTables* decisions;
+  const Slots* slots;
+  const Kept* kept;
+  const bool* trusted;
+  int32_t* ids_TLK;
+  const float* weights_TLK;
+  int64_t* row_bits_TW;
+  int64_t num_words;
+  const int64_t* slots_B;
+  const void* query_start_B1;
+  int64_t query_start_bytes;
+  int64_t* starts_B1;
+  const int64_t* position_T;
+  int64_t* decided;
+};
+
+void moe_guard_begin(const Slots* slots, const int64_t* slots_B, const int64_t* query_start_B1,
+                     const int64_t* position_T, int64_t num_requests, int64_t num_rows,
+                     int64_t num_rows_before, int32_t* ids_TLK, int64_t tap_width,
+                     int64_t* row_bits_TW, int64_t num_words, int64_t num_actions,
+                     int64_t* request_T);
+void moe_guard_reduce(const SignalTables* tables, const int32_t* ids_TLK, const float* weights_TLK,
+                      int64_t num_rows, const bool* trusted_T, bool one_for_all,
+                      int64_t* evidence_TX);
+void moe_guard_keep(const int64_t* evidence_TX, int64_t num_evidence, const int64_t* query_start_B1,
+                    const int64_t* rejected_B, int64_t num_requests, const int64_t* kv_slot_T,
+                    const Kept* kept);
+int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const int64_t* evidence_TX,
+                         const int64_t* slots_B, const int64_t* query_start_B1,
+                         const int64_t* position_T, const int64_t* rejected_B,
+                         const int64_t* computed_B, int64_t num_requests, int64_t* requests_BF,
+                         int64_t* masked_BW, float* extremes_BC, int64_t* summary);
+
+}  // extern "C"
