@@ -105,7 +105,7 @@ class DrivenGuard:
         guard.tap.topk_weights_TLK[: shape.rows] = self._weights_TLK
         readback = self._timed("end_step", guard.end_step)
         assert isinstance(readback, Readback)
-        report = self._timed("report", readback.result)
+        report = self._timed("report", readback.report)
         assert not report.failures, report.failures
 
         def note() -> None:

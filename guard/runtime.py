@@ -312,7 +312,6 @@ class Guard:
         if self.kept is not None and self.judges and num_tokens > 0:
             self._cached[req_id] = (blocks, num_tokens)
 
-    @in_inference_mode
     def begin_step(
         self,
         req_ids: Sequence[str],
@@ -336,36 +335,34 @@ class Guard:
         self._check.begin_step()
         self.load.begin_step()
         with self.failures.caught(Stage.BEGIN_STEP):
-            self._catch_up(req_ids)
-            self._state.apply_staged_writes()
-            slots_B = self._slots(self._req_ids)
-            if self._is_ordinary():
-                assert self._whole is not None, "an ordinary step has it"
-                self._whole.begin(slots_B, query_start_B1, position_T, num_rows)
+            if self._whole is not None and self._is_ordinary():
+                self._whole.begin(self._slots(self._req_ids), query_start_B1, position_T, num_rows)
                 self._is_whole = True
             else:
-                self._batch = self._begin_in_parts(
-                    slots_B, query_start_B1[: len(req_ids) + 1], position_T[:num_rows]
-                )
-            if self.kept is not None:
-                self.kept.apply_staged_writes()
+                self._begin_in_parts(query_start_B1[: len(req_ids) + 1], position_T[:num_rows])
 
     def _is_ordinary(self) -> bool:
-        """Whether nothing is known yet for which the step at hand would have to be taken in parts."""
+        """Whether nothing is known for which the step at hand must be taken in parts. Then there is no
+        operation of torch in it, see `WholeStep`."""
         return (
-            self._whole is not None
-            and not (self._check.is_due or self.load.is_due)
+            not (self._check.is_due or self.load.is_due)
             and not (self._cached or self._missed or self.blind or self.failures.has_new)
+            and not self._state.has_staged_writes
+            and (self.kept is None or not self.kept.has_staged_writes)
         )
 
-    def _begin_in_parts(
-        self, slots_B: torch.Tensor, query_start_B1: torch.Tensor, position_T: torch.Tensor
-    ) -> StepBatch:
+    @in_inference_mode
+    def _begin_in_parts(self, query_start_B1: torch.Tensor, position_T: torch.Tensor) -> None:
+        self._catch_up(self._req_ids)
+        self._state.apply_staged_writes()
+        slots_B = self._slots(self._req_ids)
         batch, self._in_force_TA = self._start.begin(slots_B, query_start_B1, position_T, self._state)
         is_masking = self.mask is not None and self.program.masks.num_actions > 0
         if is_masking and self._in_force_TA is None and self._check.is_due:
             self._in_force_TA = self._state.masks_at(batch.slot_T, batch.position_T)
-        return batch
+        if self.kept is not None:
+            self.kept.apply_staged_writes()
+        self._batch = batch
 
     def _slots(self, req_ids: tuple[str, ...]) -> torch.Tensor:
         """int64 [B]. A step's requests are as a rule those of the step before."""
@@ -379,7 +376,6 @@ class Guard:
         """Where the step that was begun writes its rows' KV: [rows or more] on the device."""
         self._kv_slot_T = kv_slot_T
 
-    @in_inference_mode
     def end_step(self, rejected_B: torch.Tensor | None = None) -> Readback | StepReport | None:
         """Decide, and start the copy of what was decided. None if there is nothing to decide.
 
@@ -387,12 +383,17 @@ class Guard:
         """
         if self._evaluator is None:
             return None
-        if self._is_whole:
-            self._is_whole = False
-            if rejected_B is None and self._is_ordinary():
-                return self._end_whole_step()
-            assert self._whole is not None, "it has begun the step"
-            self._batch = self._whole.batch()
+        if not self._is_whole:
+            return self._end_in_parts(rejected_B)
+        self._is_whole = False
+        assert self._whole is not None, "it has begun the step"
+        if rejected_B is None:
+            return self._end_whole_step(self._whole)
+        self._batch = self._whole.batch()
+        return self._end_in_parts(rejected_B)
+
+    @in_inference_mode
+    def _end_in_parts(self, rejected_B: torch.Tensor | None) -> Readback | StepReport | None:
         batch, req_ids = self._batch, self._req_ids
         self._batch, self._req_ids = None, ()
         prefixes = self._cached_prefixes(req_ids) if self._cached else []
@@ -418,18 +419,17 @@ class Guard:
                 self._state.distrust(batch.slots_B)
         return self._failed_step(req_ids) if readback is None else readback
 
-    def _end_whole_step(self) -> Readback | StepReport:
-        assert self._whole is not None, "it has begun the step"
+    def _end_whole_step(self, whole: WholeStep) -> Readback | StepReport:
         req_ids, self._req_ids = self._req_ids, ()
         readback: Readback | None = None
         with self.failures.caught(Stage.EVALUATE) as attempt:
-            decided = self._whole.end(req_ids, self.program.revision, self._place_of_rows())
+            decided = whole.end(req_ids, self.program.revision, self._place_of_rows())
             if isinstance(decided, PackedReport):
                 readback = PackedReadback(decided)
             else:
                 readback = self._readback(req_ids, decided, [])
         if attempt.failed:
-            with self.failures.caught(Stage.EVALUATE):
+            with self.failures.caught(Stage.EVALUATE), torch.inference_mode():
                 self._state.distrust(self._slots(req_ids))
         return self._failed_step(req_ids) if readback is None else readback
 

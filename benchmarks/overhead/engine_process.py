@@ -37,7 +37,6 @@ class Batches:
             max_model_len=job["max_model_len"],
             max_num_seqs=job["max_num_seqs"],
             max_num_batched_tokens=2048,
-            enable_prefix_caching=False,
             disable_log_stats=True,
             additional_config=job["additional_config"],
             **job["arguments"],
@@ -99,7 +98,8 @@ class Batches:
                 output_kind=RequestOutputKind.DELTA,
                 extra_args={"moe_guard_labels": {"mask": mask}} if mask else None,
             )
-            prompt = {"prompt_token_ids": [3 + (17 * nth + 5 * j) % 1000 for j in range(length)]}
+            # No prompt is like another one, so that prefixes are kept, but none is found.
+            prompt = {"prompt_token_ids": [3 + (number + 5 * j * j) % 30_000 for j in range(length)]}
             self._engine.add_request(str(number), prompt, params)
             req_ids.append(str(number))
         return req_ids

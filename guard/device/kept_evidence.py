@@ -150,6 +150,10 @@ class KeptEvidence:
         self._staged.clear()
         self.written_K.zero_()
 
+    @property
+    def has_staged_writes(self) -> bool:
+        return bool(self._staged)
+
     def apply_staged_writes(self) -> None:
         """Before the step's rows are written. What fails half-way is done again by the next call."""
         if not self._staged:

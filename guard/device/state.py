@@ -119,6 +119,10 @@ class SlotState:
         assert admission.slot != NULL_SLOT, "the null slot belongs to no request"
         self._staged[admission.slot] = admission
 
+    @property
+    def has_staged_writes(self) -> bool:
+        return bool(self._staged)
+
     def apply_staged_writes(self) -> None:
         if not self._staged:
             return

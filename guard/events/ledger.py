@@ -26,7 +26,6 @@ from guard.program.applicability import RulesFor
 from guard.program.step_report import (
     NEVER,
     EventColumn,
-    HostSeconds,
     Judged,
     PackedReport,
     RequestColumn,
@@ -212,10 +211,7 @@ class Ledger:
 
     def note_step(self, report: StepReport | PackedReport) -> None:
         """A step was taken, once, however it went."""
-        self._tally.count_step()
-        if report.host is not None:
-            for part, seconds in zip(HostSeconds._fields, report.host, strict=True):
-                self._tally.spend(part, seconds)
+        self._tally.count_step(report.host)
 
     def note_own_time(self, seconds: float) -> None:
         """Host time that the engine core's part of the guard took."""

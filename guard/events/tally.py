@@ -12,7 +12,7 @@ from guard.events.message import Decision, DecisionCount, Delta
 from guard.events.rulebook import RuleBook
 from guard.failures import Stage
 from guard.fault_injection import strikes
-from guard.program.step_report import RequestColumn
+from guard.program.step_report import HostSeconds, RequestColumn
 
 MAX_PENDING_DECISIONS = 10_000
 """Decisions that may wait for delivery; more are dropped and counted, their counters are not."""
@@ -37,6 +37,7 @@ class Tally:
         self._flushed_at = 0.0
         self._steps = 0
         self._host_seconds: dict[str, float] = {}
+        self._hosts: list[HostSeconds] = []  # of steps, not added up yet
         self._begin(book)
 
     def _begin(self, book: RuleBook) -> None:
@@ -91,9 +92,12 @@ class Tally:
         self._num_values += 1
         self._values[rule, condition].append(value)
 
-    def count_step(self) -> None:
+    def count_step(self, host: HostSeconds | None = None) -> None:
+        """host: of the worker"""
         self._steps += 1
         self._moved = True
+        if host is not None:
+            self._hosts.append(host)
 
     def spend(self, part: str, seconds: float) -> None:
         """Host time of the guard. It goes with the next delta and asks for none."""
@@ -136,6 +140,9 @@ class Tally:
 
     def _seal(self, masked_requests: dict[str, int]) -> Delta:
         self._add_up()
+        for part, seconds in zip(HostSeconds._fields, zip(*self._hosts, strict=True), strict=False):
+            self.spend(part, sum(seconds))
+        self._hosts.clear()
         self._delta.decision_counts = [
             DecisionCount(*key, count) for key, count in self._decision_counts.items()
         ]

@@ -90,10 +90,10 @@ class PrefixEvidence:
             self._serial = news.serial
         if not self._guard.judges:
             return  # nothing is written, and what a later program counts was not seen by an earlier one
-        if news is not None:
+        if news is not None and news.handed_out:
             self._kept.forget(news.handed_out)
-        copies = getattr(scheduler_output, "kv_cache_block_copies", None) or ()
-        self._kept.copy([src for src, _ in copies], [dst for _, dst in copies])
+        if copies := getattr(scheduler_output, "kv_cache_block_copies", None):
+            self._kept.copy([src for src, _ in copies], [dst for _, dst in copies])
         for request in scheduler_output.scheduled_new_reqs:
             self._take(request.req_id, request.block_ids, request.num_computed_tokens)
         resumed = scheduler_output.scheduled_cached_reqs

@@ -15,14 +15,10 @@ from guard.device.state import SlotState
 
 SIGNAL_ARRAYS = (
     "num_experts_L",
-    "unit_start_P1",
-    "unit_signal",
-    "unit_value",
+    "addend_start_P1",
+    "addends",
     "spread_start_P1",
     "spread_signal",
-    "mass_start_P1",
-    "mass_signal",
-    "mass_value",
     "layer_start_L1",
     "layer_signal",
     "layer_value",

@@ -97,45 +97,69 @@ void moe_guard_begin(const Slots* slots, const int64_t* slots_B, const int64_t* 
 
 namespace {
 
+// To the nearest whole number, the even one of two. As `std::nearbyint`, which is a call, 17 times a row.
+int64_t rounded(double value) {
+  constexpr double kExact = 0x1p51, kShift = 0x1.8p52;  // what is added has no room for a fraction
+  if (std::fabs(value) < kExact) return static_cast<int64_t>((value + kShift) - kShift);
+  return static_cast<int64_t>(std::nearbyint(value));
+}
+
 void reduce_rows(const SignalTables& t, const int32_t* ids_TLK, const float* weights_TLK,
                  const bool* trusted_T, bool one_for_all, Share share, int64_t* evidence_TX) {
-  thread_local std::vector<double> mass_memory;
-  thread_local std::vector<int64_t> layer_memory;
-  const int64_t num_masses = t.num_columns - t.first_mass, num_spread = t.first_mass - t.first_spread;
+  thread_local std::vector<int64_t> unit_memory, layer_memory, place_memory;
+  thread_local std::vector<double> mass_memory, gate_memory;
+  int64_t* place_K = scratch(place_memory, t.top_k, int64_t{0});
+  double* gate_K = scratch(gate_memory, t.top_k, 0.0);
+  const int64_t num_units = t.first_spread - t.num_tokens, num_spread = t.first_mass - t.first_spread;
+  const int64_t num_masses = t.num_columns - t.first_mass;
   for (int64_t row = share.first; row < share.stop; ++row) {
     int64_t* evidence_X = evidence_TX + row * t.num_columns;
-    std::fill_n(evidence_X, t.num_columns, 0);
-    if (!trusted_T[one_for_all ? 0 : row]) continue;
-    std::fill_n(evidence_X, t.num_tokens, 1);
-    double* masses = scratch(mass_memory, num_masses, 0.0);
+    if (!trusted_T[one_for_all ? 0 : row]) {
+      std::fill_n(evidence_X, t.num_columns, 0);
+      continue;
+    }
+    int64_t* units = scratch(unit_memory, num_units + 1, int64_t{0});
+    double* masses = scratch(mass_memory, num_masses + 1, 0.0);
     int64_t* last_layer = scratch(layer_memory, num_spread, int64_t{-1});
+    std::fill_n(evidence_X + t.first_spread, num_spread, 0);
     for (int64_t layer = 0; layer < t.num_layers; ++layer) {
       const int64_t first = (row * t.num_layers + layer) * t.top_k;
+      int64_t num_chosen = 0;
       for (int64_t choice = first; choice < first + t.top_k; ++choice) {
         const int64_t expert = ids_TLK[choice];
-        const double gate = weights_TLK[choice];
-        if (expert < 0 || expert >= t.num_experts_L[layer] || gate == 0.0) continue;
-        const int64_t place = layer * t.max_experts + expert;
-        for (int64_t at = t.unit_start_P1[place]; at < t.unit_start_P1[place + 1]; ++at) {
-          evidence_X[t.num_tokens + t.unit_signal[at]] += t.unit_value[at];
+        const double weight = weights_TLK[choice];
+        if (expert < 0 || expert >= t.num_experts_L[layer] || weight == 0.0) continue;
+        place_K[num_chosen] = layer * t.max_experts + expert;
+        gate_K[num_chosen++] = std::isfinite(weight) ? weight : 0.0;
+      }
+      for (int64_t k = 0; k < num_chosen; ++k) {
+        const int64_t place = place_K[k];
+        const double gate = gate_K[k];
+        for (int32_t at = t.addend_start_P1[place]; at < t.addend_start_P1[place + 1]; ++at) {
+          const Addend& adds = t.addends[at];
+          units[adds.unit] += adds.unit_value;
+          masses[adds.mass] += adds.mass_value * gate;
         }
-        for (int64_t at = t.spread_start_P1[place]; at < t.spread_start_P1[place + 1]; ++at) {
+      }
+      // Choice by choice, but in a register: each sum waits for the one before it.
+      for (int64_t at = t.layer_start_L1[layer]; at < t.layer_start_L1[layer + 1]; ++at) {
+        double sum = masses[t.layer_signal[at]];
+        for (int64_t k = 0; k < num_chosen; ++k) sum += t.layer_value[at] * gate_K[k];
+        masses[t.layer_signal[at]] = sum;
+      }
+      for (int64_t k = 0; k < (num_spread == 0 ? 0 : num_chosen); ++k) {
+        for (int64_t at = t.spread_start_P1[place_K[k]]; at < t.spread_start_P1[place_K[k] + 1]; ++at) {
           const int64_t signal = t.spread_signal[at];
           if (last_layer[signal] == layer) continue;
           last_layer[signal] = layer;
           evidence_X[t.first_spread + signal] += 1;
         }
-        if (!std::isfinite(gate)) continue;
-        for (int64_t at = t.mass_start_P1[place]; at < t.mass_start_P1[place + 1]; ++at) {
-          masses[t.mass_signal[at]] += t.mass_value[at] * gate;
-        }
-        for (int64_t at = t.layer_start_L1[layer]; at < t.layer_start_L1[layer + 1]; ++at) {
-          masses[t.layer_signal[at]] += t.layer_value[at] * gate;
-        }
       }
     }
+    std::fill_n(evidence_X, t.num_tokens, 1);
+    std::copy_n(units, num_units, evidence_X + t.num_tokens);
     for (int64_t mass = 0; mass < num_masses; ++mass) {
-      evidence_X[t.first_mass + mass] = static_cast<int64_t>(std::nearbyint(masses[mass]));
+      evidence_X[t.first_mass + mass] = rounded(masses[mass]);
     }
   }
 }
@@ -212,7 +236,7 @@ namespace {
 struct Row {
   int64_t position, prompt, begin, following;
   const int64_t *signal_X, *total_X, *before_X, *prompt_X, *recent_QX;
-  int64_t num_signals, kept_sums;
+  int64_t num_signals, kept_sums, recent_at;  // the latter: position % kept_sums
 };
 
 // One signal summed over a window that ends at a row, as `WindowReader` does.
@@ -226,8 +250,9 @@ int64_t read(const int64_t* reading, const Row& row) {
   }
   const int64_t start = row.position - tokens;
   if (reading[3] && start < row.prompt) return value - row.prompt_X[signal];
-  const auto recent = [&] {
-    return row.recent_QX[(start % row.kept_sums) * row.num_signals + signal];
+  const auto recent = [&] {  // no window is longer than what is kept
+    const int64_t at = row.recent_at - tokens;
+    return row.recent_QX[(at < 0 ? at + row.kept_sums : at) * row.num_signals + signal];
   };
   if (start >= row.begin) return tokens == 1 ? row.signal_X[signal] : value - recent();
   if (std::max(start, int64_t{-1}) >= row.following - 1) return value - row.before_X[signal];
@@ -342,6 +367,28 @@ void summarise(const DecisionTables& t, const Step& step, int64_t num_requests, 
   summary[3] = is_all_seen;
 }
 
+template <typename T>
+void prefetch(const T* first, int64_t size) {
+  const char* at = reinterpret_cast<const char*>(first);
+  for (int64_t byte = 0; byte < size * static_cast<int64_t>(sizeof(T)); byte += 64) {
+    __builtin_prefetch(at + byte);
+  }
+}
+
+// A request's slot, while the one before it is decided: slots lie far apart, and are cold.
+void prefetch_slot(const DecisionTables& t, const Slots& s, const Step& step, int64_t request) {
+  const int64_t slot = step.slots_B[request], X = t.num_signals, R = t.num_rules;
+  const int64_t position = step.position_T[step.query_start_B1[request]];
+  prefetch(s.sum_SX + slot * X, X);
+  prefetch(s.prompt_sum_SX + slot * X, X);
+  prefetch(s.recent_sum_SQX + (slot * s.kept_sums + position % s.kept_sums) * X, X);
+  prefetch(s.extreme_SC + slot * t.num_conditions, t.num_conditions);
+  prefetch(s.block_at_SR + slot * R, R);
+  for (const bool* flags_SR : {s.active_SR, s.applies_SR, s.enforced_SR, s.exempt_SR}) {
+    prefetch(flags_SR + slot * R, R);
+  }
+}
+
 void decide_requests(const DecisionTables& t, const Slots& s, const Step& step, Share share,
                      Firings& firings) {
   thread_local std::vector<int64_t> signal_memory, before_memory, hits_memory, fired_memory;
@@ -362,6 +409,7 @@ void decide_requests(const DecisionTables& t, const Slots& s, const Step& step, 
   firings.clear();
   for (int64_t request = share.first; request < share.stop; ++request) {
     const int64_t slot = step.slots_B[request];
+    if (request + 1 < share.stop) prefetch_slot(t, s, step, request + 1);
     const int64_t* position_T = step.position_T;
     int64_t* facts_F = step.requests_BF + request * (kRequestColumns + t.num_sets);
     int64_t* masked_W = step.masked_BW + request * t.num_words;
@@ -417,8 +465,8 @@ void decide_requests(const DecisionTables& t, const Slots& s, const Step& step, 
       const bool judged = evidence_X[0] != 0, in_prompt = position < prompt;
       if (judged) ++(in_prompt ? prompt_tokens : output_tokens);
       int64_t num_now = 0;
-      const Row here{position, prompt,   begin,     following, signal_X,   total_X,
-                     before_X, prompt_X, recent_QX, X,         s.kept_sums};
+      const Row here{position, prompt,   begin,     following, signal_X,    total_X,
+                     before_X, prompt_X, recent_QX, X,         s.kept_sums, position % s.kept_sums};
       for (int64_t nth_rule = 0; nth_rule < (judged ? num_here : 0); ++nth_rule) {
         const int64_t rule = rules_here[nth_rule];
         if (!t.rules[(in_prompt ? 1 : 2) * R + rule] || !signal_X[t.rules[7 * R + rule]]) continue;
@@ -481,7 +529,7 @@ void decide_requests(const DecisionTables& t, const Slots& s, const Step& step, 
         }
         firings.acting.push_back(t.rules[6 * R + rule] && enforced_R[rule] && num_fired_R[rule] == 1);
       }
-      if (s.kept_sums > 1) std::copy_n(total_X, X, recent_QX + (position % s.kept_sums) * X);
+      if (s.kept_sums > 1) std::copy_n(total_X, X, recent_QX + here.recent_at * X);
       if (persists) std::copy_n(hits_R, R, recent_HR + (position % s.kept_hits) * R);
     }
     s.unseen_S[slot] += after - following - prompt_tokens - output_tokens;

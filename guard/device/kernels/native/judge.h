@@ -7,11 +7,20 @@
 
 extern "C" {
 
+// What an expert adds to a unit signal and to a mass signal. Where it adds to more of the one kind than of
+// the other, the rest goes to a signal behind the last one.
+struct Addend {
+  int32_t unit, mass;
+  int64_t unit_value;
+  double mass_value;
+};
+
+// addend_start_P1: 32 bits wide, so that those of neighbours lie in one cache line
 struct SignalTables {
-  const int64_t *num_experts_L, *unit_start_P1, *unit_signal, *unit_value;
+  const int64_t* num_experts_L;
+  const int32_t* addend_start_P1;
+  const Addend* addends;
   const int64_t *spread_start_P1, *spread_signal;
-  const int64_t *mass_start_P1, *mass_signal;
-  const double* mass_value;
   const int64_t *layer_start_L1, *layer_signal;
   const double* layer_value;
   int64_t num_tokens, first_spread, first_mass, max_experts, num_columns, num_layers, top_k;

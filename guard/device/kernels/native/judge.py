@@ -27,6 +27,11 @@ from guard.device.tap import RoutingTap
 from guard.program.program import WORD_BITS, Program
 from guard.program.step_report import EventColumn, ReportForm, RequestColumn, StepSummary
 
+_ADDEND = np.dtype(
+    [("unit", np.int32), ("mass", np.int32), ("unit_value", np.int64), ("mass_value", np.float64)]
+)
+"""`Addend` in `judge.h`."""
+
 
 class NativeJudge:
     """Decides on the same state as its twin, so that each step can be either's.
@@ -38,11 +43,11 @@ class NativeJudge:
         assert self.covers(program, max_draft_tokens=0)
         self._functions = functions()
         topology, masks = program.topology, program.masks
-        signals, decisions = signal_tables(program), decision_tables(program)
+        signals, decisions = _signal_arrays(program), decision_tables(program)
         self._keep_alive = (signals, decisions)
         self.signal_tables = SignalAddresses(
-            *(getattr(signals, name).ctypes.data for name in SIGNAL_ARRAYS),
-            *map(int, signals.sizes),
+            *(signals[name].ctypes.data for name in SIGNAL_ARRAYS),
+            *map(int, signals["sizes"]),
             program.signals.num_evidence,
             len(topology.layers),
             topology.max_top_k,
@@ -181,6 +186,30 @@ class NativeJudge:
             torch.from_numpy(values_V[:MAX_EVENTS_PER_STEP]),
             torch.tensor([num_events]),
         )
+
+
+def _signal_arrays(program: Program) -> dict[str, np.ndarray]:
+    """`SignalTables` by the names that `judge.h` has, units and masses in pairs."""
+    tables = signal_tables(program)
+    num_units, num_masses = len(program.signals.unit), len(program.signals.mass)
+    nobodys_mass = num_masses + len(program.signals.layer_mass)
+    units_P, masses_P = np.diff(tables.unit_start_P1), np.diff(tables.mass_start_P1)
+    start_P1 = np.concatenate([[0], np.cumsum(np.maximum(units_P, masses_P))])
+    addends = np.zeros(start_P1[-1], dtype=_ADDEND)
+    addends["unit"], addends["mass"] = num_units, nobodys_mass
+    at_unit = np.arange(len(tables.unit_signal)) + np.repeat(
+        start_P1[:-1] - tables.unit_start_P1[:-1], units_P
+    )
+    at_mass = np.arange(len(tables.mass_signal)) + np.repeat(
+        start_P1[:-1] - tables.mass_start_P1[:-1], masses_P
+    )
+    addends["unit"][at_unit], addends["unit_value"][at_unit] = tables.unit_signal, tables.unit_value
+    addends["mass"][at_mass], addends["mass_value"][at_mass] = tables.mass_signal, tables.mass_value
+    return {
+        **tables._asdict(),
+        "addend_start_P1": start_P1.astype(np.int32),
+        "addends": addends,
+    }
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
