@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from guard.device.layout import NULL_SLOT
 from guard.device.rows import FreshRows, StepBatch
@@ -47,6 +48,34 @@ def unpack_experts(words_TX: torch.Tensor, table: DistributionTable) -> torch.Te
     """[T, C] of `expert_dtype`."""
     values = words_TX.contiguous().view(expert_dtype(table))
     return values[:, : table.chosen_per_token]
+
+
+class BaselineTerms(NamedTuple):
+    """What a profile's shares bring to a divergence, as whole numbers (`_TERM_SCALE`).
+
+    half_entropy_ZL: int64, half the entropy of the shares
+    is_measured_ZL: bool, the profile knows the layer
+    unchosen_ZLE: int64, the term of an expert that a window never chose
+    """
+
+    half_entropy_ZL: NDArray[np.int64]
+    is_measured_ZL: NDArray[np.bool_]
+    unchosen_ZLE: NDArray[np.int64]
+
+
+def baseline_terms(shares_ZLE: NDArray[np.float64]) -> BaselineTerms:
+    shares = torch.from_numpy(shares_ZLE)
+    half_term_ZLE = -torch.xlogy(shares, shares) / 2
+    unchosen_ZLE = -torch.xlogy(shares / 2, shares / 2)
+    return BaselineTerms(
+        _whole(half_term_ZLE).sum(dim=-1).numpy(),
+        (shares > 0).any(dim=-1).numpy(),
+        _whole(unchosen_ZLE).numpy(),
+    )
+
+
+def _whole(term: torch.Tensor) -> torch.Tensor:
+    return (term * _TERM_SCALE).round().to(torch.int64)
 
 
 class _Step(NamedTuple):
@@ -102,9 +131,9 @@ class DistributionEvaluator:
         self._num_experts_L = put([layer.num_experts for layer in layers])
         self._top_k_L = put([layer.top_k for layer in layers])
         self._shares_ZLE = put(table.shares)
-        half_term_ZLE = -torch.xlogy(self._shares_ZLE, self._shares_ZLE) / 2
-        self._half_entropy_ZL = (half_term_ZLE * _TERM_SCALE).round().to(torch.int64).sum(dim=-1)
-        self._is_measured_ZL = (self._shares_ZLE > 0).any(dim=-1)
+        terms = baseline_terms(table.shares)
+        self._half_entropy_ZL = put(terms.half_entropy_ZL)
+        self._is_measured_ZL = put(terms.is_measured_ZL)
         self._takes_max_D11 = put(table.takes_max)[:, None, None]
         self._token_signal_V = put(table.token_signal)
         self._token_epoch_N = put(np.array(token_epochs, dtype=np.int32))
@@ -303,7 +332,7 @@ class DistributionEvaluator:
         p_BLE = counts_BLE.to(torch.float64) / total_BL.clamp(min=1)[:, :, None]
         mean_BLE = (p_BLE + self._shares_ZLE[baseline, layers]) / 2
         term_BLE = torch.xlogy(p_BLE, p_BLE) / 2 - torch.xlogy(mean_BLE, mean_BLE)
-        whole_BL = (term_BLE * _TERM_SCALE).round().to(torch.int64).sum(dim=-1)
+        whole_BL = _whole(term_BLE).sum(dim=-1)
         value_BL = (whole_BL - self._half_entropy_ZL[baseline, layers]).clamp(min=0).to(
             torch.float64
         ) / _TERM_SCALE

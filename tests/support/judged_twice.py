@@ -172,6 +172,7 @@ class SteppedTwice:
             assert torch.equal(ours, twins)
         return batch
 
+    @torch.inference_mode()  # for the twins: a whole step has no operation of torch
     def end(
         self, req_ids: tuple[str, ...], revision: str, kv_slot_T: torch.Tensor | None
     ) -> PackedReport | StepDecisions:

@@ -48,6 +48,6 @@ def make_judge(
             judge = TritonJudge(program, device, drafts)
             judge.warm_up()
             return judge
-        if NativeJudge.covers(program, drafts):
+        if not drafts:
             return NativeJudge(program)
     return StepEvaluator(program, device, drafts)

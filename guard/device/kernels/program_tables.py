@@ -56,8 +56,9 @@ class DecisionTables(NamedTuple):
 
     signals: int64 [3, X]; rules: int64 [9, R]
     readings: int64 [M, 4], signal, window, tokens, in_output
-    conditions: int64 [C, 7], the readings of numerator, tokens and mass, then min_tokens, transform,
-        strict, always; real: float64 [C, 7], `real_table` by condition
+    conditions: int64 [C, 8], the readings of numerator, tokens and mass, then min_tokens, transform,
+        strict, always and the row among conditions on distributions, or -1
+    real: float64 [C, 7], `real_table` by condition
     conditions_RC: int64 [R, most], padded with -1
     node_start_R1: int64 [R + 1], where each rule's nodes begin in `node_N`
     node_N: int64, columns of nodes, children before their parents
@@ -122,6 +123,8 @@ def _by_place(weights: SparseWeights, num_places: int) -> tuple[Ints, Ints, Floa
 
 def decision_tables(program: Program) -> DecisionTables:
     readings, table = program.readings, program.conditions
+    distribution_C = np.full(table.num_conditions, -1)
+    distribution_C[program.distributions.condition] = np.arange(program.distributions.num_conditions)
     node_start_R1, node_N = _nodes_of_rules(program.expressions, program.conditions.num_conditions)
     return DecisionTables(
         signals=_whole(signals_table(program.signals)),
@@ -138,6 +141,7 @@ def decision_tables(program: Program) -> DecisionTables:
                     table.transform,
                     table.strict,
                     table.always,
+                    distribution_C,
                 ],
                 axis=1,
             )

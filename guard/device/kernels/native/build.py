@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "MOE_GUARD_CACHE_DIR"
 """Folder for compiled kernels; by default `moe-guard` in the user's cache folder."""
 
-_NAMES = ("judge.cpp", "load.cpp", "route.cpp", "step.cpp")
+_NAMES = ("distributions.cpp", "judge.cpp", "load.cpp", "route.cpp", "step.cpp")
 _SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
-_HEADER = Path(__file__).with_name("judge.h")
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("distributions.h", "judge.h"))
 _FLAGS = (
     "-std=c++20",
     "-O3",
@@ -34,6 +34,7 @@ _FLAGS = (
     "-shared",
     "-fopenmp",
     "-ffp-contract=off",
+    "-fno-strict-aliasing",  # of evidence, some words hold smaller numbers
     "-fvisibility=default",
 )
 _LIBRARIES = ("-ltorch", "-ltorch_cpu", "-lc10")
@@ -88,7 +89,7 @@ def _compiled(compiler: str) -> Path:
     version = subprocess.run(
         [compiler, "--version"], check=True, capture_output=True, text=True, timeout=60
     ).stdout
-    sources = [source.read_text() for source in (*_SOURCES, _HEADER)]
+    sources = [source.read_text() for source in (*_SOURCES, *_HEADERS)]
     parts = [*sources, *_FLAGS, version, torch.__version__]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     try:

@@ -53,6 +53,29 @@ _SLOT_ARRAYS = (
     "mask_to_SIA",
     "block_at_SR",
     "extreme_SC",
+    "histogram_SHLE",
+    "recent_chosen_SQC",
+    "recent_position_SQ",
+    "recent_epoch_SQ",
+)
+DISTRIBUTION_ARRAYS = (
+    "window_V",
+    "tokens_V",
+    "in_output_V",
+    "histogram_V",
+    "token_signal_V",
+    "epoch_V",
+    "window_D",
+    "statistic_D",
+    "takes_max_D",
+    "baseline_D",
+    "shares_ZLE",
+    "unchosen_ZLE",
+    "half_entropy_ZL",
+    "is_measured_ZL",
+    "num_experts_L",
+    "top_k_L",
+    "token_epoch_N",
 )
 
 
@@ -73,6 +96,8 @@ class SignalAddresses(ctypes.Structure):
             "num_columns",
             "num_layers",
             "top_k",
+            "num_linear",
+            "expert_bytes",
         ),
     )
 
@@ -94,6 +119,26 @@ class DecisionAddresses(ctypes.Structure):
             "num_actions",
             "num_sets",
             "num_words",
+        ),
+    )
+    _fields_.append(("distributions", c_void_p))
+
+
+class DistributionAddresses(ctypes.Structure):
+    """`DistributionTables` in `judge.h`."""
+
+    _fields_ = _fields(
+        DISTRIBUTION_ARRAYS,
+        (
+            "num_windows",
+            "num_histograms",
+            "num_layers",
+            "max_experts",
+            "top_k",
+            "expert_bytes",
+            "num_kept",
+            "num_epochs",
+            "first_word",
         ),
     )
 
@@ -160,7 +205,14 @@ def functions() -> ctypes.PyDLL:
     for name, (arguments, result) in _ARGUMENTS.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, result
-    structures = (SignalAddresses, DecisionAddresses, _Slots, KeptAddresses, StepAddresses)
+    structures = (
+        SignalAddresses,
+        DecisionAddresses,
+        _Slots,
+        KeptAddresses,
+        StepAddresses,
+        DistributionAddresses,
+    )
     for which, structure in enumerate(structures):
         assert found.moe_guard_sizes(which) == ctypes.sizeof(structure), structure.__name__
     return found

@@ -7,7 +7,7 @@
 //
 // Letters as in `guard/device/layout.py`. All arrays are whole and in C order.
 
-#include "judge.h"
+#include "distributions.h"
 
 #include <omp.h>
 
@@ -23,7 +23,7 @@ constexpr int64_t kFalse = 0, kUnknown = 1, kTrue = 2;
 constexpr int64_t kNever = int64_t{1} << 62;
 constexpr int64_t kRequest = 1, kPrompt = 2, kOutput = 3;  // `WindowKind`; else recent
 constexpr int64_t kLogistic = 1, kNegativeLog = 2;         // `Transform`
-constexpr int64_t kRequestColumns = 7, kEventColumns = 7;
+constexpr int64_t kRequestColumns = 7, kEventColumns = 7, kConditionColumns = 8;
 constexpr int64_t kRowsAThread = 32;  // fewer are not worth another thread
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -52,8 +52,8 @@ struct Share {
 extern "C" {
 
 int64_t moe_guard_sizes(int64_t which) {
-  const int64_t sizes[] = {sizeof(SignalTables), sizeof(DecisionTables), sizeof(Slots), sizeof(Kept),
-                           sizeof(WholeStep)};
+  const int64_t sizes[] = {sizeof(SignalTables), sizeof(DecisionTables), sizeof(Slots),
+                           sizeof(Kept),         sizeof(WholeStep),      sizeof(DistributionTables)};
   return sizes[which];
 }
 
@@ -104,6 +104,20 @@ int64_t rounded(double value) {
   return static_cast<int64_t>(std::nearbyint(value));
 }
 
+// A row's experts as id + 1, or 0 for nobody, behind its other evidence.
+template <typename Expert>
+void pack_experts(const SignalTables& t, int64_t row, const int32_t* ids_TLK, const float* weights_TLK,
+                  int64_t* evidence_X) {
+  std::fill_n(evidence_X + t.num_linear, t.num_columns - t.num_linear, 0);
+  auto* experts_LK = reinterpret_cast<Expert*>(evidence_X + t.num_linear);
+  const int64_t size = t.num_layers * t.top_k;
+  for (int64_t at = 0; at < size; ++at) {
+    const int64_t expert = ids_TLK[row * size + at];
+    const bool is_expert = expert >= 0 && expert < t.num_experts_L[at / t.top_k];
+    if (is_expert && weights_TLK[row * size + at] != 0.0f) experts_LK[at] = static_cast<Expert>(expert + 1);
+  }
+}
+
 void reduce_rows(const SignalTables& t, const int32_t* ids_TLK, const float* weights_TLK,
                  const bool* trusted_T, bool one_for_all, Share share, int64_t* evidence_TX) {
   thread_local std::vector<int64_t> unit_memory, layer_memory, place_memory;
@@ -111,7 +125,7 @@ void reduce_rows(const SignalTables& t, const int32_t* ids_TLK, const float* wei
   int64_t* place_K = scratch(place_memory, t.top_k, int64_t{0});
   double* gate_K = scratch(gate_memory, t.top_k, 0.0);
   const int64_t num_units = t.first_spread - t.num_tokens, num_spread = t.first_mass - t.first_spread;
-  const int64_t num_masses = t.num_columns - t.first_mass;
+  const int64_t num_masses = t.num_linear - t.first_mass;
   for (int64_t row = share.first; row < share.stop; ++row) {
     int64_t* evidence_X = evidence_TX + row * t.num_columns;
     if (!trusted_T[one_for_all ? 0 : row]) {
@@ -161,6 +175,8 @@ void reduce_rows(const SignalTables& t, const int32_t* ids_TLK, const float* wei
     for (int64_t mass = 0; mass < num_masses; ++mass) {
       evidence_X[t.first_mass + mass] = rounded(masses[mass]);
     }
+    if (t.expert_bytes == 1) pack_experts<uint8_t>(t, row, ids_TLK, weights_TLK, evidence_X);
+    if (t.expert_bytes == 2) pack_experts<int16_t>(t, row, ids_TLK, weights_TLK, evidence_X);
   }
 }
 
@@ -260,8 +276,10 @@ int64_t read(const int64_t* reading, const Row& row) {
 }
 
 // One condition at a row, and its extreme, as `ConditionEvaluator.evaluate`. Returns its truth.
-int64_t compare(const int64_t* condition, const double* real, const int64_t* value_M, double* value_of,
-                double* extreme) {
+// distribution: what it compares in place of a quotient, if it is on one
+int64_t compare(const int64_t* condition, const double* real, const int64_t* value_M, double distribution,
+                double* value_of, double* extreme) {
+  const bool is_on_distribution = condition[7] >= 0;
   const double tokens = static_cast<double>(value_M[condition[1]]);
   double denominator = tokens * real[1] + real[2];
   if (condition[2] >= 0) denominator = static_cast<double>(value_M[condition[2]]);
@@ -271,9 +289,11 @@ int64_t compare(const int64_t* condition, const double* real, const int64_t* val
   if (condition[6]) {
     value = 1.0;
     held = kTrue;
-  } else if (value_M[condition[1]] >= condition[3] && denominator > 0) {
+  } else if (value_M[condition[1]] >= condition[3] && denominator > 0 &&
+             !(is_on_distribution && std::isnan(distribution))) {
     double quotient = (static_cast<double>(value_M[condition[0]]) + real[0]) / denominator;
     if (condition[4] == kNegativeLog) quotient = -std::log(quotient);
+    if (is_on_distribution) quotient = distribution;
     const double signed_quotient = quotient * sign;
     const bool holds = condition[5] ? signed_quotient > real[4] : signed_quotient >= real[5];
     held = holds ? kTrue : kFalse;
@@ -465,6 +485,9 @@ void decide_requests(const DecisionTables& t, const Slots& s, const Step& step, 
       const bool judged = evidence_X[0] != 0, in_prompt = position < prompt;
       if (judged) ++(in_prompt ? prompt_tokens : output_tokens);
       int64_t num_now = 0;
+      const moe_guard::DistributionRow distributed{t.distributions, &s,       step.evidence_TX, t.num_evidence, slot,
+                                                   row,             position, prompt,           begin};
+      if (t.distributions != nullptr) moe_guard::count_row(distributed);
       const Row here{position, prompt,   begin,     following, signal_X,    total_X,
                      before_X, prompt_X, recent_QX, X,         s.kept_sums, position % s.kept_sums};
       for (int64_t nth_rule = 0; nth_rule < (judged ? num_here : 0); ++nth_rule) {
@@ -474,14 +497,19 @@ void decide_requests(const DecisionTables& t, const Slots& s, const Step& step, 
         for (int64_t nth = 0; nth < t.most_conditions; ++nth) {
           const int64_t at = t.conditions_RC[rule * t.most_conditions + nth];
           if (at < 0) continue;
-          const int64_t* condition = t.conditions + at * 7;
+          const int64_t* condition = t.conditions + at * kConditionColumns;
           for (int64_t nth_reading = 0; nth_reading < 3; ++nth_reading) {
             const int64_t reading = condition[nth_reading];
             if (reading < 0 || row_M[reading] == row) continue;
             row_M[reading] = row;
             value_M[reading] = read(t.readings + reading * 4, here);
           }
-          truth[1 + at] = compare(condition, t.real + at * 7, value_M, value_C + at, extreme_C + at);
+          double distribution = kNaN;
+          if (condition[7] >= 0 && row == last_row && position >= prompt - 1) {
+            distribution = moe_guard::distribution_value(distributed, condition[7]);
+          }
+          truth[1 + at] = compare(condition, t.real + at * 7, value_M, distribution, value_C + at,
+                                  extreme_C + at);
         }
       }
       for (int64_t nth_rule = 0; nth_rule < num_now; ++nth_rule) {
@@ -530,6 +558,9 @@ void decide_requests(const DecisionTables& t, const Slots& s, const Step& step, 
         firings.acting.push_back(t.rules[6 * R + rule] && enforced_R[rule] && num_fired_R[rule] == 1);
       }
       if (s.kept_sums > 1) std::copy_n(total_X, X, recent_QX + here.recent_at * X);
+      if (t.distributions != nullptr && judged && position >= after - t.distributions->num_kept) {
+        moe_guard::keep_row(distributed);
+      }
       if (persists) std::copy_n(hits_R, R, recent_HR + (position % s.kept_hits) * R);
     }
     s.unseen_S[slot] += after - following - prompt_tokens - output_tokens;

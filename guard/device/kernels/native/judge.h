@@ -24,14 +24,29 @@ struct SignalTables {
   const int64_t *layer_start_L1, *layer_signal;
   const double* layer_value;
   int64_t num_tokens, first_spread, first_mass, max_experts, num_columns, num_layers, top_k;
+  int64_t num_linear, expert_bytes;  // behind those columns a token's experts, each of so many bytes, or 0
 };
 
+// As `DistributionTable`, and what the evaluator makes of it. An expert that was never chosen has the term
+// `unchosen_ZLE`; windows are named by their kind, and have a histogram or are recent.
+struct DistributionTables {
+  const int64_t *window_V, *tokens_V, *in_output_V, *histogram_V, *token_signal_V, *epoch_V;
+  const int64_t *window_D, *statistic_D, *takes_max_D, *baseline_D;
+  const double* shares_ZLE;
+  const int64_t *unchosen_ZLE, *half_entropy_ZL, *is_measured_ZL;
+  const int64_t *num_experts_L, *top_k_L, *token_epoch_N;
+  int64_t num_windows, num_histograms, num_layers, max_experts, top_k, expert_bytes, num_kept, num_epochs;
+  int64_t first_word;
+};
+
+// distributions: null where no condition is on one
 struct DecisionTables {
   const int64_t *signals, *readings, *conditions;
   const double* real;
   const int64_t *rules, *conditions_RC, *node_start_R1, *node_N, *nodes, *actions, *set_signal_N;
   int64_t num_evidence, num_signals, num_readings, num_conditions, num_rules, most_conditions;
   int64_t num_nodes, node_width, num_actions, num_sets, num_words;
+  const DistributionTables* distributions;
 };
 
 struct Slots {
@@ -40,6 +55,10 @@ struct Slots {
   bool *active_SR, *applies_SR, *enforced_SR, *exempt_SR;
   int64_t *mask_from_SIA, *mask_to_SIA, *block_at_SR;
   double* extreme_SC;
+  int32_t* histogram_SHLE;
+  void* recent_chosen_SQC;
+  int64_t* recent_position_SQ;
+  int32_t* recent_epoch_SQ;
   int64_t kept_sums, kept_hits, num_intervals;
 };
 

@@ -8,11 +8,14 @@ import ctypes
 import numpy as np
 import torch
 
+from guard.device.distributions import baseline_terms
 from guard.device.kept_evidence import KeepRows, KeptColumns
 from guard.device.kernels.native.interface import (
     DECISION_ARRAYS,
+    DISTRIBUTION_ARRAYS,
     SIGNAL_ARRAYS,
     DecisionAddresses,
+    DistributionAddresses,
     KeptAddresses,
     SignalAddresses,
     SlotAddresses,
@@ -34,13 +37,9 @@ _ADDEND = np.dtype(
 
 
 class NativeJudge:
-    """Decides on the same state as its twin, so that each step can be either's.
-
-    It covers every program without conditions on distributions, where nothing is speculated.
-    """
+    """Decides on the same state as its twin, so that each step can be either's. It knows no drafts."""
 
     def __init__(self, program: Program) -> None:
-        assert self.covers(program, max_draft_tokens=0)
         self._functions = functions()
         topology, masks = program.topology, program.masks
         signals, decisions = _signal_arrays(program), decision_tables(program)
@@ -51,7 +50,10 @@ class NativeJudge:
             program.signals.num_evidence,
             len(topology.layers),
             topology.max_top_k,
+            program.signals.num_linear,
+            program.distributions.expert_type.itemsize if program.signals.routing_words else 0,
         )
+        self._distributions = _Distributions(program) if program.distributions.num_conditions else None
         self._num_evidence = program.signals.num_evidence
         self.form = ReportForm(
             RequestColumn.NUM + len(program.sets),
@@ -72,6 +74,7 @@ class NativeJudge:
             masks.num_actions,
             len(program.sets),
             self.form.num_words,
+            None if self._distributions is None else self._distributions.address,
         )
         self._summary = np.zeros(4 + self.form.num_columns, dtype=np.int64)
         self._summary_address = self._summary.ctypes.data
@@ -81,14 +84,6 @@ class NativeJudge:
         self._no_events_V = torch.zeros((0, EventColumn.NUM), dtype=torch.int64)
         self._no_values_V = torch.zeros((0, self._most_conditions), dtype=torch.float64)
         self._no_event = torch.zeros(1, dtype=torch.int64)
-
-    @staticmethod
-    def covers(program: Program, max_draft_tokens: int) -> bool:
-        return (
-            not program.distributions.num_conditions
-            and not program.signals.routing_words
-            and not max_draft_tokens
-        )
 
     def signals(self, tap: RoutingTap, num_rows: int) -> torch.Tensor:
         """int64 [T, columns]: the evidence of the tap's first `num_rows` rows."""
@@ -210,6 +205,49 @@ def _signal_arrays(program: Program) -> dict[str, np.ndarray]:
         "addend_start_P1": start_P1.astype(np.int32),
         "addends": addends,
     }
+
+
+class _Distributions:
+    """`DistributionTables` in `judge.h`, and the arrays that it points to."""
+
+    def __init__(self, program: Program) -> None:
+        table, topology, signals = program.distributions, program.topology, program.signals
+        terms = baseline_terms(table.shares)
+        arrays = {
+            "window_V": table.window,
+            "tokens_V": table.tokens,
+            "in_output_V": table.in_output,
+            "histogram_V": table.histogram,
+            "token_signal_V": table.token_signal,
+            "epoch_V": np.array(table.epochs),
+            "window_D": table.condition_window,
+            "statistic_D": table.statistic,
+            "takes_max_D": table.takes_max,
+            "baseline_D": table.baseline,
+            "unchosen_ZLE": terms.unchosen_ZLE,
+            "half_entropy_ZL": terms.half_entropy_ZL,
+            "is_measured_ZL": terms.is_measured_ZL,
+            "num_experts_L": np.array([layer.num_experts for layer in topology.layers]),
+            "top_k_L": np.array([layer.top_k for layer in topology.layers]),
+            "token_epoch_N": np.array(signals.token_epochs),
+        }
+        self._arrays = {
+            name: np.ascontiguousarray(array, dtype=np.int64) for name, array in arrays.items()
+        }
+        self._arrays["shares_ZLE"] = np.ascontiguousarray(table.shares, dtype=np.float64)
+        self._structure = DistributionAddresses(
+            *(self._arrays[name].ctypes.data for name in DISTRIBUTION_ARRAYS),
+            len(table.window),
+            table.num_histograms,
+            len(topology.layers),
+            topology.max_experts,
+            topology.max_top_k,
+            table.expert_type.itemsize,
+            table.recent_positions,
+            len(signals.token_epochs),
+            signals.num_linear,
+        )
+        self.address = ctypes.addressof(self._structure)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
