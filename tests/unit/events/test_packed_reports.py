@@ -1,0 +1,152 @@
+"""Reports that stay in bytes: the ledger says the same of them as of what they hold."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from guard.events.ledger import Ledger
+from guard.events.rulebook import RuleBook
+from guard.program.step_report import (
+    HostSeconds,
+    PackedFlag,
+    PackedReport,
+    ReportForm,
+    StepReport,
+    StepSummary,
+)
+from tests.unit.events.reports import Row, failed, report, rule
+
+RULES = (rule("watch"), rule("steer", "mask"), rule("stop", "block"))
+
+
+def packed(made: StepReport) -> PackedReport:
+    assert not made.num_events
+    summary = StepSummary.of(made)
+    flags = (
+        (summary.blocks, PackedFlag.BLOCKS),
+        (summary.begins_masks, PackedFlag.BEGINS_MASKS),
+        (summary.masks, PackedFlag.MASKS),
+        (summary.is_all_seen, PackedFlag.ALL_SEEN),
+    )
+    parts = (summary.sums_F, made.requests_B, made.masked_BW, made.extremes_BC)
+    data = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+    form = ReportForm(made.requests_B.shape[1], made.masked_BW.shape[1], made.extremes_BC.shape[1])
+    data += bytes(-len(data) % 8)
+    done = PackedReport(
+        made.revision, made.req_ids, form, data, sum(flag for holds, flag in flags if holds)
+    )
+    done.host = made.host
+    return done
+
+
+def make() -> Ledger:
+    book = RuleBook("rev-1", RULES, (1,), 1)
+    return Ledger(0, book, clock=lambda: 1000.0, timer=lambda: 1000.0)
+
+
+def told(ledger: Ledger) -> list[dict[str, Any]]:
+    deltas = []
+    while (delta := ledger.take(idle=True)) is not None:
+        made = msgspec.to_builtins(delta)
+        for decision in made["decisions"]:
+            decision["decision_id"] = ""
+        deltas.append(made)
+    return deltas
+
+
+ROWS = st.builds(
+    Row,
+    st.sampled_from("abc"),
+    prompt=st.integers(0, 3),
+    output=st.integers(0, 2),
+    selections=st.integers(0, 5),
+    extreme=st.sampled_from([float("nan"), 0.5]),
+    masks=st.sampled_from([(), (), (), (0,)]),
+    unseen=st.sampled_from([0, 0, 0, 2]),
+    block=st.sampled_from([None, None, None, (3, 2)]),
+    events=st.sampled_from([(), (), (), ((0, 3, True),)]),
+)
+STEPS = st.lists(
+    st.tuples(
+        st.one_of(
+            st.lists(ROWS, min_size=1, max_size=3, unique_by=lambda row: row.req_id).map(
+                lambda rows: report(*rows)
+            ),
+            st.just(failed("a", "b")),
+        ),
+        st.sets(st.sampled_from("abc")),  # who has ended before
+        st.sets(st.sampled_from("abc")),  # who ends with the step
+        st.booleans(),  # something is taken behind it
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(STEPS)
+def test_a_packed_report_counts_as_what_it_holds(steps: Any) -> None:
+    plain, ours = make(), make()
+    for step, gone, ends, is_taken in steps:
+
+        def rows_of(req_ids: Any, gone: Any = gone) -> dict[str, int]:
+            return {req_id: row for row, req_id in enumerate(req_ids) if req_id not in gone}
+
+        as_bytes = step if step.failed or step.num_events else packed(step)
+        plain.note_step(step)
+        ours.note_step(as_bytes)
+        assert ours.begin_step(as_bytes, rows_of) == plain.begin_step(step, rows_of)
+        assert ours.has_seen_all == plain.has_seen_all
+        assert ours.mask_starts() == plain.mask_starts()
+        for req_id in sorted(ends - gone):
+            plain.finish(req_id)
+            ours.finish(req_id)
+        plain.end_step()
+        ours.end_step()
+        if is_taken:
+            assert told(ours) == told(plain)
+    assert told(ours) == told(plain)
+
+
+def test_a_quiet_report_is_not_taken_apart_until_a_request_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened = []
+    stock = PackedReport.unpacked
+    monkeypatch.setattr(PackedReport, "unpacked", lambda self: (opened.append(self), stock(self))[1])
+    ledger = make()
+    for _ in range(3):
+        ledger.begin_step(
+            packed(report(Row("a"), Row("b", extreme=0.5))),
+            lambda ids: dict(zip(ids, (0, 1), strict=True)),
+        )
+        ledger.end_step()
+    assert not opened
+    last = packed(report(Row("a"), Row("b", extreme=0.5)))
+    ledger.begin_step(last, lambda ids: dict(zip(ids, (0, 1), strict=True)))
+    ledger.finish("b")
+    assert opened == [last]
+    [delta] = told(ledger)
+    assert delta["tokens"]["output"] == 8
+    assert [values for *_, values in delta["values"]] == [[0.5]] * 3
+
+
+def test_a_packed_report_crosses_processes_and_its_arrays_can_be_written_to() -> None:
+    made = report(Row("a", selections=3, extreme=0.5), Row("b", masks=(0, 1)))
+    sent = packed(made)
+    sent.host = HostSeconds(0.1, 0.2)
+    got = pickle.loads(pickle.dumps(sent))
+    unpacked = got.unpacked()
+    for name in ("requests_B", "masked_BW", "extremes_BC"):
+        np.testing.assert_array_equal(getattr(unpacked, name), getattr(made, name))
+    unpacked.requests_B[0, 0] = 7
+    assert (got.revision, got.req_ids, got.host) == ("rev-1", ("a", "b"), (0.1, 0.2, 0.0))
+    assert not got.is_quiet
+    assert unpacked.summary[:4] == StepSummary.of(made)[:4]
+    assert np.frombuffer(got.sums, dtype=np.int64).tolist() == made.requests_B.sum(axis=0).tolist()
