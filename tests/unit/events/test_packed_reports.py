@@ -23,7 +23,7 @@ from guard.program.step_report import (
 )
 from tests.unit.events.reports import Row, failed, report, rule
 
-RULES = (rule("watch"), rule("steer", "mask"), rule("stop", "block"))
+RULES = (rule("watch"), rule("steer", "mask"), rule("stop", "block", on_error="closed"))
 
 
 def packed(made: StepReport) -> PackedReport:
@@ -61,6 +61,7 @@ def told(ledger: Ledger) -> list[dict[str, Any]]:
     return deltas
 
 
+QUIET_ROWS = st.builds(Row, st.sampled_from("abc"), extreme=st.sampled_from([float("nan"), 0.5]))
 ROWS = st.builds(
     Row,
     st.sampled_from("abc"),
@@ -76,8 +77,11 @@ ROWS = st.builds(
 STEPS = st.lists(
     st.tuples(
         st.one_of(
-            st.lists(ROWS, min_size=1, max_size=3, unique_by=lambda row: row.req_id).map(
-                lambda rows: report(*rows)
+            *(
+                st.lists(rows, min_size=1, max_size=3, unique_by=lambda row: row.req_id).map(
+                    lambda made: report(*made)
+                )
+                for rows in (QUIET_ROWS, QUIET_ROWS, ROWS)
             ),
             st.just(failed("a", "b")),
         ),
