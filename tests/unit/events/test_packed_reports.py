@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from guard.events.ledger import Ledger
@@ -95,6 +95,12 @@ STEPS = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(STEPS)
+@example(
+    [
+        (report(Row("a", masks=(0,))), set(), set(), False),  # a mask that the next step lifts
+        (report(Row("a")), set(), set(), True),
+    ]
+)
 def test_a_packed_report_counts_as_what_it_holds(steps: Any) -> None:
     plain, ours = make(), make()
     for step, gone, ends, is_taken in steps:
