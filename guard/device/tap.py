@@ -20,6 +20,14 @@ class RoutingTap:
         shape = (capacity.max_rows, len(topology.layers), topology.max_top_k)
         self.topk_ids_TLK = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.topk_weights_TLK = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._facts: torch.Tensor | None = None
+
+    def facts_of_layers(self, width: int) -> torch.Tensor:
+        """int64 [L, width]: what kernels know of each layer. One tensor for all: each input of a
+        compiled graph is looked up in every step, along the way on which it was found."""
+        if self._facts is None:
+            self._facts = torch.zeros((self.topk_ids_TLK.shape[1], width), dtype=torch.int64)
+        return self._facts
 
     def record(self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """Keep one layer's choice. Traced into compiled graphs, captured by CUDA graphs.

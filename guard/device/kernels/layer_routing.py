@@ -12,7 +12,6 @@ from ctypes import c_double, c_int64, c_void_p
 from functools import cache
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from guard.device.kernels.choice import Kernels, has_kernels
@@ -132,7 +131,9 @@ class CpuLayerRouting:
             len(tap.topk_ids_TLK),
             *_facts_of(layer, scaling, is_masking=mask is not None),
         )
-        self._facts = torch.from_numpy(np.frombuffer(bytes(facts), dtype=np.int64).copy())
+        self._layer = index
+        self._facts = tap.facts_of_layers(ctypes.sizeof(_CpuFacts) // torch.int64.itemsize)
+        self._facts[index] = torch.frombuffer(bytearray(facts), dtype=torch.int64)
 
     def apply(
         self,
@@ -141,7 +142,9 @@ class CpuLayerRouting:
         topk_ids: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> None:
-        torch.ops.moe_guard.route_on_cpu(router_logits, topk_weights, topk_ids, self._facts, bias)
+        torch.ops.moe_guard.route_on_cpu(
+            router_logits, topk_weights, topk_ids, self._facts, self._layer, bias
+        )
 
 
 class GpuLayerRouting:
@@ -172,7 +175,7 @@ class GpuLayerRouting:
 _SCHEMAS = {
     "moe_guard::route_on_cpu": (
         "(Tensor router_logits, Tensor(a!) topk_weights, Tensor(b!) topk_ids, Tensor facts, "
-        "Tensor? bias) -> ()"
+        "int layer, Tensor? bias) -> ()"
     ),
     "moe_guard::route_on_gpu": (
         "(Tensor router_logits, Tensor(a!) topk_weights, Tensor(b!) topk_ids, Tensor row_bits_TW, "

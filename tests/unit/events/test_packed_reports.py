@@ -21,7 +21,7 @@ from guard.program.step_report import (
     StepReport,
     StepSummary,
 )
-from tests.unit.events.reports import Row, failed, report, rule
+from tests.unit.events.reports import Row, everyone, failed, report, rule
 
 RULES = (rule("watch"), rule("steer", "mask"), rule("stop", "block", on_error="closed"))
 
@@ -127,21 +127,22 @@ def test_a_packed_report_counts_as_what_it_holds(steps: Any) -> None:
 def test_a_quiet_report_is_not_taken_apart_until_a_request_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    opened = []
+    opened: list[PackedReport] = []
     stock = PackedReport.unpacked
-    monkeypatch.setattr(PackedReport, "unpacked", lambda self: (opened.append(self), stock(self))[1])
-    ledger = make()
-    for _ in range(3):
-        ledger.begin_step(
-            packed(report(Row("a"), Row("b", extreme=0.5))),
-            lambda ids: dict(zip(ids, (0, 1), strict=True)),
-        )
+
+    def unpacked(self: PackedReport) -> StepReport:
+        opened.append(self)
+        return stock(self)
+
+    monkeypatch.setattr(PackedReport, "unpacked", unpacked)
+    ledger, steps = make(), [packed(report(Row("a"), Row("b", extreme=0.5))) for _ in range(4)]
+    for step in steps[:3]:
+        ledger.begin_step(step, everyone)
         ledger.end_step()
     assert not opened
-    last = packed(report(Row("a"), Row("b", extreme=0.5)))
-    ledger.begin_step(last, lambda ids: dict(zip(ids, (0, 1), strict=True)))
+    ledger.begin_step(steps[3], everyone)
     ledger.finish("b")
-    assert opened == [last]
+    assert opened == [steps[3]]
     [delta] = told(ledger)
     assert delta["tokens"]["output"] == 8
     assert [values for *_, values in delta["values"]] == [[0.5]] * 3

@@ -31,7 +31,8 @@ enum Asked : uint8_t { kNothing, kReroute, kDropRenorm, kDrop, kForce };
 constexpr int64_t kNumMethods = 4;  // `MaskMethodCode`, in the order of the latter
 
 // One layer's facts and the buffers that it reads and writes, as `_CpuFacts` in `layer_routing.py` lays
-// them out. They come as a tensor of whole numbers: an operation's every argument costs time in a step.
+// them out. They come as one tensor of whole numbers for all layers: an operation's every argument costs
+// time in a step, and so does each input of a compiled graph, which is looked up anew.
 // row_bits_TW: [max_rows, W], null where nothing is masked; the others are the layer's own part
 struct Layer {
   const int64_t *row_bits_TW, *expert_bits_EW, *methods_MW;
@@ -265,11 +266,12 @@ std::vector<int64_t> masked_rows(const Layer& layer, int64_t num_rows) {
 }
 
 // topk_weights, topk_ids: the stock router's; masked rows are replaced in their first `top_k` columns
-// facts: a `Layer`; bias: [E] or [T, E]
+// facts: of all layers, a `Layer` each; bias: [E] or [T, E]
 void route(const at::Tensor& router_logits, at::Tensor& topk_weights, at::Tensor& topk_ids,
-           const at::Tensor& facts, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK(facts.nbytes() == sizeof(Layer), "facts are of another release");
-  const Layer& layer = *reinterpret_cast<const Layer*>(facts.const_data_ptr<int64_t>());
+           const at::Tensor& facts, int64_t layer_index, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(facts.size(1) * facts.itemsize() == sizeof(Layer), "facts are of another release");
+  TORCH_CHECK(0 <= layer_index && layer_index < facts.size(0), "there is no such layer");
+  const Layer& layer = reinterpret_cast<const Layer*>(facts.const_data_ptr<int64_t>())[layer_index];
   const int64_t num_rows = topk_ids.size(0), top_k = layer.top_k, tap_stride = layer.tap_stride;
   TORCH_CHECK(num_rows <= layer.max_rows, "more rows than the tap has room for");
   TORCH_CHECK(topk_weights.stride(1) == 1 && topk_ids.stride(1) == 1, "rows must be contiguous");
