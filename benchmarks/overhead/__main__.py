@@ -2,7 +2,7 @@
 
     python -m benchmarks.overhead [--groups guard,policies,masks,plugin] [--concurrency 1,4,32,256]
         [--workloads decode,prefill] [--slices 12] [--starts 2] [--model 340m] [--dtype bfloat16]
-        [--eager] [--one-at-a-time] [--out NAME]
+        [--eager] [--one-at-a-time] [--states again,armed] [--out NAME]
 
 All states of a group are up at once in one process, each with an engine of its own, and take turns: in
 decoding step by step, in an order that is drawn anew for each step. A state's ratio in a slice is its
@@ -108,6 +108,9 @@ def main() -> None:
     parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--concurrency", default="1,4,32,256")
     parser.add_argument("--workloads", default="decode,prefill")
+    parser.add_argument(
+        "--states", help="of a group only the base and those with one of these in the name"
+    )
     parser.add_argument("--slices", type=int, default=12, help="of each start; of short work more")
     parser.add_argument("--starts", type=int, default=2)
     parser.add_argument("--model", choices=MODELS, default="340m")
@@ -127,9 +130,12 @@ def main() -> None:
         options.eager,
         options.one_at_a_time,
     )
+    parts = options.states.split(",") if options.states else []
     rows, slices = [], []
     for group in options.groups.split(","):
-        states = states_of(group)
+        first, *others = states_of(group)
+        wanted = [s for s in others if not parts or any(part in s.name for part in parts)]
+        states = [first, *wanted]
         found = run_group(
             states,
             workloads(list(map(int, options.concurrency.split(","))), options.workloads.split(",")),
