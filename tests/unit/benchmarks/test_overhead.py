@@ -101,6 +101,24 @@ def test_each_slice_has_every_state_on_an_engine_of_its_own(
     assert rows["plugin, off, again (A/A)"]["tokens_per_second"] == DECODE.concurrency / 2
 
 
+def test_some_states_of_a_group_are_compared_with_its_base_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[list[str]] = []
+
+    def run(states: Any, *_: Any, **__: Any) -> list[Any]:
+        compared.append([state.name for state in states])
+        return [runs.Slice(0, 0, states[1].name, DECODE, 1.0, 1.0, 1.0)]
+
+    monkeypatch.setattr(overhead, "run_group", run)
+    arguments = ["--groups", "masks", "--states", "again,256 different"]
+    monkeypatch.setattr(sys, "argv", ["overhead", *arguments])
+    overhead.main()
+    [names] = compared
+    assert names[:2] == ["plugin, off", "plugin, off, again (A/A)"]
+    assert names[2:] == ["masking all requests, 256 different masks"]
+
+
 class FakeBatches:
     """Writes down what it is asked for."""
 
