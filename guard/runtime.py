@@ -345,7 +345,8 @@ class Guard:
         """Whether nothing is known for which the step at hand must be taken in parts. Then there is no
         operation of torch in it, see `WholeStep`."""
         return (
-            not (self._check.is_due or self.load.is_due)
+            len(self._req_ids) > 0
+            and not (self._check.is_due or self.load.is_due)
             and not (self._cached or self._missed or self.blind or self.failures.has_new)
             and not self._state.has_staged_writes
             and (self.kept is None or not self.kept.has_staged_writes)

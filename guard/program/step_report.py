@@ -220,6 +220,12 @@ class ReportForm(NamedTuple):
     num_words: int
     num_conditions: int
 
+    def num_bytes(self, num_requests: int) -> int:
+        """Of a packed report's data: sums, `requests_B`, `masked_BW`, `extremes_BC`, in whole words."""
+        columns, words, conditions = self
+        extremes = -(-num_requests * conditions // 2)
+        return 8 * (columns + num_requests * (columns + words) + extremes)
+
 
 class PackedFlag:
     """What a packed report holds, as in `StepSummary`."""

@@ -91,11 +91,9 @@ class NativeWholeStep:
         self._make_room(1)
 
     def _make_room(self, num_requests: int) -> None:
-        columns, words, conditions = self._form
         self._room = num_requests
         self._starts_B1 = np.empty(num_requests + 1, dtype=np.int64)
-        size = columns + num_requests * (columns + words) + -(-num_requests * conditions // 2)
-        decided = np.zeros(size, dtype=np.int64)
+        decided = np.zeros(self._form.num_bytes(num_requests) // 8, dtype=np.int64)
         self._decided = decided.data.cast("B")
         self._places.starts_B1 = self._starts_B1.ctypes.data
         self._places.decided = decided.ctypes.data
@@ -139,17 +137,14 @@ class NativeWholeStep:
     def end(
         self, req_ids: tuple[str, ...], revision: str, kv_slot_T: torch.Tensor | None
     ) -> PackedReport | StepDecisions:
-        columns, words, conditions = self._form
         num_requests = self._num_requests
         place = None
         if kv_slot_T is not None:
             kv_slot_T = whole(kv_slot_T)
             place = kv_slot_T.data_ptr()
         held = self._end(self._address, num_requests, self._num_rows, place)
-        size = columns + num_requests * (columns + words) + -(-num_requests * conditions // 2)
-        packed = PackedReport(
-            revision, req_ids, self._form, bytes(self._decided[: 8 * size]), held & _FLAGS
-        )
+        data = bytes(self._decided[: self._form.num_bytes(num_requests)])
+        packed = PackedReport(revision, req_ids, self._form, data, held & _FLAGS)
         if held < _FIRINGS:
             return packed
         report = packed.unpacked()
