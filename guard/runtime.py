@@ -352,6 +352,11 @@ class Guard:
             and (self.kept is None or not self.kept.has_staged_writes)
         )
 
+    @property
+    def batch(self) -> StepBatch | None:
+        """The rows of the step that was begun; None behind it, and where it could not begin."""
+        return self._whole.batch() if self._is_whole and self._whole is not None else self._batch
+
     @in_inference_mode
     def _begin_in_parts(self, query_start_B1: torch.Tensor, position_T: torch.Tensor) -> None:
         self._catch_up(self._req_ids)
@@ -386,12 +391,13 @@ class Guard:
             return None
         if not self._is_whole:
             return self._end_in_parts(rejected_B)
-        self._is_whole = False
         assert self._whole is not None, "it has begun the step"
-        if rejected_B is None:
-            return self._end_whole_step(self._whole)
-        self._batch = self._whole.batch()
-        return self._end_in_parts(rejected_B)
+        if rejected_B is not None:
+            self._batch = self.batch
+        self._is_whole = False
+        return (
+            self._end_whole_step(self._whole) if rejected_B is None else self._end_in_parts(rejected_B)
+        )
 
     @in_inference_mode
     def _end_in_parts(self, rejected_B: torch.Tensor | None) -> Readback | StepReport | None:

@@ -23,7 +23,7 @@ class RoutingRecorder:
         stock = guard.end_step
 
         def end_step(*args: Any, **kwargs: Any) -> Any:
-            batch, req_ids = guard._batch, guard._req_ids
+            batch, req_ids = guard.batch, guard._req_ids
             if batch is not None:
                 num_rows = len(batch.position_T)
                 columns = [batch.position_T.tolist(), *self.recorded_columns(guard, num_rows)]
