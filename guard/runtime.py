@@ -436,7 +436,7 @@ class Guard:
             else:
                 readback = self._readback(req_ids, decided, [])
         if attempt.failed:
-            with self.failures.caught(Stage.EVALUATE), torch.inference_mode():
+            with torch.inference_mode(), self.failures.caught(Stage.EVALUATE):
                 self._state.distrust(self._slots(req_ids))
         return self._failed_step(req_ids) if readback is None else readback
 
