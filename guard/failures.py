@@ -33,6 +33,8 @@ class Stage(StrEnum):
 class Failures:
     """Counts faults by stage. What follows from one is the caller's business, by the fail mode.
 
+    has_new: there were some since `take` was called last
+
     Safe to call from any thread.
     """
 
@@ -40,19 +42,14 @@ class Failures:
         self._lock = threading.Lock()
         self.count: Counter[str] = Counter()
         self._taken: Counter[str] = Counter()
-        self._has_new = False
-
-    @property
-    def has_new(self) -> bool:
-        """There were some since `take` was called last."""
-        return self._has_new
+        self.has_new = False
 
     def take(self) -> dict[str, int]:
         """Faults since the last call, by stage."""
-        if not self._has_new:
+        if not self.has_new:
             return {}
         with self._lock:
-            self._has_new = False
+            self.has_new = False
             new = self.count - self._taken
             self._taken += new
         return dict(new)
@@ -65,7 +62,7 @@ class Failures:
         """Count a fault. Of a stage the 1st, 2nd, 4th, 8th … is logged, the first with its trace."""
         with self._lock:
             self.count[stage] += 1
-            self._has_new = True
+            self.has_new = True
             count = self.count[stage]
         if count.bit_count() > 1:
             return

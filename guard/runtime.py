@@ -335,22 +335,19 @@ class Guard:
         self._check.begin_step()
         self.load.begin_step()
         with self.failures.caught(Stage.BEGIN_STEP):
-            if self._whole is not None and self._is_ordinary():
-                self._whole.begin(self._slots(self._req_ids), query_start_B1, position_T, num_rows)
+            whole = self._whole
+            if (
+                whole is not None
+                and self._req_ids
+                and not (self._check.is_due or self.load.is_due)
+                and not (self._cached or self._missed or self.blind or self.failures.has_new)
+                and not self._state.staged_writes
+                and (self.kept is None or not self.kept.staged_writes)
+            ):  # an ordinary step: there is no operation of torch in it, see `WholeStep`
+                whole.begin(self._slots(self._req_ids), query_start_B1, position_T, num_rows)
                 self._is_whole = True
             else:
                 self._begin_in_parts(query_start_B1[: len(req_ids) + 1], position_T[:num_rows])
-
-    def _is_ordinary(self) -> bool:
-        """Whether nothing is known for which the step at hand must be taken in parts. Then there is no
-        operation of torch in it, see `WholeStep`."""
-        return (
-            len(self._req_ids) > 0
-            and not (self._check.is_due or self.load.is_due)
-            and not (self._cached or self._missed or self.blind or self.failures.has_new)
-            and not self._state.has_staged_writes
-            and (self.kept is None or not self.kept.has_staged_writes)
-        )
 
     @property
     def batch(self) -> StepBatch | None:

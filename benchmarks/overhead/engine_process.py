@@ -147,6 +147,24 @@ def share_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[name]), name
         parameter.data = weights[name].data
+    packed = dict(_packed_weights(other))
+    for name, handler in _packed_weights(model):
+        handler.dtor(handler.handler_tensor.item())
+        handler.handler_tensor.copy_(packed[name].handler_tensor)
+        handler.dtor = _not_mine
+
+
+def _packed_weights(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """vLLM's handlers of dense weights that oneDNN keeps in a form of its own, by the layer's name; a
+    graph reads the handler's address from a tensor."""
+    for name, module in model.named_modules():
+        for cell in getattr(getattr(module, "cpu_linear", None), "__closure__", None) or ():
+            if isinstance(getattr(cell.cell_contents, "handler_tensor", None), torch.Tensor):
+                yield name, cell.cell_contents
+
+
+def _not_mine(_: int) -> None:
+    """The other model's handler releases them."""
 
 
 def started(jobs: list[dict[str, Any]]) -> Iterator[tuple[str, Batches]]:

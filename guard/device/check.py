@@ -35,6 +35,7 @@ class LivenessCheck:
     step's. No host synchronisation: what follows within the step follows on the device.
 
     form: in which findings travel between ranks
+    is_due: the step that was begun is checked
     """
 
     def __init__(self, topology: Topology, masks: MaskTable, device: torch.device) -> None:
@@ -54,6 +55,7 @@ class LivenessCheck:
         self._sees = torch.ones((), dtype=torch.bool, device=device)
         self._sound_T1 = torch.ones((1, 1), dtype=torch.bool, device=device)
         self._steps = 0
+        self.is_due = False
         self._soundness = self._make_soundness(masks, device)
         if self._soundness is None:
             self._violations_of_masks  # noqa: B018 - made here, not in a step
@@ -94,12 +96,8 @@ class LivenessCheck:
 
     def begin_step(self) -> None:
         """Counted on the host, for steps that fail too: all ranks check the same ones."""
+        self.is_due = not self._steps % CHECK_EVERY_STEPS
         self._steps += 1
-
-    @property
-    def is_due(self) -> bool:
-        """The step that was begun is checked."""
-        return not (self._steps - 1) % CHECK_EVERY_STEPS
 
     def check(
         self, tap: RoutingTap, batch: StepBatch, in_force_TA: torch.Tensor | None

@@ -50,7 +50,8 @@ class KeptEvidence:
         self._topology = topology
         self._device = device
         self._dustbin = num_blocks * block_size
-        self._staged: list[tuple[_BlockIds, _BlockIds | None]] = []  # in order; sources of copies
+        # In order: blocks that lose what they hold, and for copies what they get it from.
+        self.staged_writes: list[tuple[_BlockIds, _BlockIds | None]] = []
         self.written_K = torch.zeros(self._dustbin + 1, dtype=torch.int32, device=device)
         widths = _widths(signals, topology)
         self.narrow_KX, self.wide_KX = self._room(widths)
@@ -138,28 +139,24 @@ class KeptEvidence:
     def forget(self, blocks: _BlockIds) -> None:
         """These blocks were handed out: what they hold is nobody's, from the next flush on."""
         if len(blocks):
-            self._staged.append((blocks, None))
+            self.staged_writes.append((blocks, None))
 
     def copy(self, sources: _BlockIds, targets: _BlockIds) -> None:
         """The engine copies these blocks' KV before the step's forward."""
         if len(sources):
-            self._staged.append((targets, sources))
+            self.staged_writes.append((targets, sources))
 
     def forget_all(self) -> None:
         """Nothing that was written so far counts as seen."""
-        self._staged.clear()
+        self.staged_writes.clear()
         self.written_K.zero_()
-
-    @property
-    def has_staged_writes(self) -> bool:
-        return bool(self._staged)
 
     def apply_staged_writes(self) -> None:
         """Before the step's rows are written. What fails half-way is done again by the next call."""
-        if not self._staged:
+        if not self.staged_writes:
             return
         written_NO = self.written_K[: self._dustbin].view(-1, self.block_size)
-        for targets, sources in self._staged:
+        for targets, sources in self.staged_writes:
             at_N = host_to_device(np.asarray(targets, dtype=np.int64), self._device)
             if sources is None:
                 written_NO.index_fill_(0, at_N, 0)
@@ -169,7 +166,7 @@ class KeptEvidence:
                 blocks_NOX = kept_KX[: self._dustbin].view(-1, self.block_size, kept_KX.shape[1])
                 blocks_NOX[at_N] = blocks_NOX[from_N]
             written_NO[at_N] = written_NO[from_N]
-        self._staged.clear()
+        self.staged_writes.clear()
 
     def write(self, kv_slot_T: torch.Tensor, signal_TX: torch.Tensor) -> None:
         """Keep a step's signals, real rows all of them, whether or not somebody judges them.

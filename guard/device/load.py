@@ -34,12 +34,14 @@ class ExpertLoad:
     weight was not chosen. It goes on under the programs that follow: the layers stay the same.
 
     every: a step in so many; 0: none
+    is_due: the step that was begun is counted
     """
 
     def __init__(self, topology: Topology, device: torch.device, every: int = LOAD_EVERY_STEPS) -> None:
         num_layers, max_experts = len(topology.layers), topology.max_experts
         self.every = every
         self._steps = 0
+        self.is_due = False
         self._shape = (num_layers, max_experts)
         self._nobody = num_layers * max_experts + 1
         # The [L, E] counts, the rows counted, and a place for choices that do not count.
@@ -54,12 +56,8 @@ class ExpertLoad:
 
     def begin_step(self) -> None:
         """Counted on the host, for steps that fail too: all ranks count the same ones."""
+        self.is_due = self.every > 0 and not self._steps % self.every
         self._steps += 1
-
-    @property
-    def is_due(self) -> bool:
-        """The step that was begun is counted."""
-        return self.every > 0 and not (self._steps - 1) % self.every
 
     def add(
         self,

@@ -101,7 +101,7 @@ class SlotState:
         )
         has_none = not distributions.num_histograms and not kept
         self.admits_by_kernel = device.type == "cuda" and has_none and has_kernels(device)
-        self._staged: dict[int, Admission] = {}  # by slot, which may change hands between steps
+        self.staged_writes: dict[int, Admission] = {}  # by slot, which may change hands in between
 
     def grow(self) -> range:
         """Twice the slots, between two steps; returns the new ones. No captured graph reads a slot, so
@@ -117,16 +117,12 @@ class SlotState:
     def add_request(self, admission: Admission) -> None:
         """Give a slot to a request from the next `apply_staged_writes` on, rewriting all of it."""
         assert admission.slot != NULL_SLOT, "the null slot belongs to no request"
-        self._staged[admission.slot] = admission
-
-    @property
-    def has_staged_writes(self) -> bool:
-        return bool(self._staged)
+        self.staged_writes[admission.slot] = admission
 
     def apply_staged_writes(self) -> None:
-        if not self._staged:
+        if not self.staged_writes:
             return
-        staged = list(self._staged.values())
+        staged = list(self.staged_writes.values())
         slots_np = np.array([a.slot for a in staged], dtype=np.int64)
         prompt_tokens_np = np.array([a.prompt_tokens for a in staged], dtype=np.int64)
         enforced_np = np.stack([a.rules.enforced_R for a in staged])
@@ -150,7 +146,7 @@ class SlotState:
                 dtype=np.int64,
             )
             write_slots(self, self._to_device(facts_np))
-            self._staged.clear()
+            self.staged_writes.clear()
             return
         slots = self._to_device(slots_np)
         for zeroed in (
@@ -176,7 +172,8 @@ class SlotState:
         self.mask_to_SIA.index_fill_(0, slots, NEVER)
         self.mask_from_SIA[slots, 0] = self._to_device(mask_from_np)
         self.mask_to_SIA[slots, 0] = self._to_device(mask_to_np)
-        self._staged.clear()  # last: what failed half-way is written again before the slots are used
+        # Last: what failed half-way is written again before the slots are used.
+        self.staged_writes.clear()
 
     def masks_at(self, slots_N: torch.Tensor, position_N: torch.Tensor) -> torch.Tensor:
         """bool [N, A]: the mask actions in force at a position of each slot's request."""

@@ -27,6 +27,7 @@ from guard.program.step_report import (
     NEVER,
     EventColumn,
     Judged,
+    PackedFlag,
     PackedReport,
     RequestColumn,
     StepReport,
@@ -52,8 +53,8 @@ class Ending(NamedTuple):
 
 
 class Ledger:
-    """One engine's. `begin_step`, then `accept` for each request that got tokens and `finish` for
-    each that ends, then `end_step`.
+    """One engine's. `take_quiet_step`, or else `note_step` and `begin_step`, then `accept` for each
+    request that got tokens; `finish` for each that ends, then `end_step`.
 
     book: of the revision in force; `follow` brings the next one
     redacted: give clients no policy or rule names
@@ -84,7 +85,7 @@ class Ledger:
         self._rules_of = rules_of
         self.liveness = liveness or Liveness(engine)
         self._report: StepReport | None = None
-        self._packed: PackedReport | None = None  # in place of `_report`
+        self._quiet: PackedReport | None = None  # in place of `_report` and `_row_of`
         self._row_of: dict[str, int] = {}
         self._summary: StepSummary | None = None
         self._open: dict[str, int] = {}  # requests of this step whose accepted drafts may be cut
@@ -99,6 +100,28 @@ class Ledger:
         if not book.rules:
             self._outcomes.masked_by.clear()  # no report will say so
 
+    def take_quiet_step(
+        self, report: PackedReport, accepts_all: Callable[[Sequence[str]], bool]
+    ) -> bool:
+        """Take a step in which nothing happened: it changes sums, which are added up later, and ends
+        nobody. False: this is no such step, and nothing is taken.
+
+        accepts_all: whether the engine accepts this step's result for each of these requests
+        """
+        outcomes, liveness, tally = self._outcomes, self.liveness, self._tally
+        if report.flags != PackedFlag.ALL_SEEN or outcomes.masked_by or outcomes.owed:
+            return False
+        if liveness.silent or not liveness.judges:
+            return False
+        if not report.revision == self._book.revision == tally.revision:
+            return False
+        if not accepts_all(report.req_ids):
+            return False
+        self._quiet, self._report, self._summary = report, None, _QUIET
+        self._row_of, self._open, self._num_cut = {}, {}, {}
+        tally.add_later(report)
+        return True
+
     def begin_step(
         self,
         report: StepReport | PackedReport,
@@ -109,27 +132,8 @@ class Ledger:
         rows_of: of these requests, the place of each for which the engine accepts this step's result
         """
         if isinstance(report, PackedReport):
-            if report.is_quiet and self._takes_quiet_steps(report.revision):
-                row_of = rows_of(report.req_ids)
-                if len(row_of) == len(report.req_ids):
-                    self._packed, self._report, self._summary = report, None, _QUIET
-                    self._row_of, self._open, self._num_cut = row_of, {}, {}
-                    self._tally.add_later(report.sums)
-                    return {}
             report = report.unpacked()
-        return self._begin_step(report, rows_of)
-
-    def _takes_quiet_steps(self, revision: str) -> bool:
-        """Whether a step that holds nothing changes nothing but sums."""
-        outcomes, liveness = self._outcomes, self.liveness
-        if outcomes.masked_by or outcomes.owed or liveness.silent or not liveness.judges:
-            return False
-        return revision == self._book.revision == self._tally.revision
-
-    def _begin_step(
-        self, report: StepReport, rows_of: Callable[[Sequence[str]], dict[str, int]]
-    ) -> dict[str, Ending]:
-        self._packed, self._report, self._summary = None, report, None
+        self._quiet, self._report, self._summary = None, report, None
         self.note_failures(report.failures)
         self._open, self._num_cut = {}, {}
         self._row_of = rows_of(report.req_ids)
@@ -173,7 +177,7 @@ class Ledger:
     def give_up(self, req_ids: Iterable[str]) -> dict[str, Ending]:
         """As `begin_step`, where not even a failed step can be entered."""
         self._report, self._row_of = None, {req_id: row for row, req_id in enumerate(req_ids)}
-        self._packed = None
+        self._quiet = None
         self._summary = None
         for req_id in self._row_of:
             self._note_unjudged(req_id)
@@ -215,7 +219,7 @@ class Ledger:
 
     def note_own_time(self, seconds: float) -> None:
         """Host time that the engine core's part of the guard took."""
-        self._tally.spend("ledger", seconds)
+        self._tally.ledger_s += seconds
 
     def note_failures(self, failures: Mapping[str, int]) -> None:
         """Faults in the engine core itself, by stage."""
@@ -243,9 +247,10 @@ class Ledger:
 
     def finish(self, req_id: str) -> None:
         """A request ended, whether by itself or by a client that went away."""
+        if self._quiet is not None and req_id in self._quiet.req_ids:
+            self._report, self._quiet = self._quiet.unpacked(), None
+            self._row_of = {each: row for row, each in enumerate(self._report.req_ids)}
         row = self._row_of.get(req_id)
-        if row is not None and self._packed is not None:
-            self._report, self._packed = self._packed.unpacked(), None
         if row is not None and self._report is not None and not self._report.failed:
             self.accept(req_id, NEVER)
             num_cut = self._num_cut.get(req_id)
@@ -257,7 +262,7 @@ class Ledger:
 
     def has_begun(self, report: StepReport | PackedReport) -> bool:
         """Its faults are counted, though the step may have broken off behind that."""
-        return report is self._report or report is self._packed
+        return report is self._report or report is self._quiet
 
     def forget_requests(self) -> None:
         """The engine has none left. What is still known of some is of those whose end was missed."""
@@ -266,7 +271,12 @@ class Ledger:
     def end_step(self) -> None:
         for req_id in tuple(self._open):
             self.accept(req_id, NEVER)
-        self._report, self._packed, self._row_of = None, None, {}
+        self._report, self._quiet, self._row_of = None, None, {}
+
+    @property
+    def due_at(self) -> float:
+        """When counters of quiet steps are to be taken, by the timer."""
+        return self._tally.due_at
 
     def take(self, *, idle: bool) -> Delta | None:
         """What is due for delivery, if anything; where revisions changed there may be more behind it.

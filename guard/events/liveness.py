@@ -27,6 +27,7 @@ class Liveness:
     A layer whose reports can be believed again is live again. A mask that was not obeyed stays broken
     until a restart: that it is not seen broken now says nothing about the next step.
 
+    judges: the last step was judged
     silent: some layer reports nothing, as of the last check
     violated: rules, by the reason that they give, whose masks were seen not to be obeyed
     """
@@ -36,7 +37,7 @@ class Liveness:
         self._engine = engine
         self._proved = live
         self._proved_blind = blind_layers
-        self._judges = True
+        self.judges = True
         self._blind: frozenset[int] = frozenset()
         self.silent = False
         self.violated: frozenset[str] = frozenset()
@@ -44,13 +45,8 @@ class Liveness:
         self._is_told = True  # nothing has changed since
 
     @property
-    def judges(self) -> bool:
-        """The last step was judged."""
-        return self._judges
-
-    @property
     def health(self) -> Health:
-        up = self._proved and self._judges and not self._blind and not self.violated
+        up = self._proved and self.judges and not self._blind and not self.violated
         return Health(self._engine, up, max(self._proved_blind, len(self._blind)))
 
     def take(self) -> Health | None:
@@ -82,8 +78,8 @@ class Liveness:
         self._set_judges(False)
 
     def _set_judges(self, judges: bool) -> None:
-        self._is_told = self._is_told and judges == self._judges
-        self._judges = judges
+        self._is_told = self._is_told and judges == self.judges
+        self.judges = judges
 
     def _note_check(self, check: RoutingCheck, masks: Sequence[RuleFacts]) -> dict[str, int]:
         self._is_told = False

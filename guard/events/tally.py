@@ -12,7 +12,7 @@ from guard.events.message import Decision, DecisionCount, Delta
 from guard.events.rulebook import RuleBook
 from guard.failures import Stage
 from guard.fault_injection import strikes
-from guard.program.step_report import HostSeconds, RequestColumn
+from guard.program.step_report import HostSeconds, PackedReport, RequestColumn
 
 MAX_PENDING_DECISIONS = 10_000
 """Decisions that may wait for delivery; more are dropped and counted, their counters are not."""
@@ -27,7 +27,11 @@ _BY_NAME = ("tokens", "outcomes", "mask_violations", "failures", "dropped")
 
 
 class Tally:
-    """One engine's. The numbers of rules and sets in it are those of one revision's book at a time."""
+    """One engine's. The numbers of rules and sets in it are those of one revision's book at a time.
+
+    ledger_s: host time of the engine core's part of the guard; it goes with the next delta and asks for
+        none
+    """
 
     def __init__(self, engine: int, book: RuleBook, timer: Callable[[], float]) -> None:
         self._engine = engine
@@ -37,7 +41,7 @@ class Tally:
         self._flushed_at = 0.0
         self._steps = 0
         self._host_seconds: dict[str, float] = {}
-        self._hosts: list[HostSeconds] = []  # of steps, not added up yet
+        self.ledger_s = 0.0
         self._begin(book)
 
     def _begin(self, book: RuleBook) -> None:
@@ -47,7 +51,7 @@ class Tally:
         self._values: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
         self._num_values = 0
         self._selections = np.zeros(book.num_sets, dtype=np.int64)
-        self._sums: list[bytes] = []  # of steps, not added up yet
+        self._quiet_steps: list[PackedReport] = []  # not added up yet
         self._moved = False
 
     def turn_to(self, book: RuleBook, masked_requests: dict[str, int]) -> None:
@@ -74,16 +78,20 @@ class Tally:
         self.count("tokens", counts)
         self._selections += sums_F[RequestColumn.NUM : RequestColumn.NUM + len(self._selections)]
 
-    def add_later(self, sums: bytes) -> None:
-        """The same, of int64 in bytes, when somebody asks: a step of its own costs hardly anything."""
-        self._sums.append(sums)
+    def add_later(self, quiet: PackedReport) -> None:
+        """`count_step` and `add`, when somebody asks: a step of its own costs hardly anything."""
+        self._quiet_steps.append(quiet)
         self._moved = True
 
     def _add_up(self) -> None:
-        if self._sums:
-            sums_SF = np.frombuffer(b"".join(self._sums), dtype=np.int64).reshape(len(self._sums), -1)
-            self._sums.clear()
-            self.add(sums_SF.sum(axis=0))
+        steps = self._quiet_steps
+        if not steps:
+            return
+        sums_SF = np.frombuffer(b"".join(step.sums for step in steps), dtype=np.int64)
+        self.add(sums_SF.reshape(len(steps), -1).sum(axis=0))
+        for step in steps:
+            self.count_step(step.host)
+        steps.clear()
 
     def observe(self, rule: int, condition: int, value: float) -> None:
         if self._num_values >= MAX_PENDING_VALUES:
@@ -97,10 +105,10 @@ class Tally:
         self._steps += 1
         self._moved = True
         if host is not None:
-            self._hosts.append(host)
+            for part, seconds in zip(HostSeconds._fields, host, strict=True):
+                self._spend(part, seconds)
 
-    def spend(self, part: str, seconds: float) -> None:
-        """Host time of the guard. It goes with the next delta and asks for none."""
+    def _spend(self, part: str, seconds: float) -> None:
         spent = self._host_seconds
         spent[part] = spent.get(part, 0.0) + seconds
 
@@ -119,6 +127,11 @@ class Tally:
     def drop(self, stage: Stage, count: int) -> None:
         self.count("dropped", {str(stage): count})
 
+    @property
+    def due_at(self) -> float:
+        """When counters are to be taken, by the timer."""
+        return self._flushed_at + FLUSH_SECONDS
+
     def take(self, masked_requests: Callable[[], dict[str, int]], *, idle: bool) -> Delta | None:
         """What is due for delivery, if anything. idle: no request is left, so nothing may wait."""
         if self._sealed:
@@ -126,7 +139,7 @@ class Tally:
             self._num_sealed_decisions -= len(sealed.decisions)
             return sealed
         now = self._timer()
-        urgent = idle or self._delta.decisions or now - self._flushed_at >= FLUSH_SECONDS
+        urgent = idle or self._delta.decisions or now >= self.due_at
         if not self._moved or not urgent:
             return None
         delta = self._seal(masked_requests())
@@ -140,9 +153,9 @@ class Tally:
 
     def _seal(self, masked_requests: dict[str, int]) -> Delta:
         self._add_up()
-        for part, seconds in zip(HostSeconds._fields, zip(*self._hosts, strict=True), strict=False):
-            self.spend(part, sum(seconds))
-        self._hosts.clear()
+        if self.ledger_s:
+            self._spend("ledger", self.ledger_s)
+            self.ledger_s = 0.0
         self._delta.decision_counts = [
             DecisionCount(*key, count) for key, count in self._decision_counts.items()
         ]
@@ -170,4 +183,4 @@ class Tally:
         self._selections += np.array(delta.selections, dtype=np.int64)
         self._steps += delta.steps
         for part, seconds in delta.host_seconds.items():
-            self.spend(part, seconds)
+            self._spend(part, seconds)

@@ -260,11 +260,6 @@ class PackedReport:
         self.host: HostSeconds | None = None
 
     @property
-    def is_quiet(self) -> bool:
-        """Nobody is blocked or under a mask, and nothing of anybody was unseen."""
-        return self.flags == PackedFlag.ALL_SEEN
-
-    @property
     def sums(self) -> bytes:
         """int64 [columns]: `StepSummary.sums_F`."""
         return self.data[: 8 * self.form.num_columns]

@@ -175,10 +175,10 @@ def _make_evaluator(program: Program, capacity: Capacity, device: torch.device) 
 def _apply_staged_writes(state: SlotState) -> None:
     """Both ways, with the same outcome."""
     twins = _copy_of(state)
-    twins._staged = dict(state._staged)
+    twins.staged_writes = dict(state.staged_writes)
     _stock_writes(twins)
     state.admits_by_kernel = not len(state.histogram_SHLE[0]) and not len(state.recent_position_SQ[0])
-    judged["admitted"] += len(state._staged) if state.admits_by_kernel else 0
+    judged["admitted"] += len(state.staged_writes) if state.admits_by_kernel else 0
     _stock_writes(state)
     for name, tensor in _tensors(state).items():
         _assert_close(f"state.{name}", tensor, getattr(twins, name))

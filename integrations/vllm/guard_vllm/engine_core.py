@@ -91,6 +91,8 @@ class EngineCoreGuard:
         self._ends: RequestEnds | None = None
         self._can_confirm = False
         self._unruled_steps = 0  # handed to the workers before there were rules
+        self._is_quiet = False  # nothing has happened in the step at hand that cannot wait
+        self._deliver_at_s = 0.0
         self._isolation = kv_isolation.Isolation(status) if status.masking else None
         self._remember(status)
         hello = _hello(self._engine, statuses)
@@ -122,6 +124,7 @@ class EngineCoreGuard:
     def _follow(self, statuses: list[WorkerStatus]) -> None:
         """The workers have put another program in force, between two steps. From here on in the engine
         core, too; steps that were handed out before are still read by the rules that decided them."""
+        self._is_quiet = False
         status, scheduler = statuses[0], getattr(self._core, "scheduler", None)
         if self._isolation is not None and scheduler is not None:
             self._isolation.follow(status, scheduler)
@@ -212,17 +215,21 @@ class EngineCoreGuard:
 
     def _update_from_output(self, stock: Any, scheduler_output: Any, output: Any) -> Any:
         began = time.perf_counter()
-        self._blocked = {}
+        self._blocked, self._is_quiet = {}, False
         report: StepReport | PackedReport | None = getattr(output, REPORT_ATTRIBUTE, None)
         if self._kv_blocks is not None:
             self._kv_blocks.note_step(scheduler_output, report)
-        if scheduler_output.num_scheduled_tokens and self._is_reported(report):
+        if scheduler_output.num_scheduled_tokens and (report is not None or self._awaits_report()):
             with self._failures.caught(Stage.LEDGER) as attempt:
-                if report is None:
-                    report = self._unreported(tuple(scheduler_output.num_scheduled_tokens))
-                self._ledger.note_step(report)
-                self._blocked = self._ledger.begin_step(report, self._rows_of)
-                self._isolate_kv(report, scheduler_output)  # before this step's tokens fill a block
+                if isinstance(report, PackedReport):
+                    self._is_quiet = self._ledger.take_quiet_step(report, self._accepts_all)
+                if not self._is_quiet:
+                    if report is None:
+                        report = self._unreported(tuple(scheduler_output.num_scheduled_tokens))
+                    self._ledger.note_step(report)
+                    self._blocked = self._ledger.begin_step(report, self._rows_of)
+                    # Before this step's tokens fill a block.
+                    self._isolate_kv(report, scheduler_output)
             if attempt.failed:
                 is_counted = report is None or self._ledger.has_begun(report)
                 faults = {} if report is None or is_counted else report.failures
@@ -230,7 +237,7 @@ class EngineCoreGuard:
                 self._enter_failed_step(req_ids, scheduler_output, faults)
         assert self._cut_tokens is not None, "requests come first"
         spent = time.perf_counter() - began
-        if self._blocked or self._ledger.awaits_tokens:
+        if not self._is_quiet and (self._blocked or self._ledger.awaits_tokens):
             # Called for each request, so only in steps in which there is something to do.
             with self._cut_tokens.hung():
                 outputs = stock(scheduler_output, output)
@@ -241,10 +248,9 @@ class EngineCoreGuard:
         self._ledger.note_own_time(spent + time.perf_counter() - began)
         return outputs
 
-    def _is_reported(self, report: StepReport | PackedReport | None) -> bool:
-        """Whether the step was decided by a program with rules, whatever is in force now."""
-        if report is not None:
-            return True
+    def _awaits_report(self) -> bool:
+        """Whether the step at hand was handed out under a program with rules, whatever is in force
+        now."""
         if self._unruled_steps:
             self._unruled_steps -= 1
             return False
@@ -279,6 +285,15 @@ class EngineCoreGuard:
     def _unreported(self, req_ids: tuple[str, ...]) -> StepReport:
         """A step of which the worker said nothing was not judged."""
         return StepReport.of_failed_step(self._revision, req_ids, {Stage.READBACK: 1})
+
+    def _accepts_all(self, req_ids: Sequence[str]) -> bool:
+        """Whether `_rows_of` has them all."""
+        requests, last = self._core.scheduler.requests, RequestStatus.PREEMPTED
+        for req_id in req_ids:
+            request = requests.get(req_id)
+            if request is None or request.status > last:
+                return False
+        return True
 
     def _rows_of(self, req_ids: Sequence[str]) -> dict[str, int]:
         """The places of the requests for which the scheduler takes this step's result, as it will
@@ -318,6 +333,7 @@ class EngineCoreGuard:
             self._ledger.accept(request.request_id, last_position)
 
     def _free_request(self, stock: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self._is_quiet = False
         if self._ends is not None:
             with self._failures.caught(Stage.RECORD):
                 ending = self._blocked.get(request.request_id)
@@ -354,6 +370,13 @@ class EngineCoreGuard:
 
     def _post_step(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(*args, **kwargs)
+        if self._is_quiet and time.monotonic() < self._deliver_at_s:
+            self._is_quiet = False
+            return result
+        self._deliver()
+        return result
+
+    def _deliver(self) -> None:
         began = time.perf_counter()
         with self._failures.caught(Stage.DELIVER):
             if faults := self._failures.take():
@@ -379,7 +402,7 @@ class EngineCoreGuard:
             self._ledger.note_own_time(time.perf_counter() - began)
         with self._failures.caught(Stage.METRICS):
             self._load.ask_if_due()
-        return result
+        self._deliver_at_s = self._ledger.due_at
 
     def _tell_others(self, delta: Delta) -> None:
         """The first API server counts and writes down; clients may listen at any."""

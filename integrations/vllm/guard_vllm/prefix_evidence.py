@@ -82,6 +82,22 @@ class PrefixEvidence:
         self._kept = kept
         self._serial = 0
 
+    def passes(self, scheduler_output: Any) -> bool:
+        """Take a step in which vLLM did nothing with its blocks but fill them, as in most. False: this
+        is no such step, and nothing is taken."""
+        news: BlockNews | None = getattr(scheduler_output, NEWS_ATTRIBUTE, None)
+        if (
+            news is None
+            or news.serial != self._serial + 1
+            or news.handed_out
+            or scheduler_output.scheduled_new_reqs
+            or scheduler_output.scheduled_cached_reqs.resumed_req_ids
+            or getattr(scheduler_output, "kv_cache_block_copies", None)
+        ):
+            return False
+        self._serial = news.serial
+        return True
+
     def admit(self, scheduler_output: Any) -> None:
         news: BlockNews | None = getattr(scheduler_output, NEWS_ATTRIBUTE, None)
         if news is None or news.serial != self._serial + 1:

@@ -38,7 +38,9 @@ def _hook_v2(runner: Any, hooks: StepHooks) -> None:
 
     def prepare_attn(stock: Any, *args: Any, **kwargs: Any) -> Any:
         block_tables, slot_mappings = stock(*args, **kwargs)
-        hooks.place_rows(lambda group: slot_mappings[group])
+        if hooks.armed and hooks.prefixes is not None:
+            with hooks.guard.failures.caught(Stage.BEGIN_STEP):
+                hooks.guard.place_rows(slot_mappings[hooks.prefixes.group])
         return block_tables, slot_mappings
 
     def sample(stock: Any, *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +66,9 @@ def _hook_v1(runner: Any, hooks: StepHooks) -> None:
                     runner.positions,
                     scheduler_output.total_num_scheduled_tokens,
                 )
-            hooks.place_rows(lambda group: runner.input_batch.block_table[group].slot_mapping.gpu)
+                if hooks.prefixes is not None:
+                    block_table = runner.input_batch.block_table[hooks.prefixes.group]
+                    hooks.guard.place_rows(block_table.slot_mapping.gpu)
         return prepared
 
     def sample(stock: Any, logits: Any, drafts: Any, *args: Any, **kwargs: Any) -> Any:

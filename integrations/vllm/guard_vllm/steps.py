@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from guard.device.readback import Readback
+from guard.device.readback import PackedReadback, Readback
 from guard.failures import Stage
 from guard.program.step_report import HostSeconds, StepReport
 from guard.record.recorder import TraceRecorder
@@ -91,7 +91,8 @@ class StepHooks:
         self.pending = pending
 
     def admit(self, scheduler_output: Any) -> None:
-        self.guard.finish_requests(scheduler_output.finished_req_ids)
+        if scheduler_output.finished_req_ids:
+            self.guard.finish_requests(scheduler_output.finished_req_ids)
         if self.recorder is not None:
             with self.guard.failures.caught(Stage.RECORD):
                 self._admit_to_trace(self.recorder, scheduler_output)
@@ -101,7 +102,7 @@ class StepHooks:
                 len(request.prompt_token_ids or ()),
                 facts_of(request.req_id, request.sampling_params, request.lora_request),
             )
-        if self.prefixes is not None:
+        if self.prefixes is not None and not self.prefixes.passes(scheduler_output):
             with self.guard.failures.caught(Stage.ADMIT) as attempt:
                 self.prefixes.admit(scheduler_output)
             if attempt.failed:
@@ -114,16 +115,13 @@ class StepHooks:
         for request in scheduler_output.scheduled_new_reqs:
             recorder.add_request(request.req_id, len(request.prompt_token_ids or ()))
 
-    def place_rows(self, slot_mappings: Callable[[int], Any]) -> None:
-        """slot_mappings: of a KV cache group, where the step writes the KV of its rows."""
-        if self.armed and self.prefixes is not None:
-            with self.guard.failures.caught(Stage.BEGIN_STEP):
-                self.guard.place_rows(slot_mappings(self.prefixes.group))
-
 
 def with_report(output: Any, pending: Readback | StepReport | None, guard: Guard) -> Any:
     """The runner's output, which carries what the guard decided in the same step."""
     if pending is None or output is None:
+        return output
+    if isinstance(pending, PackedReadback) and type(output) is ModelRunnerOutput:
+        setattr(output, REPORT_ATTRIBUTE, pending.report())
         return output
     if isinstance(output, AsyncModelRunnerOutput):
         return _ReportingOutput(output, pending, guard)
@@ -157,12 +155,7 @@ class _ReportingOutput(AsyncModelRunnerOutput):
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
     """Replace a method of one instance by `around(stock, *args, **kwargs)`."""
-    stock = seam(owner, name)
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(stock, *args, **kwargs)
-
-    setattr(owner, name, wrapper)
+    setattr(owner, name, partial(around, seam(owner, name)))
 
 
 class Hook:

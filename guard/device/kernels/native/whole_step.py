@@ -87,6 +87,8 @@ class NativeWholeStep:
         self._slots_B: torch.Tensor | None = None
         self._query_start_B1: torch.Tensor | None = None
         self._position_T: torch.Tensor | None = None
+        self._kv_slot_T: torch.Tensor | None = None
+        self._kv_slot_address: int | None = None
         self._num_requests = self._num_rows = 0
         self._make_room(1)
 
@@ -138,11 +140,10 @@ class NativeWholeStep:
         self, req_ids: tuple[str, ...], revision: str, kv_slot_T: torch.Tensor | None
     ) -> PackedReport | StepDecisions:
         num_requests = self._num_requests
-        place = None
-        if kv_slot_T is not None:
-            kv_slot_T = whole(kv_slot_T)
-            place = kv_slot_T.data_ptr()
-        held = self._end(self._address, num_requests, self._num_rows, place)
+        if self._kv_slot_T is not kv_slot_T:
+            self._kv_slot_T = None if kv_slot_T is None else whole(kv_slot_T)
+            self._kv_slot_address = None if self._kv_slot_T is None else self._kv_slot_T.data_ptr()
+        held = self._end(self._address, num_requests, self._num_rows, self._kv_slot_address)
         data = bytes(self._decided[: self._form.num_bytes(num_requests)])
         packed = PackedReport(revision, req_ids, self._form, data, held & _FLAGS)
         if held < _FIRINGS:
