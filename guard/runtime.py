@@ -326,6 +326,17 @@ class Guard:
         position_T: [T or more] on the device; position of each row in its request
         num_rows: T; None: as many as `position_T` has
         """
+        with self.failures.caught(Stage.BEGIN_STEP):
+            self.begin_step_uncaught(req_ids, query_start_B1, position_T, num_rows)
+
+    def begin_step_uncaught(
+        self,
+        req_ids: Sequence[str],
+        query_start_B1: torch.Tensor,
+        position_T: torch.Tensor,
+        num_rows: int | None = None,
+    ) -> None:
+        """`begin_step`, for a caller who catches what goes wrong."""
         self._batch = self._in_force_TA = self._findings = None
         self._kv_slot_T, self._is_whole = None, False
         if self._evaluator is None:
@@ -334,20 +345,19 @@ class Guard:
         self._req_ids = tuple(req_ids)
         self._check.begin_step()
         self.load.begin_step()
-        with self.failures.caught(Stage.BEGIN_STEP):
-            whole = self._whole
-            if (
-                whole is not None
-                and self._req_ids
-                and not (self._check.is_due or self.load.is_due)
-                and not (self._cached or self._missed or self.blind or self.failures.has_new)
-                and not self._state.staged_writes
-                and (self.kept is None or not self.kept.staged_writes)
-            ):  # an ordinary step: there is no operation of torch in it, see `WholeStep`
-                whole.begin(self._slots(self._req_ids), query_start_B1, position_T, num_rows)
-                self._is_whole = True
-            else:
-                self._begin_in_parts(query_start_B1[: len(req_ids) + 1], position_T[:num_rows])
+        whole = self._whole
+        if (
+            whole is not None
+            and self._req_ids
+            and not (self._check.is_due or self.load.is_due)
+            and not (self._cached or self._missed or self.blind or self.failures.has_new)
+            and not self._state.staged_writes
+            and (self.kept is None or not self.kept.staged_writes)
+        ):  # an ordinary step: there is no operation of torch in it, see `WholeStep`
+            whole.begin(self._slots(self._req_ids), query_start_B1, position_T, num_rows)
+            self._is_whole = True
+        else:
+            self._begin_in_parts(query_start_B1[: len(req_ids) + 1], position_T[:num_rows])
 
     @property
     def batch(self) -> StepBatch | None:
@@ -386,15 +396,11 @@ class Guard:
         """
         if self._evaluator is None:
             return None
-        if not self._is_whole:
-            return self._end_in_parts(rejected_B)
-        assert self._whole is not None, "it has begun the step"
-        if rejected_B is not None:
-            self._batch = self.batch
-        self._is_whole = False
-        return (
-            self._end_whole_step(self._whole) if rejected_B is None else self._end_in_parts(rejected_B)
-        )
+        if self._is_whole and rejected_B is None:
+            return self._end_whole_step()
+        if self._is_whole:
+            self._batch, self._is_whole = self.batch, False
+        return self._end_in_parts(rejected_B)
 
     @in_inference_mode
     def _end_in_parts(self, rejected_B: torch.Tensor | None) -> Readback | StepReport | None:
@@ -423,8 +429,10 @@ class Guard:
                 self._state.distrust(batch.slots_B)
         return self._failed_step(req_ids) if readback is None else readback
 
-    def _end_whole_step(self, whole: WholeStep) -> Readback | StepReport:
-        req_ids, self._req_ids = self._req_ids, ()
+    def _end_whole_step(self) -> Readback | StepReport:
+        whole, req_ids = self._whole, self._req_ids
+        assert whole is not None, "it has begun the step"
+        self._req_ids, self._is_whole = (), False
         readback: Readback | None = None
         with self.failures.caught(Stage.EVALUATE) as attempt:
             decided = whole.end(req_ids, self.program.revision, self._place_of_rows())

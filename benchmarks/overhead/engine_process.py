@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,11 +20,32 @@ import torch
 WARM_UP_STEPS = 5
 
 
-class Batches:
-    """An engine, and the requests that it serves."""
+class TurnClock:
+    """`time.monotonic` of engines that take turns: each one's stands still while others have theirs.
+    What the guard does every so many milliseconds would come in every step otherwise."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, real: Callable[[], float] = time.monotonic) -> None:
+        self._real = real
+        self._passed_s: dict[object, float] = {}
+        self._whose: object = None
+        self._since = real()
+
+    def __call__(self) -> float:
+        return self._passed_s.get(self._whose, 0.0) + self._real() - self._since
+
+    def turn_to(self, whose: object) -> None:
+        self._passed_s[self._whose] = self()
+        self._whose, self._since = whose, self._real()
+
+
+class Batches:
+    """An engine, and the requests that it serves. clock: of which each method takes a turn"""
+
+    def __init__(self, job: dict[str, Any], clock: TurnClock) -> None:
         from vllm import LLM
+
+        self._clock = clock
+        self._take_turn()
 
         os.chdir(job["folder"])  # all paths are the same in it, so that compiled graphs are used again
         self._job = job
@@ -44,6 +65,9 @@ class Batches:
         self._numbers = itertools.count()
         self._decoding: list[str] = []
 
+    def _take_turn(self) -> None:
+        self._clock.turn_to(self)
+
     @property
     def model(self) -> torch.nn.Module:
         core = self._engine.engine_core.engine_core
@@ -52,6 +76,7 @@ class Batches:
 
     def begin_decoding(self, order: dict[str, Any], masks: list[str | None]) -> None:
         """Begin a batch, and go on until all of it are decoding."""
+        self._take_turn()
         self._decoding = self._add(
             order, masks, self._job["max_model_len"] - order["prompt_tokens"] - 1
         )
@@ -61,17 +86,20 @@ class Batches:
 
     def decode(self) -> float:
         """Seconds of one step of it."""
+        self._take_turn()
         began = time.perf_counter()
         self._engine.step()
         return time.perf_counter() - began
 
     def end_decoding(self) -> None:
+        self._take_turn()
         self._engine.abort_request(self._decoding)
         while self._engine.has_unfinished_requests():
             self._engine.step()
 
     def prefill(self, order: dict[str, Any], masks: list[str | None]) -> list[float]:
         """Seconds from when all requests came to each one's first token."""
+        self._take_turn()
         began = time.perf_counter()
         waiting = set(self._add(order, masks, 1))
         seconds = []
@@ -167,7 +195,7 @@ def _not_mine(_: int) -> None:
     """The other model's handler releases them."""
 
 
-def started(jobs: list[dict[str, Any]]) -> Iterator[tuple[str, Batches]]:
+def started(jobs: list[dict[str, Any]], clock: TurnClock) -> Iterator[tuple[str, Batches]]:
     """The engines by name. Those without the plugin come before it is loaded: it wraps constructors."""
     assert jobs == sorted(jobs, key=lambda job: job["plugin"])
     first: Batches | None = None
@@ -176,7 +204,7 @@ def started(jobs: list[dict[str, Any]]) -> Iterator[tuple[str, Batches]]:
             from guard_vllm.plugin import register
 
             register()
-        engine = Batches(job)
+        engine = Batches(job, clock)
         if first is None:
             first = engine
         else:
@@ -188,7 +216,9 @@ def main() -> None:
     job: dict[str, Any] = json.loads(sys.argv[1])
     answers = os.fdopen(job["answers_fd"], "w", buffering=1)
     engines = {}
-    for name, engine in started(job["engines"]):
+    clock = TurnClock()
+    time.monotonic = clock
+    for name, engine in started(job["engines"], clock):
         engines[name] = engine
         answers.write(json.dumps({"ready": name}) + "\n")
     for line in sys.stdin:

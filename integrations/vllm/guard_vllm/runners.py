@@ -59,16 +59,15 @@ def _hook_v1(runner: Any, hooks: StepHooks) -> None:
         prepared = stock(scheduler_output, *args, **kwargs)
         if hooks.armed:
             with hooks.guard.failures.caught(Stage.BEGIN_STEP):
-                num_reqs = runner.input_batch.num_reqs
+                batch = runner.input_batch
                 hooks.begin_step(
-                    runner.input_batch.req_ids[:num_reqs],
+                    batch.req_ids[: batch.num_reqs],
                     runner.query_start_loc.gpu,
                     runner.positions,
                     scheduler_output.total_num_scheduled_tokens,
                 )
                 if hooks.prefixes is not None:
-                    block_table = runner.input_batch.block_table[hooks.prefixes.group]
-                    hooks.guard.place_rows(block_table.slot_mapping.gpu)
+                    hooks.guard.place_rows(batch.block_table[hooks.prefixes.group].slot_mapping.gpu)
         return prepared
 
     def sample(stock: Any, logits: Any, drafts: Any, *args: Any, **kwargs: Any) -> Any:

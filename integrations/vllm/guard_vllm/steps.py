@@ -71,9 +71,9 @@ class StepHooks:
         position_T: torch.Tensor,
         num_rows: int,
     ) -> None:
-        """As `Guard.begin_step`."""
+        """As `Guard.begin_step_uncaught`."""
         began = time.perf_counter()
-        self.guard.begin_step(req_ids, query_start_B1, position_T, num_rows)
+        self.guard.begin_step_uncaught(req_ids, query_start_B1, position_T, num_rows)
         if self.recorder is not None:
             self.recorder.begin_step(req_ids, query_start_B1[: len(req_ids) + 1], position_T[:num_rows])
         self._begin_s = time.perf_counter() - began

@@ -246,7 +246,7 @@ KERNEL_FAULTS = [
 
 STAGES_IN_A_STEP = {
     "admit": "admit@1,admit@2",  # of each request of the batch
-    "begin_step": "begin_step@2",
+    "begin_step": "begin_step@1",
     "evaluate": "evaluate@1",
     "readback": "readback@1",
     "ledger": "ledger@4",  # where the step's report is entered, behind what is noted of KV blocks

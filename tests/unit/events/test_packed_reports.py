@@ -109,7 +109,7 @@ def test_a_packed_report_counts_as_what_it_holds(steps: Any) -> None:
             return {req_id: row for row, req_id in enumerate(req_ids) if req_id not in gone}
 
         def accepts_all(req_ids: Any, gone: Any = gone) -> bool:
-            return gone.isdisjoint(req_ids)
+            return bool(gone.isdisjoint(req_ids))
 
         plain.note_step(step)
         blocked = plain.begin_step(step, rows_of)

@@ -53,7 +53,7 @@ class Guard:
     def add_request(self, req_id: str, prompt_tokens: int, facts: Any = None) -> None:
         self.prompts.append(prompt_tokens)
 
-    def begin_step(
+    def begin_step_uncaught(
         self, req_ids: Any, query_start_B1: Any, position_T: torch.Tensor, num_rows: int
     ) -> None:
         self.positions.append(position_T[:num_rows])

@@ -219,7 +219,7 @@ class Timed(Recorder):
         super().__init__()
         self.pending = pending
 
-    def begin_step(self, *_: Any) -> None:
+    def begin_step_uncaught(self, *_: Any) -> None:
         time.sleep(0.02)
 
     def end_step(self, _: Any) -> Any:
