@@ -326,8 +326,15 @@ class Guard:
         position_T: [T or more] on the device; position of each row in its request
         num_rows: T; None: as many as `position_T` has
         """
-        with self.failures.caught(Stage.BEGIN_STEP):
+        with self.failures.caught(Stage.BEGIN_STEP) as attempt:
             self.begin_step_uncaught(req_ids, query_start_B1, position_T, num_rows)
+        if attempt.failed:
+            self.give_up_step(req_ids)
+
+    def give_up_step(self, req_ids: Iterable[str]) -> None:
+        """A step of these requests could not be begun: it judges nobody, and its report says so."""
+        self._batch, self._is_whole = None, False
+        self._req_ids = tuple(req_ids) if self.judges else ()
 
     def begin_step_uncaught(
         self,
@@ -336,7 +343,7 @@ class Guard:
         position_T: torch.Tensor,
         num_rows: int | None = None,
     ) -> None:
-        """`begin_step`, for a caller who catches what goes wrong."""
+        """`begin_step`, for a caller who catches what goes wrong, and gives up the step then."""
         self._batch = self._in_force_TA = self._findings = None
         self._kv_slot_T, self._is_whole = None, False
         if self._evaluator is None:

@@ -30,10 +30,12 @@ def _hook_v2(runner: Any, hooks: StepHooks) -> None:
         batch = stock(*args, **kwargs)
         if hooks.armed:
             # On the device: under adaptive verification the host does not know the rows.
-            with hooks.guard.failures.caught(Stage.BEGIN_STEP):
+            with hooks.guard.failures.caught(Stage.BEGIN_STEP) as attempt:
                 hooks.begin_step(
                     batch.req_ids, batch.query_start_loc, batch.positions, batch.num_tokens
                 )
+            if attempt.failed:
+                hooks.guard.give_up_step(batch.req_ids)
         return batch
 
     def prepare_attn(stock: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +60,7 @@ def _hook_v1(runner: Any, hooks: StepHooks) -> None:
     def prepare_inputs(stock: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = stock(scheduler_output, *args, **kwargs)
         if hooks.armed:
-            with hooks.guard.failures.caught(Stage.BEGIN_STEP):
+            with hooks.guard.failures.caught(Stage.BEGIN_STEP) as attempt:
                 batch = runner.input_batch
                 hooks.begin_step(
                     batch.req_ids[: batch.num_reqs],
@@ -68,6 +70,8 @@ def _hook_v1(runner: Any, hooks: StepHooks) -> None:
                 )
                 if hooks.prefixes is not None:
                     hooks.guard.place_rows(batch.block_table[hooks.prefixes.group].slot_mapping.gpu)
+            if attempt.failed:
+                hooks.guard.give_up_step(scheduler_output.num_scheduled_tokens)
         return prepared
 
     def sample(stock: Any, logits: Any, drafts: Any, *args: Any, **kwargs: Any) -> Any:
