@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from guard_vllm.settings import Settings
 
 from benchmarks.overhead import __main__ as overhead
 from benchmarks.overhead import runs
-from benchmarks.overhead.engine_process import WARM_UP_STEPS, slices
+from benchmarks.overhead.engine_process import WARM_UP_STEPS, TurnClock, share_weights, slices
 from benchmarks.overhead.runs import Plan, Workload, run_group
 from benchmarks.overhead.states import ENGINES, GROUPS, MODELS, STATES, states_of
 from guard.policy import parse_policies
@@ -158,6 +160,37 @@ def test_states_take_turns_step_by_step_in_orders_of_their_own() -> None:
     measured = sorted(second for seconds in found for each in seconds.values() for second in each)
     first = 3 + 3 * WARM_UP_STEPS
     assert measured == list(range(first, first + 120))
+
+
+def test_an_engines_clock_stands_still_while_others_have_their_turn() -> None:
+    real = [100.0]
+    clock, read = TurnClock(lambda: real[0]), {}
+    for seconds, whose in ((1.0, "a"), (2.0, "b"), (4.0, "a"), (8.0, "b"), (16.0, "a")):
+        clock.turn_to(whose)
+        real[0] += seconds
+        read[whose] = clock()
+    assert read == {"a": 1.0 + 4.0 + 16.0, "b": 2.0 + 8.0}
+
+
+def test_dense_weights_that_are_packed_are_shared_too_and_released_once() -> None:
+    released: list[int] = []
+
+    def model(address: int) -> tuple[torch.nn.Sequential, Any]:
+        handler = SimpleNamespace(handler_tensor=torch.tensor(address), dtor=released.append)
+        layer = torch.nn.Linear(2, 2)
+        torch.nn.init.ones_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+        layer.cpu_linear = lambda x: handler  # type: ignore[assignment]
+        return torch.nn.Sequential(layer, torch.nn.ReLU()), handler
+
+    (first, theirs), (second, own) = model(7), model(8)
+    share_weights(second, first)
+    assert released == [8]
+    assert int(own.handler_tensor) == int(theirs.handler_tensor) == 7
+    for handler in (theirs, own):
+        handler.dtor(int(handler.handler_tensor))
+    assert released == [8, 7]
+    assert second[0].weight.data_ptr() == first[0].weight.data_ptr()
 
 
 def test_a_slice_of_prefill_is_a_batch_of_each_state_behind_one_that_warms_up() -> None:

@@ -13,9 +13,13 @@ from guard.program.step_report import (
     EventColumn,
     Finding,
     Judged,
+    PackedFlag,
+    PackedReport,
+    ReportForm,
     RequestColumn,
     RoutingCheck,
     StepReport,
+    StepSummary,
 )
 
 
@@ -164,3 +168,24 @@ HELLO = Hello(
 def everyone(req_ids: Sequence[str]) -> dict[str, int]:
     """Every request of a step counts."""
     return {req_id: row for row, req_id in enumerate(req_ids)}
+
+
+def packed(made: StepReport) -> PackedReport:
+    """As machine code reports a step in which nothing fired."""
+    assert not made.num_events
+    summary = StepSummary.of(made)
+    flags = (
+        (summary.blocks, PackedFlag.BLOCKS),
+        (summary.begins_masks, PackedFlag.BEGINS_MASKS),
+        (summary.masks, PackedFlag.MASKS),
+        (summary.is_all_seen, PackedFlag.ALL_SEEN),
+    )
+    parts = (summary.sums_F, made.requests_B, made.masked_BW, made.extremes_BC)
+    data = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+    form = ReportForm(made.requests_B.shape[1], made.masked_BW.shape[1], made.extremes_BC.shape[1])
+    data += bytes(-len(data) % 8)
+    done = PackedReport(
+        made.revision, made.req_ids, form, data, sum(flag for holds, flag in flags if holds)
+    )
+    done.host = made.host
+    return done

@@ -13,37 +13,10 @@ from hypothesis import strategies as st
 
 from guard.events.ledger import Ledger
 from guard.events.rulebook import RuleBook
-from guard.program.step_report import (
-    HostSeconds,
-    PackedFlag,
-    PackedReport,
-    ReportForm,
-    StepReport,
-    StepSummary,
-)
-from tests.unit.events.reports import Row, failed, report, rule
+from guard.program.step_report import HostSeconds, PackedReport, StepReport, StepSummary
+from tests.unit.events.reports import Row, failed, packed, report, rule
 
 RULES = (rule("watch"), rule("steer", "mask"), rule("stop", "block", on_error="closed"))
-
-
-def packed(made: StepReport) -> PackedReport:
-    assert not made.num_events
-    summary = StepSummary.of(made)
-    flags = (
-        (summary.blocks, PackedFlag.BLOCKS),
-        (summary.begins_masks, PackedFlag.BEGINS_MASKS),
-        (summary.masks, PackedFlag.MASKS),
-        (summary.is_all_seen, PackedFlag.ALL_SEEN),
-    )
-    parts = (summary.sums_F, made.requests_B, made.masked_BW, made.extremes_BC)
-    data = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
-    form = ReportForm(made.requests_B.shape[1], made.masked_BW.shape[1], made.extremes_BC.shape[1])
-    data += bytes(-len(data) % 8)
-    done = PackedReport(
-        made.revision, made.req_ids, form, data, sum(flag for holds, flag in flags if holds)
-    )
-    done.host = made.host
-    return done
 
 
 def make() -> Ledger:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import queue
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +24,9 @@ from guard.events.ledger import Ledger
 from guard.events.message import Delta, Health, Hello, News, decode
 from guard.policy import parse_policies
 from guard.program.compile import compile_policies
-from guard.program.step_report import StepReport
+from guard.program.step_report import PackedReport, StepReport
 from tests.unit.device.driving import BLOCK, COUNT, FLAGGED, MASK, OTHER, Engine, policy_text, rule_text
+from tests.unit.events.reports import packed
 
 CLOSED = "  onError: closed\n"
 HOLDS = Proof(2, (), 2, ())
@@ -135,7 +137,9 @@ def guarded(text: str, **settings: Any) -> tuple[Core, Scheduler]:
     return core, core.scheduler
 
 
-def step(core: Core, report: StepReport | None, *req_ids: str, computed: int = 0) -> None:
+def step(
+    core: Core, report: StepReport | PackedReport | None, *req_ids: str, computed: int = 0
+) -> None:
     """computed: positions of each request that earlier steps computed"""
     output = ModelRunnerOutput(req_ids=list(req_ids), req_id_to_index={})
     if report is not None:
@@ -230,6 +234,61 @@ def test_a_step_without_a_report_follows_the_fail_mode(
     assert one.skip_reading_prefix_cache is blocked, "its prefix must be judged too"
     deltas = [message for _, message in core.sent() if isinstance(message, Delta)]
     assert sum(delta.failures.get("readback", 0) for delta in deltas) == 1
+
+
+def test_quiet_steps_are_told_when_counters_are_due_or_the_last_request_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, asked = [0.0], []
+    stock = Ledger.take
+
+    def take(ledger: Ledger, **arguments: Any) -> Any:
+        asked.append(now[0])
+        return stock(ledger, **arguments)
+
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(Ledger, "take", take)
+    text = policy_text(rule_text(COUNT))
+    engine = Engine(text)
+    core, scheduler = guarded(text)
+    for req_id in ("a", "b"):
+        core.add_request(request(req_id))
+        engine.guard.add_request(req_id, 1)
+
+    def quiet_step(position: int) -> None:
+        report = packed(engine.step({"a": (position, [OTHER]), "b": (position, [OTHER])}))
+        step(core, report, "a", "b")
+
+    quiet_step(0)  # counters have waited for ever
+    core.sent()
+    asked.clear()
+    quiet_step(1)
+    assert not asked
+    assert core.sent() == []
+    now[0] = math.inf
+    quiet_step(2)
+    assert asked
+    now[0] = 0.0
+    scheduler.sampled = {"a": [7, Scheduler.stop_token], "b": [7, Scheduler.stop_token]}
+    quiet_step(3)
+    [(client, delta)] = [sent for sent in core.sent() if isinstance(sent[1], Delta)]
+    assert client == 0
+    assert (delta.steps, delta.outcomes, delta.tokens["output"]) == (3, {"passed": 2}, 6)
+
+
+def test_a_quiet_step_of_a_request_that_has_ended_counts_for_the_others_alone() -> None:
+    text = policy_text(rule_text(COUNT))
+    engine = Engine(text)
+    core, scheduler = guarded(text)
+    for req_id in ("a", "b"):
+        core.add_request(request(req_id))
+        engine.guard.add_request(req_id, 1)
+    report = packed(engine.step({"a": (1, [OTHER]), "b": (1, [OTHER])}))
+    scheduler.requests["b"].status = RequestStatus.FINISHED_ABORTED
+    core.sent()
+    step(core, report, "a", "b")
+    [delta] = [message for _, message in core.sent() if isinstance(message, Delta)]
+    assert delta.tokens["output"] == 1
 
 
 EXCEPTION = "  exceptions: [{name: e, match: {labels: {tenant: red}}}]\n"

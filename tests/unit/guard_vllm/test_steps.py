@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from guard_vllm.prefix_evidence import NEWS_ATTRIBUTE, BlockNews, PrefixEvidence
+from guard_vllm.runners import hook_runner
 from guard_vllm.steps import REPORT_ATTRIBUTE, Hook, StepHooks, with_report, wrap
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
@@ -18,6 +20,7 @@ from guard.errors import UnsupportedHostError
 from guard.failures import Failures
 from guard.program.applicability import RequestFacts
 from guard.program.step_report import StepReport
+from tests.unit.device.driving import COUNT, OTHER, Engine, policy_text, rule_text
 
 REPORT = StepReport.of_failed_step("rev", ["a"], {})
 
@@ -254,3 +257,63 @@ def test_a_step_with_nothing_to_decide_has_no_report_and_no_time() -> None:
     hooks = StepHooks(Timed(None))  # type: ignore[arg-type]
     hooks.end_step()
     assert hooks.pending is None
+
+
+class Untold:
+    """V1's runner, of a release in which a step's rows are elsewhere."""
+
+    def execute_model(self, scheduler_output: Any) -> None: ...
+
+    def sample_tokens(self, grammar: Any) -> None: ...
+
+    def _dummy_run(self, rows: int) -> None: ...
+
+    def _prepare_inputs(self, scheduler_output: Any) -> str:
+        return "prepared"
+
+    def _sample(self, logits: Any, drafts: Any) -> str:
+        return "sampled"
+
+
+def test_a_step_whose_rows_are_not_told_is_one_that_failed() -> None:
+    runner, engine = Untold(), Engine(policy_text(rule_text(COUNT)))
+    engine.guard.add_request("a", 1)
+    hooks = hook_runner(runner, engine.guard, is_v2=False)
+    hooks.armed = True
+    step = SimpleNamespace(num_scheduled_tokens={"a": 1}, total_num_scheduled_tokens=1)
+    assert runner._prepare_inputs(step) == "prepared"
+    assert runner._sample(None, None) == "sampled"
+    report = hooks.pending
+    assert isinstance(report, StepReport)
+    assert report.failed
+    assert (report.req_ids, report.failures) == (("a",), {"begin_step": 1})
+    assert not engine.step({"a": (0, [OTHER])}).failed
+
+
+def block_news(serial: int, *handed_out: int, **others: Any) -> Any:
+    facts: dict[str, Any] = {
+        "scheduled_new_reqs": [],
+        "scheduled_cached_reqs": SimpleNamespace(resumed_req_ids=set()),
+        NEWS_ATTRIBUTE: BlockNews(serial, handed_out),
+    }
+    return SimpleNamespace(**facts | others)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        block_news(1, 4),
+        block_news(2),
+        block_news(1, **{NEWS_ATTRIBUTE: None}),
+        block_news(1, scheduled_new_reqs=["a"]),
+        block_news(1, scheduled_cached_reqs=SimpleNamespace(resumed_req_ids={"a"})),
+        block_news(1, kv_cache_block_copies=[(1, 2)]),
+    ],
+    ids=["handed out", "one is missing", "no news", "new", "resumed", "copied"],
+)
+def test_only_a_step_in_which_blocks_are_merely_filled_passes(step: Any) -> None:
+    prefixes = PrefixEvidence(None, None, 0)  # type: ignore[arg-type]
+    assert not prefixes.passes(step)
+    assert prefixes.passes(block_news(1)), "nothing was taken of the other one"
+    assert prefixes.passes(block_news(2))
+    assert not prefixes.passes(block_news(2))
