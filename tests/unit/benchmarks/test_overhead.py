@@ -175,7 +175,7 @@ def test_an_engines_clock_stands_still_while_others_have_their_turn() -> None:
 def test_dense_weights_that_are_packed_are_shared_too_and_released_once() -> None:
     released: list[int] = []
 
-    def model(address: int) -> tuple[torch.nn.Sequential, Any]:
+    def made(address: int) -> tuple[torch.nn.Module, Any]:
         handler = SimpleNamespace(handler_tensor=torch.tensor(address), dtor=released.append)
         layer = torch.nn.Linear(2, 2)
         torch.nn.init.ones_(layer.weight)
@@ -183,14 +183,15 @@ def test_dense_weights_that_are_packed_are_shared_too_and_released_once() -> Non
         layer.cpu_linear = lambda x: handler  # type: ignore[assignment]
         return torch.nn.Sequential(layer, torch.nn.ReLU()), handler
 
-    (first, theirs), (second, own) = model(7), model(8)
+    (first, theirs), (second, own) = made(7), made(8)
     share_weights(second, first)
     assert released == [8]
     assert int(own.handler_tensor) == int(theirs.handler_tensor) == 7
     for handler in (theirs, own):
         handler.dtor(int(handler.handler_tensor))
     assert released == [8, 7]
-    assert second[0].weight.data_ptr() == first[0].weight.data_ptr()
+    weights = [model.get_parameter("0.weight") for model in (first, second)]
+    assert weights[0].data_ptr() == weights[1].data_ptr()
 
 
 def test_a_slice_of_prefill_is_a_batch_of_each_state_behind_one_that_warms_up() -> None:
