@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,6 +22,7 @@ from guard.events.rulebook import RuleBook
 from guard.policy import parse_policies
 from guard.program.compile import compile_policies
 from guard.program.program import Program
+from guard.program.step_report import PackedReport
 from guard.program.topology import MoELayer, Topology
 from guard.runtime import Guard
 
@@ -108,16 +109,26 @@ class DrivenGuard:
         report = self._timed("report", readback.report)
         assert not report.failures, report.failures
 
-        def note() -> None:
-            ledger.begin_step(report, self._rows_of)
-            ledger.mask_starts()
-            if not ledger.has_seen_all:
-                report.unjudged()
+        def note() -> None:  # as in the engine core
+            is_quiet = False
+            if isinstance(report, PackedReport):
+                is_quiet = ledger.take_quiet_step(report, self._accepts_all)
+            if not is_quiet:
+                opened = report.unpacked() if isinstance(report, PackedReport) else report
+                ledger.note_step(opened)
+                ledger.begin_step(opened, self._rows_of)
+                ledger.mask_starts()
+                if not ledger.has_seen_all:
+                    opened.unjudged()
             ledger.end_step()
-            ledger.take(idle=False)
-            ledger.liveness.take()
+            if not is_quiet or time.monotonic() >= ledger.due_at:
+                ledger.take(idle=False)
+                ledger.liveness.take()
 
         self._timed("ledger", note)
+
+    def _accepts_all(self, req_ids: Sequence[str]) -> bool:
+        return all(req_id in self._known for req_id in req_ids)
 
     def _rows_of(self, req_ids: tuple[str, ...]) -> dict[str, int]:
         return {req_id: row for row, req_id in enumerate(req_ids) if req_id in self._known}

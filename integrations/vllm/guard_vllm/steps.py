@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+from guard import fault_injection
 from guard.device.readback import PackedReadback, Readback
 from guard.failures import Stage
 from guard.program.step_report import HostSeconds, StepReport
@@ -120,7 +121,11 @@ def with_report(output: Any, pending: Readback | StepReport | None, guard: Guard
     """The runner's output, which carries what the guard decided in the same step."""
     if pending is None or output is None:
         return output
-    if isinstance(pending, PackedReadback) and type(output) is ModelRunnerOutput:
+    if (
+        isinstance(pending, PackedReadback)
+        and type(output) is ModelRunnerOutput
+        and fault_injection.drill is None
+    ):  # in most steps: it is at hand, and nothing can fail
         setattr(output, REPORT_ATTRIBUTE, pending.report())
         return output
     if isinstance(output, AsyncModelRunnerOutput):

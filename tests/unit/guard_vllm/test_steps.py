@@ -15,12 +15,14 @@ from guard_vllm.runners import hook_runner
 from guard_vllm.steps import REPORT_ATTRIBUTE, Hook, StepHooks, with_report, wrap
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from guard.device.readback import Readback
+from guard.device.readback import PackedReadback, Readback
 from guard.errors import UnsupportedHostError
 from guard.failures import Failures
 from guard.program.applicability import RequestFacts
 from guard.program.step_report import StepReport
+from tests.support.drills import drilling
 from tests.unit.device.driving import COUNT, OTHER, Engine, policy_text, rule_text
+from tests.unit.events.reports import Row, packed, report
 
 REPORT = StepReport.of_failed_step("rev", ["a"], {})
 
@@ -152,6 +154,15 @@ def test_a_readback_that_fails_is_reported_once_as_a_step_that_was_not_judged() 
     assert report.req_ids == ("a",)
     assert report.failures == {"readback": 1}
     assert holder.failures.take() == {}
+
+
+def test_a_report_that_is_at_hand_can_be_lost_in_a_drill_all_the_same() -> None:
+    for faults, failed in (("readback@1", True), ("readback@2", False)):
+        with drilling(faults):
+            output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={})
+            at_hand = PackedReadback(packed(report(Row("a"))))
+            got = getattr(with_report(output, at_hand, guard()), REPORT_ATTRIBUTE)
+        assert got.failed is failed
 
 
 class Later(AsyncModelRunnerOutput):  # type: ignore[misc]
