@@ -27,6 +27,7 @@ from guard.program.step_report import (
     NEVER,
     EventColumn,
     Judged,
+    MasksInForce,
     PackedFlag,
     PackedReport,
     RequestColumn,
@@ -38,6 +39,9 @@ _QUIET = StepSummary(
     blocks=False, begins_masks=False, masks=False, is_all_seen=True, sums_F=np.zeros(0, dtype=np.int64)
 )
 """Of a step whose sums are added up later."""
+
+
+_OF_MASKS = PackedFlag.BEGINS_MASKS | PackedFlag.MASKS
 
 
 class Ending(NamedTuple):
@@ -88,6 +92,7 @@ class Ledger:
         self._quiet: PackedReport | None = None  # in place of `_report` and `_row_of`
         self._row_of: dict[str, int] = {}
         self._summary: StepSummary | None = None
+        self._noted: MasksInForce | None = None  # of the last step with masks; nothing came in between
         self._open: dict[str, int] = {}  # requests of this step whose accepted drafts may be cut
         self._num_cut: dict[str, int] = {}
         self._outcomes = Outcomes()
@@ -97,6 +102,7 @@ class Ledger:
     def follow(self, book: RuleBook) -> None:
         """A new revision is in force. Steps that the one before decided may still come."""
         self._books.add(book)
+        self._noted = None
         if not book.rules:
             self._outcomes.masked_by.clear()  # no report will say so
 
@@ -104,12 +110,15 @@ class Ledger:
         self, report: PackedReport, accepts_all: Callable[[Sequence[str]], bool]
     ) -> bool:
         """Take a step in which nothing happened: it changes sums, which are added up later, and ends
-        nobody. False: this is no such step, and nothing is taken.
+        nobody; its requests are under the masks of the step before. False: this is no such step, and
+        nothing is taken.
 
         accepts_all: whether the engine accepts this step's result for each of these requests
         """
         outcomes, liveness, tally = self._outcomes, self.liveness, self._tally
-        if report.flags != PackedFlag.ALL_SEEN or outcomes.masked_by or outcomes.owed:
+        if report.flags & ~_OF_MASKS != PackedFlag.ALL_SEEN or outcomes.owed:
+            return False
+        if (report.flags & _OF_MASKS or outcomes.masked_by) and report.masks != self._noted:
             return False
         if liveness.silent or not liveness.judges:
             return False
@@ -133,7 +142,7 @@ class Ledger:
         """
         if isinstance(report, PackedReport):
             report = report.unpacked()
-        self._quiet, self._report, self._summary = None, report, None
+        self._quiet, self._report, self._summary, self._noted = None, report, None, None
         self.note_failures(report.failures)
         self._open, self._num_cut = {}, {}
         self._row_of = rows_of(report.req_ids)
@@ -166,6 +175,8 @@ class Ledger:
             blocked[req_id] = Ending(reason)  # none of this step's tokens was to come out
         self._note_events(report)
         self._note_more_events(report)
+        if not self._open and not self.liveness.violated and len(self._row_of) == len(report.req_ids):
+            self._noted = MasksInForce.of(report, summary)
         return blocked
 
     def _turn_to(self, revision: str) -> None:
@@ -177,7 +188,7 @@ class Ledger:
     def give_up(self, req_ids: Iterable[str]) -> dict[str, Ending]:
         """As `begin_step`, where not even a failed step can be entered."""
         self._report, self._row_of = None, {req_id: row for row, req_id in enumerate(req_ids)}
-        self._quiet = None
+        self._quiet = self._noted = None
         self._summary = None
         for req_id in self._row_of:
             self._note_unjudged(req_id)
@@ -247,6 +258,7 @@ class Ledger:
 
     def finish(self, req_id: str) -> None:
         """A request ended, whether by itself or by a client that went away."""
+        self._noted = None
         if self._quiet is not None and req_id in self._quiet.req_ids:
             self._report, self._quiet = self._quiet.unpacked(), None
             self._row_of = {each: row for row, each in enumerate(self._report.req_ids)}
@@ -266,6 +278,7 @@ class Ledger:
 
     def forget_requests(self) -> None:
         """The engine has none left. What is still known of some is of those whose end was missed."""
+        self._noted = None
         self.num_forgotten += self._outcomes.forget_all()
 
     def end_step(self) -> None:

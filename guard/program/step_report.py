@@ -236,6 +236,24 @@ class PackedFlag:
     ALL_SEEN = 8
 
 
+class MasksInForce(NamedTuple):
+    """The masks of a step's requests, to be compared with another step's.
+
+    words: `StepReport.masked_BW`
+    begin: where masks that came on on the way begin; empty where none did
+    """
+
+    req_ids: tuple[str, ...]
+    words: bytes
+    begin: bytes
+
+    @classmethod
+    def of(cls, report: StepReport, summary: StepSummary) -> MasksInForce:
+        begin_B = report.requests_B[:, RequestColumn.MASK_FROM]
+        begin = begin_B.tobytes() if summary.begins_masks else b""
+        return cls(report.req_ids, report.masked_BW.tobytes(), begin)
+
+
 class PackedReport:
     """`StepReport` of a step in which nothing fired, not taken apart: of most of them nobody asks for
     more than the sums.
@@ -263,6 +281,17 @@ class PackedReport:
     def sums(self) -> bytes:
         """int64 [columns]: `StepSummary.sums_F`."""
         return self.data[: 8 * self.form.num_columns]
+
+    @property
+    def masks(self) -> MasksInForce:
+        columns, words, _ = self.form
+        num_requests = len(self.req_ids)
+        first = 8 * columns * (1 + num_requests)
+        begin = b""
+        if self.flags & PackedFlag.BEGINS_MASKS:
+            facts_F = np.frombuffer(self.data, dtype=np.int64, count=first // 8)[columns:]
+            begin = facts_F[RequestColumn.MASK_FROM :: columns].tobytes()
+        return MasksInForce(self.req_ids, self.data[first : first + 8 * words * num_requests], begin)
 
     def unpacked(self) -> StepReport:
         columns, words, conditions = self.form

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from guard.events.ledger import Ledger
 from guard.events.rulebook import RuleBook
-from guard.program.step_report import HostSeconds, PackedReport, StepReport, StepSummary
-from tests.unit.events.reports import Row, failed, packed, report, rule
+from guard.program.step_report import NEVER, HostSeconds, PackedReport, StepReport, StepSummary
+from tests.unit.events.reports import Row, everyone, failed, packed, report, rule
 
 RULES = (rule("watch"), rule("steer", "mask"), rule("stop", "block", on_error="closed"))
 
@@ -43,6 +43,7 @@ ROWS = st.builds(
     selections=st.integers(0, 5),
     extreme=st.sampled_from([float("nan"), 0.5]),
     masks=st.sampled_from([(), (), (), (0,)]),
+    masked_from=st.sampled_from([NEVER, NEVER, 4]),
     unseen=st.sampled_from([0, 0, 0, 2]),
     block=st.sampled_from([None, None, None, (3, 2)]),
     events=st.sampled_from([(), (), (), ((0, 3, True),)]),
@@ -74,8 +75,15 @@ STEPS = st.lists(
         (report(Row("a")), set(), set(), True),
     ]
 )
+@example(  # masks that stay, until one of the requests is there alone, and until they end
+    [(report(Row("a", masks=(0,)), Row("b", masks=(0,), masked_from=4)), set(), set(), False)] * 3
+    + [(report(Row("b", masks=(0,), masked_from=4)), set(), set(), True)] * 2
+    + [(report(Row("a", masks=(0,)), Row("b", masks=(0,), masked_from=4)), set(), {"a"}, True)]
+    + [(report(Row("b", masks=(0,), masked_from=5)), set(), {"b"}, True)]
+)
 def test_a_packed_report_counts_as_what_it_holds(steps: Any) -> None:
     plain, ours = make(), make()
+    starts: dict[str, int] = {}
     for step, gone, ends, is_taken in steps:
 
         def rows_of(req_ids: Any, gone: Any = gone) -> dict[str, int]:
@@ -89,11 +97,13 @@ def test_a_packed_report_counts_as_what_it_holds(steps: Any) -> None:
         as_bytes = step if step.failed or step.num_events else packed(step)
         if isinstance(as_bytes, PackedReport) and ours.take_quiet_step(as_bytes, accepts_all):
             assert not blocked
+            assert plain.mask_starts() == starts, "what was said of them holds"
         else:
             ours.note_step(as_bytes)
             assert ours.begin_step(as_bytes, rows_of) == blocked
+            starts = ours.mask_starts()
+            assert plain.mask_starts() == starts
         assert ours.has_seen_all == plain.has_seen_all
-        assert ours.mask_starts() == plain.mask_starts()
         for req_id in sorted(ends - gone):
             plain.finish(req_id)
             ours.finish(req_id)
@@ -126,6 +136,31 @@ def test_a_quiet_report_is_not_taken_apart_until_a_request_ends(
     [delta] = told(ledger)
     assert delta["tokens"]["output"] == 8
     assert [values for *_, values in delta["values"]] == [[0.5]] * 3
+
+
+def test_a_step_under_the_masks_of_the_one_before_is_quiet() -> None:
+    def take(ledger: Ledger, *rows: Row) -> bool:
+        step = packed(report(*rows))
+        is_quiet = ledger.take_quiet_step(step, lambda _: True)
+        if not is_quiet:
+            ledger.begin_step(step, everyone)
+        ledger.end_step()
+        return is_quiet
+
+    masked, begun = Row("a", masks=(0,)), Row("b", masks=(0,), masked_from=4)
+    ledger = make()
+    assert not take(ledger, masked, begun)
+    assert take(ledger, masked, begun)
+    assert take(ledger, masked, begun)
+    assert not take(ledger, masked, Row("b", masks=(0,), masked_from=5))
+    assert not take(ledger, masked)
+    assert take(ledger, masked)
+    assert not take(ledger, Row("a"))
+    assert take(ledger, Row("a"))
+    assert not take(ledger, masked)
+    ledger.finish("c")
+    assert not take(ledger, masked), "something came in between"
+    assert take(ledger, masked)
 
 
 def test_a_packed_report_crosses_processes_and_its_arrays_can_be_written_to() -> None:
