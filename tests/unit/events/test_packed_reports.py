@@ -97,7 +97,7 @@ def test_a_packed_report_counts_as_what_it_holds(steps: Any) -> None:
         as_bytes = step if step.failed or step.num_events else packed(step)
         if isinstance(as_bytes, PackedReport) and ours.take_quiet_step(as_bytes, accepts_all):
             assert not blocked
-            assert plain.mask_starts() == starts, "what was said of them holds"
+            assert plain.mask_starts().items() <= starts.items(), "they were said before"
         else:
             ours.note_step(as_bytes)
             assert ours.begin_step(as_bytes, rows_of) == blocked
