@@ -490,6 +490,7 @@ def test_a_decision_that_other_api_servers_do_not_hear_of_is_counted_once(
 
     monkeypatch.setattr(core.output_queue, "put_nowait", put_nowait)
     _step_with_a_decision(core, scheduler)
+    scheduler.requests.clear()  # so that nothing may wait
     core.post_step(True)
 
     first, second = (message for _, message in core.sent() if isinstance(message, Delta))
