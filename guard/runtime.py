@@ -326,10 +326,17 @@ class Guard:
         position_T: [T or more] on the device; position of each row in its request
         num_rows: T; None: as many as `position_T` has
         """
+        self.count_step()
         with self.failures.caught(Stage.BEGIN_STEP) as attempt:
             self.begin_step_uncaught(req_ids, query_start_B1, position_T, num_rows)
         if attempt.failed:
             self.give_up_step(req_ids)
+
+    def count_step(self) -> None:
+        """A step comes, whatever becomes of it: all ranks check and sample the same ones."""
+        if self._evaluator is not None:
+            self._check.begin_step()
+            self.load.begin_step()
 
     def give_up_step(self, req_ids: Iterable[str]) -> None:
         """A step of these requests could not be begun: it judges nobody, and its report says so."""
@@ -343,15 +350,14 @@ class Guard:
         position_T: torch.Tensor,
         num_rows: int | None = None,
     ) -> None:
-        """`begin_step`, for a caller who catches what goes wrong, and gives up the step then."""
+        """`begin_step`, for a caller who has counted the step, catches what goes wrong, and gives it up
+        then."""
         self._batch = self._in_force_TA = self._findings = None
         self._kv_slot_T, self._is_whole = None, False
         if self._evaluator is None:
             return
         num_rows = len(position_T) if num_rows is None else num_rows
         self._req_ids = tuple(req_ids)
-        self._check.begin_step()
-        self.load.begin_step()
         whole = self._whole
         if (
             whole is not None

@@ -92,7 +92,7 @@ class Ledger:
         self._quiet: PackedReport | None = None  # in place of `_report` and `_row_of`
         self._row_of: dict[str, int] = {}
         self._summary: StepSummary | None = None
-        self._noted: MasksInForce | None = None  # of the last step with masks; nothing came in between
+        self._noted: MasksInForce | None = None  # of the last step that was none of the quiet ones
         self._open: dict[str, int] = {}  # requests of this step whose accepted drafts may be cut
         self._num_cut: dict[str, int] = {}
         self._outcomes = Outcomes()

@@ -29,6 +29,7 @@ def _hook_v2(runner: Any, hooks: StepHooks) -> None:
     def prepare_inputs(stock: Any, *args: Any, **kwargs: Any) -> Any:
         batch = stock(*args, **kwargs)
         if hooks.armed:
+            hooks.guard.count_step()
             # On the device: under adaptive verification the host does not know the rows.
             with hooks.guard.failures.caught(Stage.BEGIN_STEP) as attempt:
                 hooks.begin_step(
@@ -60,6 +61,7 @@ def _hook_v1(runner: Any, hooks: StepHooks) -> None:
     def prepare_inputs(stock: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = stock(scheduler_output, *args, **kwargs)
         if hooks.armed:
+            hooks.guard.count_step()
             with hooks.guard.failures.caught(Stage.BEGIN_STEP) as attempt:
                 batch = runner.input_batch
                 hooks.begin_step(

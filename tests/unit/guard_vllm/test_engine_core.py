@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import queue
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -236,6 +237,21 @@ def test_a_step_without_a_report_follows_the_fail_mode(
     assert sum(delta.failures.get("readback", 0) for delta in deltas) == 1
 
 
+def two_requests() -> tuple[Core, Scheduler, Callable[[int], PackedReport]]:
+    """`a` and `b`, and what is reported of them at a position at which no rule fires."""
+    text = policy_text(rule_text(COUNT))
+    engine = Engine(text)
+    core, scheduler = guarded(text)
+    for req_id in ("a", "b"):
+        core.add_request(request(req_id))
+        engine.guard.add_request(req_id, 1)
+
+    def quiet_report(position: int) -> PackedReport:
+        return packed(engine.step({req_id: (position, [OTHER]) for req_id in ("a", "b")}))
+
+    return core, scheduler, quiet_report
+
+
 def test_quiet_steps_are_told_when_counters_are_due_or_the_last_request_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -248,16 +264,10 @@ def test_quiet_steps_are_told_when_counters_are_due_or_the_last_request_ends(
 
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setattr(Ledger, "take", take)
-    text = policy_text(rule_text(COUNT))
-    engine = Engine(text)
-    core, scheduler = guarded(text)
-    for req_id in ("a", "b"):
-        core.add_request(request(req_id))
-        engine.guard.add_request(req_id, 1)
+    core, scheduler, quiet_report = two_requests()
 
     def quiet_step(position: int) -> None:
-        report = packed(engine.step({"a": (position, [OTHER]), "b": (position, [OTHER])}))
-        step(core, report, "a", "b")
+        step(core, quiet_report(position), "a", "b")
 
     quiet_step(0)  # counters have waited for ever
     core.sent()
@@ -277,17 +287,11 @@ def test_quiet_steps_are_told_when_counters_are_due_or_the_last_request_ends(
 
 
 def test_a_quiet_step_of_a_request_that_has_ended_counts_for_the_others_alone() -> None:
-    text = policy_text(rule_text(COUNT))
-    engine = Engine(text)
-    core, scheduler = guarded(text)
-    for req_id in ("a", "b"):
-        core.add_request(request(req_id))
-        engine.guard.add_request(req_id, 1)
-    step(core, packed(engine.step({"a": (0, [OTHER]), "b": (0, [OTHER])})), "a", "b")
-    report = packed(engine.step({"a": (1, [OTHER]), "b": (1, [OTHER])}))
+    core, scheduler, quiet_report = two_requests()
+    step(core, quiet_report(0), "a", "b")
     scheduler.requests["b"].status = RequestStatus.FINISHED_ABORTED
     core.sent()
-    step(core, report, "a", "b")
+    step(core, quiet_report(1), "a", "b")
     scheduler.requests.clear()
     core.post_step(model_executed=False)
     deltas = [message for _, message in core.sent() if isinstance(message, Delta)]
@@ -462,6 +466,7 @@ def _step_with_a_decision(core: Core, scheduler: Scheduler) -> None:
     engine = Engine(policy_text(rule_text(COUNT)))
     engine.guard.add_request("a", 1)
     core.add_request(request("a"))
+    scheduler.sampled["a"] = [Scheduler.stop_token]
     core.sent()
     step(core, engine.step({"a": (0, [FLAGGED])}), "a")
 
@@ -490,7 +495,6 @@ def test_a_decision_that_other_api_servers_do_not_hear_of_is_counted_once(
 
     monkeypatch.setattr(core.output_queue, "put_nowait", put_nowait)
     _step_with_a_decision(core, scheduler)
-    scheduler.requests.clear()  # so that nothing may wait
     core.post_step(True)
 
     first, second = (message for _, message in core.sent() if isinstance(message, Delta))

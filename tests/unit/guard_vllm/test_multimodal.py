@@ -53,6 +53,8 @@ class Guard:
     def add_request(self, req_id: str, prompt_tokens: int, facts: Any = None) -> None:
         self.prompts.append(prompt_tokens)
 
+    def count_step(self) -> None: ...
+
     def begin_step_uncaught(
         self, req_ids: Any, query_start_B1: Any, position_T: torch.Tensor, num_rows: int
     ) -> None:

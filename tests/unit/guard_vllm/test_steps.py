@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from guard_vllm.runners import hook_runner
 from guard_vllm.steps import REPORT_ATTRIBUTE, Hook, StepHooks, with_report, wrap
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+from guard.device.check import CHECK_EVERY_STEPS
 from guard.device.readback import PackedReadback, Readback
 from guard.errors import UnsupportedHostError
 from guard.failures import Failures
@@ -286,6 +288,15 @@ class Untold:
         return "sampled"
 
 
+class Told(Untold):
+    """One whose steps have a row of request `a`."""
+
+    def __init__(self) -> None:
+        self.input_batch = SimpleNamespace(num_reqs=1, req_ids=["a"])
+        self.query_start_loc = SimpleNamespace(gpu=torch.tensor([0, 1], dtype=torch.int32))
+        self.positions = torch.zeros(1, dtype=torch.int64)
+
+
 def test_a_step_whose_rows_are_not_told_is_one_that_failed() -> None:
     runner, engine = Untold(), Engine(policy_text(rule_text(COUNT)))
     engine.guard.add_request("a", 1)
@@ -299,6 +310,27 @@ def test_a_step_whose_rows_are_not_told_is_one_that_failed() -> None:
     assert report.failed
     assert (report.req_ids, report.failures) == (("a",), {"begin_step": 1})
     assert not engine.step({"a": (0, [OTHER])}).failed
+
+
+@pytest.mark.parametrize("fault", ["", "begin_step@2", "begin_step@14"])
+def test_steps_are_checked_in_the_same_order_whichever_could_not_be_begun(fault: str) -> None:
+    runner, engine = Told(), Engine(policy_text(rule_text(COUNT)))
+    engine.guard.add_request("a", 1)
+    hooks = hook_runner(runner, engine.guard, is_v2=False)
+    hooks.armed = True
+    step = SimpleNamespace(num_scheduled_tokens={"a": 1}, total_num_scheduled_tokens=1)
+    checked = []
+    with drilling(fault) if fault else nullcontext():
+        for number in range(2 * CHECK_EVERY_STEPS + 1):
+            runner.positions.fill_(number)
+            engine.guard.idle()
+            runner._prepare_inputs(step)
+            runner._sample(None, None)
+            assert hooks.pending is not None
+            report = hooks.pending.result() if isinstance(hooks.pending, Readback) else hooks.pending
+            checked += [number] if report.check is not None or report.failed else []
+    faulty = {int(fault.partition("@")[2]) - 1} if fault else set()
+    assert set(checked) == {0, CHECK_EVERY_STEPS, 2 * CHECK_EVERY_STEPS} | faulty
 
 
 def block_news(serial: int, *handed_out: int, **others: Any) -> Any:
