@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from guard.device.kernels.choice import Kernels, has_kernels
+from guard.device.kernels.native.route_call import let_graphs_call_it
 from guard.device.mask import ExpertMask
 from guard.device.tap import RoutingTap
 from guard.program.topology import MoELayer
@@ -112,6 +113,7 @@ class CpuLayerRouting:
         self, layer: MoELayer, index: int, tap: RoutingTap, mask: ExpertMask | None, scaling: float
     ) -> None:
         _define()
+        let_graphs_call_it()
         self._keep_alive = (tap, mask)
         bits: tuple[int | None, int | None, int | None] = (None, None, None)
         if mask is not None:

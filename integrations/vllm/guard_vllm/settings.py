@@ -24,7 +24,7 @@ POLICIES_VARIABLE = "MOE_GUARD_POLICIES"
 MIN_SECONDS, MAX_SECONDS = 0.1, 86_400
 MAX_LOG_MIB, MAX_KEPT_LOGS = 1 << 20, 999
 RECORD_WEIGHTS = ("float32", "float16", "none")
-FORMAT = 3
+FORMAT = 4
 """Part of vLLM's compile key, by way of `additional_config`: raise it when the traced code changes."""
 
 

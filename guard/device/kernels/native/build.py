@@ -13,9 +13,14 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tempfile
 from functools import cache
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -38,6 +43,8 @@ _FLAGS = (
     "-fvisibility=default",
 )
 _LIBRARIES = ("-ltorch", "-ltorch_cpu", "-lc10")
+_EXTENSION = "moe_guard_cpu"
+"""As `route.cpp` calls it."""
 
 
 @cache
@@ -45,6 +52,27 @@ def library() -> ctypes.PyDLL | None:
     """The compiled library, its operations known to torch; None where it cannot be compiled, which is
     logged. Calls keep Python's lock: giving it up and getting it back takes longer than most of them.
     """
+    path = _path()
+    return None if path is None else ctypes.PyDLL(str(path))
+
+
+@cache
+def extension() -> ModuleType | None:
+    """The functions of the library that are Python's own kind; None where there are none, since
+    Python's headers were not there to compile them."""
+    path = _path()
+    if path is None or not _python_headers():
+        return None
+    loader = ExtensionFileLoader(_EXTENSION, str(path))
+    spec = spec_from_loader(_EXTENSION, loader)
+    assert spec is not None, "made for this loader"
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@cache
+def _path() -> Path | None:
     compiler = _compiler()
     if compiler is None:
         logger.info(
@@ -55,7 +83,7 @@ def library() -> ctypes.PyDLL | None:
     try:
         path = _compiled(compiler)
         torch.ops.load_library(path)
-        return ctypes.PyDLL(str(path))
+        return path
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         logger.warning(
@@ -71,6 +99,12 @@ def _compiler() -> str | None:
     named = os.environ.get("CXX")
     candidates = [named] if named else ["g++", "clang++"]
     return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def _python_headers() -> list[str]:
+    """Their folder; a system's Python may come without."""
+    folder = sysconfig.get_path("include")
+    return [folder] if Path(folder, "Python.h").exists() else []
 
 
 def _cache_folder() -> Path:
@@ -90,7 +124,7 @@ def _compiled(compiler: str) -> Path:
         [compiler, "--version"], check=True, capture_output=True, text=True, timeout=60
     ).stdout
     sources = [source.read_text() for source in (*_SOURCES, *_HEADERS)]
-    parts = [*sources, *_FLAGS, version, torch.__version__]
+    parts = [*sources, *_FLAGS, version, torch.__version__, sys.version, *_python_headers()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     try:
         folder = _cache_folder()
@@ -125,7 +159,7 @@ def _compile(compiler: str, target: Path) -> None:
     flags = [
         *_FLAGS,
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *(f"-isystem{path}" for path in include_paths()),
+        *(f"-isystem{path}" for path in [*include_paths(), *_python_headers()]),
     ]
     with tempfile.TemporaryDirectory() as scratch:
         objects = [Path(scratch, source.stem).with_suffix(".o") for source in _SOURCES]
@@ -135,6 +169,8 @@ def _compile(compiler: str, target: Path) -> None:
         ]
         # Without -fopenmp here: threads are those of torch's own OpenMP, whatever its file is called.
         libraries = [*(f"-L{path}" for path in library_paths()), *_LIBRARIES]
+        if _python_headers():
+            libraries.append("-ltorch_python")
         commands.append([compiler, "-shared", *map(str, objects), "-o", str(target), *libraries])
         for command in commands:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)

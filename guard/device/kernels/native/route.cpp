@@ -6,6 +6,11 @@
 //
 // Letters as in `guard/device/layout.py`.
 
+#if __has_include(<Python.h>)
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#endif
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -316,3 +321,36 @@ void route(const at::Tensor& router_logits, at::Tensor& topk_weights, at::Tensor
 
 // Its schema is in `guard/device/kernels/layer_routing.py`.
 TORCH_LIBRARY_IMPL(moe_guard, CPU, m) { m.impl("route_on_cpu", &route); }
+
+#if __has_include(<Python.h>)
+namespace {
+
+// The same as a function of Python, for `route_call.py`.
+PyObject* call_route(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(num_args == 6, "route takes 6 arguments, not ", num_args);
+  for (const int nth : {0, 1, 2, 3}) {
+    TORCH_CHECK_TYPE(THPVariable_Check(args[nth]), "argument ", nth, " of route is no tensor");
+  }
+  at::Tensor topk_weights = THPVariable_Unpack(args[1]), topk_ids = THPVariable_Unpack(args[2]);
+  const int64_t layer_index = PyLong_AsLongLong(args[4]);
+  if (layer_index == -1 && PyErr_Occurred()) return nullptr;
+  std::optional<at::Tensor> bias;
+  if (args[5] != Py_None) {
+    TORCH_CHECK_TYPE(THPVariable_Check(args[5]), "the bias is no tensor");
+    bias = THPVariable_Unpack(args[5]);
+  }
+  route(THPVariable_Unpack(args[0]), topk_weights, topk_ids, THPVariable_Unpack(args[3]), layer_index, bias);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef methods[] = {
+    {"route", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_route)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module{PyModuleDef_HEAD_INIT, "moe_guard_cpu", nullptr, -1, methods};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit_moe_guard_cpu() { return PyModule_Create(&module); }
+#endif

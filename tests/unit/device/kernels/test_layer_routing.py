@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 
 from guard.device.kernels.layer_routing import make_layer_routing
 from guard.device.layout import Capacity
@@ -154,8 +155,11 @@ def test_it_is_traced_into_a_compiled_graph_with_what_it_writes() -> None:
     expected, expected_TLK = forward(logits), tap.topk_ids_TLK.clone()
     tap.clear()
     compiled = torch.compile(forward, fullgraph=True, dynamic=True)
-    torch.testing.assert_close(compiled(logits), expected)
+    found, (code,) = run_and_get_code(compiled, logits)
+    torch.testing.assert_close(found, expected)
     assert torch.equal(tap.topk_ids_TLK, expected_TLK)
+    assert code.count("moe_guard_route(") == 2, "not by way of torch's operations"
+    assert "route_on_cpu.default(" not in code
 
 
 def replace_number(layer: MoELayer, number: int) -> MoELayer:

@@ -30,12 +30,17 @@ CAPACITY = Capacity(8, 4, 1)
 COUNT = "{count: {experts: f, over: 2, atLeast: 1}}"
 
 
+def forget_library() -> None:
+    for cached in (build.library, build._path):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def fresh_library() -> Iterator[None]:
     """As in a process that has not asked for it yet."""
-    build.library.cache_clear()
+    forget_library()
     yield
-    build.library.cache_clear()
+    forget_library()
 
 
 def _program(condition: str = COUNT) -> Program:
