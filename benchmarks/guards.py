@@ -22,7 +22,7 @@ from guard.events.rulebook import RuleBook
 from guard.policy import parse_policies
 from guard.program.compile import compile_policies
 from guard.program.program import Program
-from guard.program.step_report import PackedReport
+from guard.program.step_report import PackedReport, StepReport
 from guard.program.topology import MoELayer, Topology
 from guard.runtime import Guard
 
@@ -105,20 +105,21 @@ class DrivenGuard:
         guard.tap.topk_ids_TLK[: shape.rows] = self._ids_TLK
         guard.tap.topk_weights_TLK[: shape.rows] = self._weights_TLK
         readback = self._timed("end_step", guard.end_step)
-        assert isinstance(readback, Readback)
-        report = self._timed("report", readback.report)
+        assert readback is not None
+        took = readback.result if isinstance(readback, Readback) else lambda: readback
+        report: PackedReport | StepReport = self._timed("report", took)
         assert not report.failures, report.failures
 
         def note() -> None:  # as in the engine core
             is_quiet = False
-            if isinstance(report, PackedReport):
-                is_quiet = ledger.take_quiet_step(report, self._accepts_all)
+            if isinstance(report, PackedReport) and self._accepts_all(report.req_ids):
+                is_quiet = ledger.take_quiet_step(report)
             if not is_quiet:
-                opened = report.unpacked() if isinstance(report, PackedReport) else report
-                ledger.note_step(opened)
-                ledger.begin_step(opened, self._rows_of)
+                ledger.note_step(report)
+                ledger.begin_step(report, self._rows_of)
                 ledger.mask_starts()
                 if not ledger.has_seen_all:
+                    opened = report.unpacked() if isinstance(report, PackedReport) else report
                     opened.unjudged()
             ledger.end_step()
             if not is_quiet or time.monotonic() >= ledger.due_at:

@@ -8,6 +8,10 @@ from collections import Counter
 from collections.abc import Callable
 from enum import StrEnum
 from types import TracebackType
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,19 @@ class Failures:
     def caught(self, stage: Stage) -> Attempt:
         """For `with`: runs guard code beside the engine's. An exception ends here, never a step."""
         return _make_attempt(self, stage)
+
+    def tried(self, stage: Stage, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What `work` returns, or None where it failed. As a block of `caught`, for what comes in every
+        step: it takes a fourth of the calls."""
+        if _make_attempt is Attempt:
+            try:
+                return work(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - as in `Attempt`
+                self.note(stage, error)
+                return None
+        with self.caught(stage):
+            return work(*args, **kwargs)
+        return None
 
     def note(self, stage: Stage, error: BaseException) -> None:
         """Count a fault. Of a stage the 1st, 2nd, 4th, 8th … is logged, the first with its trace."""

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from guard import fault_injection
 from guard.device.agreement import RankAgreement
 from guard.device.carry_over import CarryOver
-from guard.device.check import LivenessCheck
+from guard.device.check import CHECK_EVERY_STEPS, LivenessCheck
 from guard.device.evaluate import KeepsSignals
 from guard.device.findings import CheckFindings
 from guard.device.inference import in_inference_mode
@@ -24,7 +25,6 @@ from guard.device.load import ExpertLoad
 from guard.device.mask import ExpertMask
 from guard.device.packed import PinnedPool
 from guard.device.readback import (
-    PackedReadback,
     Readback,
     ReplayedDecisions,
     StepDecisions,
@@ -66,6 +66,7 @@ class Guard:
     tap: routing of the step, written by the model's routers
     agreement: of several ranks that compute the same rows (`agree_with`); None where one rank does
     load: how often each expert was chosen, in a step of `load_every`; 0: in none
+    is_idle: nothing is left of a step, so that `idle` has nothing to do
     mask: what the routers must exclude; None where the server was started to observe only, and then
         the rules that mask are in audit for every request
     """
@@ -87,6 +88,7 @@ class Guard:
         self.device = device
         self.failures = Failures()
         self.blind = False
+        self.is_idle = False
         self.is_split = False
         self.agreement: RankAgreement | None = None
         self.tap = RoutingTap(program.topology, capacity, device)
@@ -101,6 +103,7 @@ class Guard:
         self._slot_of: dict[str, int] = {}
         self._known_slots: tuple[tuple[str, ...], torch.Tensor] | None = None
         self._free_slots = list(range(capacity.max_slots, NULL_SLOT, -1))
+        self._num_steps = 0
         self._missed: set[str] = set()  # requests of failed steps, until their next good one
         self._batch: StepBatch | None = None
         self._whole: WholeStep | None = None
@@ -127,7 +130,13 @@ class Guard:
         alone = self._has_all_layers and self.agreement is None and self.device.type == "cpu"
         self._whole = (
             make_whole_step(
-                self._evaluator, self.tap, self.mask, self._state, self.kept, self._check.trusted
+                self._evaluator,
+                self.tap,
+                self.mask,
+                self._state,
+                self.kept,
+                self._check,
+                self.load,
             )
             if alone
             else None
@@ -327,20 +336,22 @@ class Guard:
         num_rows: T; None: as many as `position_T` has
         """
         self.count_step()
-        with self.failures.caught(Stage.BEGIN_STEP) as attempt:
-            self.begin_step_uncaught(req_ids, query_start_B1, position_T, num_rows)
-        if attempt.failed:
+        rows = (req_ids, query_start_B1, position_T, num_rows)
+        if not self.failures.tried(Stage.BEGIN_STEP, self.begin_step_uncaught, *rows):
             self.give_up_step(req_ids)
 
     def count_step(self) -> None:
         """A step comes, whatever becomes of it: all ranks check and sample the same ones."""
         if self._evaluator is not None:
-            self._check.begin_step()
-            self.load.begin_step()
+            number, load = self._num_steps, self.load
+            self._check.is_due = number % CHECK_EVERY_STEPS == 0
+            load.is_due = load.every > 0 and number % load.every == 0
+            self._num_steps = number + 1
 
     def give_up_step(self, req_ids: Iterable[str]) -> None:
-        """A step of these requests could not be begun: it judges nobody, and its report says so."""
-        self._batch, self._is_whole = None, False
+        """A step of these requests could not be begun: it judges and masks nobody, and its report says
+        so."""
+        self.idle()
         self._req_ids = tuple(req_ids) if self.judges else ()
 
     def begin_step_uncaught(
@@ -349,28 +360,32 @@ class Guard:
         query_start_B1: torch.Tensor,
         position_T: torch.Tensor,
         num_rows: int | None = None,
-    ) -> None:
-        """`begin_step`, for a caller who has counted the step, catches what goes wrong, and gives it up
-        then."""
+        kv_slot_T: torch.Tensor | None = None,
+    ) -> bool:
+        """`begin_step` and `place_rows`, for a caller who has counted the step, catches what goes
+        wrong, and gives it up then. Returns that it was begun."""
         self._batch = self._in_force_TA = self._findings = None
-        self._kv_slot_T, self._is_whole = None, False
+        self._kv_slot_T, self._is_whole, self.is_idle = kv_slot_T, False, False
         if self._evaluator is None:
-            return
+            return True
         num_rows = len(position_T) if num_rows is None else num_rows
-        self._req_ids = tuple(req_ids)
+        self._req_ids = ids = tuple(req_ids)
         whole = self._whole
         if (
             whole is not None
-            and self._req_ids
-            and not (self._check.is_due or self.load.is_due)
+            and ids
             and not (self._cached or self._missed or self.blind or self.failures.has_new)
             and not self._state.staged_writes
             and (self.kept is None or not self.kept.staged_writes)
+            and not (self._check.is_due and not (whole.checks and fault_injection.drill is None))
         ):  # an ordinary step: there is no operation of torch in it, see `WholeStep`
-            whole.begin(self._slots(self._req_ids), query_start_B1, position_T, num_rows)
+            known = self._known_slots
+            slots_B = known[1] if known is not None and known[0] == ids else self._slots(ids)
+            whole.begin(slots_B, query_start_B1, position_T, num_rows)
             self._is_whole = True
         else:
-            self._begin_in_parts(query_start_B1[: len(req_ids) + 1], position_T[:num_rows])
+            self._begin_in_parts(query_start_B1[: len(ids) + 1], position_T[:num_rows])
+        return True
 
     @property
     def batch(self) -> StepBatch | None:
@@ -383,12 +398,17 @@ class Guard:
         self._state.apply_staged_writes()
         slots_B = self._slots(self._req_ids)
         batch, self._in_force_TA = self._start.begin(slots_B, query_start_B1, position_T, self._state)
-        is_masking = self.mask is not None and self.program.masks.num_actions > 0
-        if is_masking and self._in_force_TA is None and self._check.is_due:
-            self._in_force_TA = self._state.masks_at(batch.slot_T, batch.position_T)
+        if self._in_force_TA is None and self._check.is_due:
+            self._in_force_TA = self._masks_of(batch)
         if self.kept is not None:
             self.kept.apply_staged_writes()
         self._batch = batch
+
+    def _masks_of(self, batch: StepBatch) -> torch.Tensor | None:
+        """bool [T, A], the mask actions in force. None where there are none at all."""
+        if self.mask is None or not self.program.masks.num_actions:
+            return None
+        return self._state.masks_at(batch.slot_T, batch.position_T)
 
     def _slots(self, req_ids: tuple[str, ...]) -> torch.Tensor:
         """int64 [B]. A step's requests are as a rule those of the step before."""
@@ -402,18 +422,55 @@ class Guard:
         """Where the step that was begun writes its rows' KV: [rows or more] on the device."""
         self._kv_slot_T = kv_slot_T
 
-    def end_step(self, rejected_B: torch.Tensor | None = None) -> Readback | StepReport | None:
+    def end_step(
+        self, rejected_B: torch.Tensor | None = None
+    ) -> Readback | PackedReport | StepReport | None:
         """Decide, and start the copy of what was decided. None if there is nothing to decide.
 
         rejected_B: [B] on the device; draft rows at the end of each request that were not accepted
         """
         if self._evaluator is None:
             return None
-        if self._is_whole and rejected_B is None:
-            return self._end_whole_step()
-        if self._is_whole:
-            self._batch, self._is_whole = self.batch, False
-        return self._end_in_parts(rejected_B)
+        if not self._is_whole or not self._stays_whole(rejected_B):
+            return self._end_in_parts(rejected_B)
+        whole, ids, mask = self._whole, self._req_ids, self.mask
+        assert whole is not None, "it has begun the step"
+        kv_slot_T = None if self.kept is None else self._kv_slot_T
+        decided = self.failures.tried(Stage.EVALUATE, whole.end, ids, self.program.revision, kv_slot_T)
+        self._req_ids, self._is_whole = (), False
+        self.is_idle = mask is None or not mask.rows_in_use
+        if isinstance(decided, PackedReport):
+            return decided
+        return self._report_of(ids, decided)
+
+    def _stays_whole(self, rejected_B: torch.Tensor | None) -> bool:
+        """Whether the step that was begun in one call can end in one; otherwise it goes on in parts."""
+        assert self._whole is not None, "it has begun the step"
+        is_placed = self.kept is None or self._kv_slot_T is not None
+        stays = rejected_B is None and is_placed
+        if stays and self._check.is_due:
+            stays = self.failures.tried(Stage.EVALUATE, self._whole.is_sound) is True
+        if stays:
+            return True
+        self._batch, self._is_whole = self.batch, False
+        if self._check.is_due and self._batch is not None:
+            self._in_force_TA = self._masks_of(self._batch)
+        return False
+
+    def _report_of(
+        self, req_ids: Sequence[str], decisions: StepDecisions | None
+    ) -> Readback | StepReport:
+        """Of a whole step in which something fired, or went wrong: then there are no decisions."""
+        readback = None
+        if decisions is not None:
+            with self.failures.caught(Stage.EVALUATE):
+                if self._check.is_due:
+                    self._findings = self._check.nothing_found(len(req_ids))
+                readback = self._readback(req_ids, decisions, [])
+        if readback is None:
+            with torch.inference_mode(), self.failures.caught(Stage.EVALUATE):
+                self._state.distrust(self._slots(tuple(req_ids)))
+        return self._failed_step(req_ids) if readback is None else readback
 
     @in_inference_mode
     def _end_in_parts(self, rejected_B: torch.Tensor | None) -> Readback | StepReport | None:
@@ -440,22 +497,6 @@ class Guard:
                 self._report_fault()
             with self.failures.caught(Stage.EVALUATE):
                 self._state.distrust(batch.slots_B)
-        return self._failed_step(req_ids) if readback is None else readback
-
-    def _end_whole_step(self) -> Readback | StepReport:
-        whole, req_ids = self._whole, self._req_ids
-        assert whole is not None, "it has begun the step"
-        self._req_ids, self._is_whole = (), False
-        readback: Readback | None = None
-        with self.failures.caught(Stage.EVALUATE) as attempt:
-            decided = whole.end(req_ids, self.program.revision, self._place_of_rows())
-            if isinstance(decided, PackedReport):
-                readback = PackedReadback(decided)
-            else:
-                readback = self._readback(req_ids, decided, [])
-        if attempt.failed:
-            with torch.inference_mode(), self.failures.caught(Stage.EVALUATE):
-                self._state.distrust(self._slots(req_ids))
         return self._failed_step(req_ids) if readback is None else readback
 
     def _readback(
@@ -590,3 +631,4 @@ class Guard:
         self._batch, self._req_ids, self._is_whole = None, (), False
         if self.mask is not None:
             self.mask.clear_rows()
+        self.is_idle = True

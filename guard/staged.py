@@ -16,7 +16,7 @@ from guard.errors import ReloadRefusedError
 from guard.failures import Stage
 from guard.prepared import PreparedProgram
 from guard.program.program import TOKEN_SIGNAL, Program
-from guard.program.step_report import Judged, RequestColumn, StepReport
+from guard.program.step_report import Judged, PackedReport, RequestColumn, StepReport
 from guard.runtime import Guard
 
 
@@ -121,7 +121,9 @@ class StagedGuard(Guard):
         self._evidence = StageEvidence(rows_TY, findings_N)
 
     @torch.inference_mode()
-    def end_step(self, rejected_B: torch.Tensor | None = None) -> Readback | StepReport | None:
+    def end_step(
+        self, rejected_B: torch.Tensor | None = None
+    ) -> Readback | PackedReport | StepReport | None:
         """On the last rank: tell the others what was seen, and decide."""
         if self._evaluator is None:
             return None

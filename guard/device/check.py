@@ -35,7 +35,8 @@ class LivenessCheck:
     step's. No host synchronisation: what follows within the step follows on the device.
 
     form: in which findings travel between ranks
-    is_due: the step that was begun is checked
+    is_due: the step that was begun is checked; whoever begins it says so
+    soundness: the quick answer that there is nothing to find, where one can be given
     """
 
     def __init__(self, topology: Topology, masks: MaskTable, device: torch.device) -> None:
@@ -54,10 +55,9 @@ class LivenessCheck:
         self._masks, self._device = masks, device
         self._sees = torch.ones((), dtype=torch.bool, device=device)
         self._sound_T1 = torch.ones((1, 1), dtype=torch.bool, device=device)
-        self._steps = 0
         self.is_due = False
-        self._soundness = self._make_soundness(masks, device)
-        if self._soundness is None:
+        self.soundness = self._make_soundness(masks, device)
+        if self.soundness is None:
             self._violations_of_masks  # noqa: B018 - made here, not in a step
 
     @cached_property
@@ -84,20 +84,15 @@ class LivenessCheck:
         self._use(self._used_LK & is_here_L1)
 
     def take_over(self, before: LivenessCheck) -> None:
-        """Go on where the check of the program before stands: the same layers, steps and trust."""
+        """Go on where the check of the program before stands: the same layers and trust."""
         self._is_here_L1 = before._is_here_L1
         self._use(before._used_LK)
-        self._steps, self._sees = before._steps, before._sees
+        self._sees = before._sees
 
     def _use(self, used_LK: torch.Tensor) -> None:
         self._used_LK = used_LK
-        if self._soundness is not None:
-            self._soundness.used_L = used_LK.sum(dim=1)
-
-    def begin_step(self) -> None:
-        """Counted on the host, for steps that fail too: all ranks check the same ones."""
-        self.is_due = not self._steps % CHECK_EVERY_STEPS
-        self._steps += 1
+        if self.soundness is not None:
+            self.soundness.used_L = used_LK.sum(dim=1)
 
     def check(
         self, tap: RoutingTap, batch: StepBatch, in_force_TA: torch.Tensor | None
@@ -112,19 +107,20 @@ class LivenessCheck:
         if not self.is_due:
             return None, self._sees
         if self._is_sound(tap, batch, in_force_TA):
-            findings, sound_T1 = self._nothing_found(len(batch.slots_B)), self._sound_T1
+            findings, sound_T1 = self.nothing_found(len(batch.slots_B)), self._sound_T1
         else:
             findings, sound_T1 = self._find(tap, batch, in_force_TA)
         self.hear(findings)
         return findings, sound_T1  # a silent layer is a finding in every row
 
     def _is_sound(self, tap: RoutingTap, batch: StepBatch, in_force_TA: torch.Tensor | None) -> bool:
-        if self._soundness is None:
+        if self.soundness is None:
             return False
         words_TW = None if in_force_TA is None else pack_bits(in_force_TA)
-        return self._soundness.holds(tap, len(batch.position_T), words_TW)
+        return self.soundness.holds(tap, len(batch.position_T), words_TW)
 
-    def _nothing_found(self, num_requests: int) -> CheckFindings:
+    def nothing_found(self, num_requests: int) -> CheckFindings:
+        """What `check` says of a step in which all is sound."""
         num_layers = len(self._used_LK)
         return CheckFindings(
             torch.zeros((num_layers, Finding.NUM), dtype=torch.int64),

@@ -34,30 +34,25 @@ class ExpertLoad:
     weight was not chosen. It goes on under the programs that follow: the layers stay the same.
 
     every: a step in so many; 0: none
-    is_due: the step that was begun is counted
+    is_due: the step that was begun is counted; whoever begins it says so
+    counts: int64 [L * E + 2], those of each layer and expert, then the rows that were counted, then a
+        place for choices that do not count
     """
 
     def __init__(self, topology: Topology, device: torch.device, every: int = LOAD_EVERY_STEPS) -> None:
         num_layers, max_experts = len(topology.layers), topology.max_experts
         self.every = every
-        self._steps = 0
         self.is_due = False
         self._shape = (num_layers, max_experts)
         self._nobody = num_layers * max_experts + 1
-        # The [L, E] counts, the rows counted, and a place for choices that do not count.
-        self._counts = torch.zeros(self._nobody + 1, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(self._nobody + 1, dtype=torch.int64, device=device)
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         experts = [[layer.num_experts] for layer in topology.layers]
         self._num_experts_L1 = torch.tensor(experts, dtype=torch.int32, device=device)
         self._layer_offset_L1 = torch.arange(num_layers, device=device)[:, None] * max_experts
         is_native = device.type == "cpu" and has_kernels(device)
-        self._native = NativeLoad(topology, self._counts) if is_native else None
+        self._native = NativeLoad(topology, self.counts) if is_native else None
         self._copied: tuple[torch.Tensor, torch.cuda.Event] | None = None
-
-    def begin_step(self) -> None:
-        """Counted on the host, for steps that fail too: all ranks count the same ones."""
-        self.is_due = self.every > 0 and not self._steps % self.every
-        self._steps += 1
 
     def add(
         self,
@@ -83,7 +78,7 @@ class ExpertLoad:
         for first in range(0, num_rows, _ROWS_AT_ONCE):
             rows = slice(first, min(first + _ROWS_AT_ONCE, num_rows))
             self._add_choices(tap.topk_ids_TLK[rows], tap.topk_weights_TLK[rows], is_counted_T[rows])
-        self._counts[self._nobody - 1].add_(is_counted_T.sum())
+        self.counts[self._nobody - 1].add_(is_counted_T.sum())
 
     def _add_choices(
         self, ids_TLK: torch.Tensor, weights_TLK: torch.Tensor, is_counted_T: torch.Tensor
@@ -91,16 +86,16 @@ class ExpertLoad:
         is_chosen_TLK = (ids_TLK >= 0) & (ids_TLK < self._num_experts_L1) & (weights_TLK != 0)
         is_chosen_TLK &= is_counted_T[:, None, None]
         place_TLK = torch.where(is_chosen_TLK, ids_TLK + self._layer_offset_L1, self._nobody)
-        self._counts.scatter_add_(0, place_TLK.flatten(), self._one.expand(place_TLK.numel()))
+        self.counts.scatter_add_(0, place_TLK.flatten(), self._one.expand(place_TLK.numel()))
 
     def read(self) -> LoadReading:
         """As of all steps that were handed to the device: it waits for them."""
-        return self._reading(self._counts.cpu())
+        return self._reading(self.counts.cpu())
 
     def poll(self) -> LoadReading | None:
         """Without waiting for the device: on a GPU what was there at the last call, and None at the
         first one."""
-        if self._counts.device.type == "cpu":
+        if self.counts.device.type == "cpu":
             return self.read()
         reading = None
         if self._copied is not None:
@@ -109,10 +104,10 @@ class ExpertLoad:
                 return None
             reading = self._reading(host)
         else:
-            host = torch.empty_like(self._counts, device="cpu", pin_memory=True)
+            host = torch.empty_like(self.counts, device="cpu", pin_memory=True)
             done = torch.cuda.Event()
         # On the steps' own stream, so that it falls between two of them.
-        host.copy_(self._counts, non_blocking=True)
+        host.copy_(self.counts, non_blocking=True)
         done.record(torch.cuda.current_stream())
         self._copied = host, done
         return reading

@@ -50,6 +50,7 @@ class ExpertMask:
     """Fixed buffers that the forward reads; any mix of masks in a batch costs the same.
 
     row_bits_TW: int64, the mask actions in force for each row of this step
+    rows_in_use: behind the first so many, no row is masked
     expert_bits_LEW: int64, the mask actions that name each expert
     method_bits_MW: int64, the mask actions of each `MaskMethodCode`
     shared: where layers route the rows of several engines together
@@ -69,7 +70,7 @@ class ExpertMask:
         )
         self.shared: SharedMasks | None = None
         self._num_experts_L = [layer.num_experts for layer in topology.layers]
-        self._rows_in_use = 0
+        self.rows_in_use = 0
         self._address = self.row_bits_TW.data_ptr() if device.type == "cpu" else None
 
     def share(self) -> SharedMasks:
@@ -114,23 +115,23 @@ class ExpertMask:
         num_rows, num_words = words_TW.shape
         self.clear_rows()
         self.row_bits_TW[:num_rows, :num_words] = words_TW
-        self._rows_in_use = num_rows
+        self.rows_in_use = num_rows
 
     def take_rows(self, num_rows: int) -> int:
         """For whoever writes the rows of a step, and zeros behind them: how many to write at least."""
-        before, self._rows_in_use = self._rows_in_use, num_rows
+        before, self.rows_in_use = self.rows_in_use, num_rows
         return before
 
     def clear_rows(self) -> None:
         """No row is masked: for dummy runs, and before a step."""
-        if not self._rows_in_use:
+        if not self.rows_in_use:
             return
         if self._address is None:
-            self.row_bits_TW[: self._rows_in_use].zero_()
+            self.row_bits_TW[: self.rows_in_use].zero_()
         else:  # in each step: not worth two operations of torch
             row_bytes = self.row_bits_TW.shape[1] * self.row_bits_TW.itemsize
-            ctypes.memset(self._address, 0, self._rows_in_use * row_bytes)
-        self._rows_in_use = 0
+            ctypes.memset(self._address, 0, self.rows_in_use * row_bytes)
+        self.rows_in_use = 0
 
     def wanted(self, layer: int, row_bits_TW: torch.Tensor) -> MaskedExperts:
         """What masks in force ask of the rows that a layer routes. Traced into compiled graphs.

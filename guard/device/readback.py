@@ -18,7 +18,6 @@ from guard.program.step_report import (
     DraftReport,
     EventColumn,
     HostSeconds,
-    PackedReport,
     RequestColumn,
     RoutingCheck,
     StepReport,
@@ -176,10 +175,6 @@ class Readback:
             self._pool.give_back(self._borrowed.pop())
         return report
 
-    def report(self) -> StepReport | PackedReport:
-        """What travels to the engine core."""
-        return self.result()
-
     def _quiet(self, began: float) -> StepReport:
         """Of a step in which nothing fired, as in most, whose decisions are on the host already."""
         own = self._host[0]
@@ -228,21 +223,6 @@ class Readback:
         if self._findings is None:
             return None
         return RoutingCheck(self._layers, *(tensor.numpy() for tensor in self._findings))
-
-
-class PackedReadback(Readback):
-    """Of a step whose decisions are on the host already, in one run of bytes."""
-
-    def __init__(self, packed: PackedReport) -> None:
-        self.revision, self.req_ids = packed.revision, packed.req_ids
-        self._packed = packed
-
-    def result(self) -> StepReport:
-        return self.report().unpacked()
-
-    def report(self) -> PackedReport:
-        self._packed.host = self.host
-        return self._packed
 
 
 def _pinned(decisions: StepDecisions) -> StepDecisions:

@@ -41,6 +41,7 @@ _QUIET = StepSummary(
 """Of a step whose sums are added up later."""
 
 
+_NOT_QUIET = PackedFlag.BLOCKS
 _OF_MASKS = PackedFlag.BEGINS_MASKS | PackedFlag.MASKS
 
 
@@ -106,29 +107,25 @@ class Ledger:
         if not book.rules:
             self._outcomes.masked_by.clear()  # no report will say so
 
-    def take_quiet_step(
-        self, report: PackedReport, accepts_all: Callable[[Sequence[str]], bool]
-    ) -> bool:
+    def take_quiet_step(self, report: PackedReport) -> bool:
         """Take a step in which nothing happened: it changes sums, which are added up later, and ends
         nobody; its requests are under the masks of the step before. False: this is no such step, and
         nothing is taken.
 
-        accepts_all: whether the engine accepts this step's result for each of these requests
+        The engine must accept this step's result for each of its requests.
         """
-        outcomes, liveness, tally = self._outcomes, self.liveness, self._tally
-        if report.flags & ~_OF_MASKS != PackedFlag.ALL_SEEN or outcomes.owed:
+        outcomes, liveness, tally, flags = self._outcomes, self.liveness, self._tally, report.flags
+        if flags & _NOT_QUIET or not flags & PackedFlag.ALL_SEEN or outcomes.owed:
             return False
-        if (report.flags & _OF_MASKS or outcomes.masked_by) and report.masks != self._noted:
+        if (flags & _OF_MASKS or outcomes.masked_by) and report.masks != self._noted:
             return False
-        if liveness.silent or not liveness.judges:
+        if liveness.blind or liveness.silent or not liveness.judges:
             return False
         if not report.revision == self._book.revision == tally.revision:
             return False
-        if not accepts_all(report.req_ids):
-            return False
         self._quiet, self._report, self._summary = report, None, _QUIET
         self._row_of, self._open, self._num_cut = {}, {}, {}
-        tally.add_later(report)
+        tally.quiet_steps.append(report)
         return True
 
     def begin_step(
@@ -141,6 +138,8 @@ class Ledger:
         rows_of: of these requests, the place of each for which the engine accepts this step's result
         """
         if isinstance(report, PackedReport):
+            if report.flags & PackedFlag.CHECKED:
+                self.liveness.note_sound()
             report = report.unpacked()
         self._quiet, self._report, self._summary, self._noted = None, report, None, None
         self.note_failures(report.failures)
@@ -228,10 +227,6 @@ class Ledger:
         """A step was taken, once, however it went."""
         self._tally.count_step(report.host)
 
-    def note_own_time(self, seconds: float) -> None:
-        """Host time that the engine core's part of the guard took."""
-        self._tally.ledger_s += seconds
-
     def note_failures(self, failures: Mapping[str, int]) -> None:
         """Faults in the engine core itself, by stage."""
         self._tally.count("failures", failures)
@@ -281,10 +276,17 @@ class Ledger:
         self._noted = None
         self.num_forgotten += self._outcomes.forget_all()
 
-    def end_step(self) -> None:
-        for req_id in tuple(self._open):
-            self.accept(req_id, NEVER)
+    def end_step(self, own_s: float = 0.0) -> None:
+        """own_s: host time that the engine core's part of the guard took"""
+        if self._open:
+            for req_id in tuple(self._open):
+                self.accept(req_id, NEVER)
         self._report, self._quiet, self._row_of = None, None, {}
+        self._tally.ledger_s += own_s
+
+    def note_own_time(self, seconds: float) -> None:
+        """Further host time, between two steps."""
+        self._tally.ledger_s += seconds
 
     @property
     def due_at(self) -> float:

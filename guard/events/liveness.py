@@ -28,6 +28,7 @@ class Liveness:
     until a restart: that it is not seen broken now says nothing about the next step.
 
     judges: the last step was judged
+    blind: layers that were not seen as they are, as of the last check
     silent: some layer reports nothing, as of the last check
     violated: rules, by the reason that they give, whose masks were seen not to be obeyed
     """
@@ -38,7 +39,7 @@ class Liveness:
         self._proved = live
         self._proved_blind = blind_layers
         self.judges = True
-        self._blind: frozenset[int] = frozenset()
+        self.blind: frozenset[int] = frozenset()
         self.silent = False
         self.violated: frozenset[str] = frozenset()
         self._told: Health | None = self.health
@@ -46,8 +47,8 @@ class Liveness:
 
     @property
     def health(self) -> Health:
-        up = self._proved and self.judges and not self._blind and not self.violated
-        return Health(self._engine, up, max(self._proved_blind, len(self._blind)))
+        up = self._proved and self.judges and not self.blind and not self.violated
+        return Health(self._engine, up, max(self._proved_blind, len(self.blind)))
 
     def take(self) -> Health | None:
         """What the API servers have to be told, if anything changed since the last call."""
@@ -73,6 +74,11 @@ class Liveness:
             return {}
         return self._note_check(report.check, masks)
 
+    def note_sound(self) -> None:
+        """A step was checked, and nothing was found."""
+        self._note_blind(frozenset(), "")
+        self.silent = False
+
     def note_fault(self) -> None:
         """A step of which not even a report could be taken."""
         self._set_judges(False)
@@ -81,22 +87,26 @@ class Liveness:
         self._is_told = self._is_told and judges == self.judges
         self.judges = judges
 
-    def _note_check(self, check: RoutingCheck, masks: Sequence[RuleFacts]) -> dict[str, int]:
+    def _note_blind(self, blind: frozenset[int], why: str) -> None:
         self._is_told = False
-        numbers = np.array(check.layers, dtype=np.int64)
-        self.silent = bool(check.silent_L.any())
-        blind = frozenset(numbers[check.findings_LF.any(axis=1)].tolist())
-        if blind - self._blind:
+        if blind - self.blind:
             logger.error(
                 "MoE Guard does not see MoE layers %s as they are (%s): moe_guard_up is 0, and "
                 "requests follow onError. Restart the server; if that does not help, undo "
                 "what was changed last: vLLM, its flags, another plugin",
                 ", ".join(map(str, sorted(blind))),
-                _described(check),
+                why,
             )
-        elif self._blind and not blind:
+        elif self.blind and not blind:
             logger.warning("MoE Guard sees all MoE layers again")
-        self._blind = blind
+        self.blind = blind
+
+    def _note_check(self, check: RoutingCheck, masks: Sequence[RuleFacts]) -> dict[str, int]:
+        numbers = np.array(check.layers, dtype=np.int64)
+        self.silent = bool(check.silent_L.any())
+        blind = frozenset(numbers[check.findings_LF.any(axis=1)].tolist())
+        self._note_blind(blind, _described(check))
+
         rules = [masks[action] for action in np.flatnonzero(check.violations_BA.any(axis=0)).tolist()]
         violated = frozenset(rule.reason for rule in rules)
         if violated - self.violated:

@@ -29,6 +29,8 @@ _BY_NAME = ("tokens", "outcomes", "mask_violations", "failures", "dropped")
 class Tally:
     """One engine's. The numbers of rules and sets in it are those of one revision's book at a time.
 
+    quiet_steps: not counted and added up yet, which is done when somebody asks: such a step then costs
+        hardly anything
     ledger_s: host time of the engine core's part of the guard; it goes with the next delta and asks for
         none
     """
@@ -51,12 +53,12 @@ class Tally:
         self._values: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
         self._num_values = 0
         self._selections = np.zeros(book.num_sets, dtype=np.int64)
-        self._quiet_steps: list[PackedReport] = []  # not added up yet
+        self.quiet_steps: list[PackedReport] = []
         self._moved = False
 
     def turn_to(self, book: RuleBook, masked_requests: dict[str, int]) -> None:
         """What comes now is of another revision."""
-        if self._moved:
+        if self._moved or self.quiet_steps:
             sealed = self._seal(masked_requests)
             self._num_sealed_decisions += len(sealed.decisions)
             self._sealed.append(sealed)
@@ -78,13 +80,8 @@ class Tally:
         self.count("tokens", counts)
         self._selections += sums_F[RequestColumn.NUM : RequestColumn.NUM + len(self._selections)]
 
-    def add_later(self, quiet: PackedReport) -> None:
-        """`count_step` and `add`, when somebody asks: a step of its own costs hardly anything."""
-        self._quiet_steps.append(quiet)
-        self._moved = True
-
     def _add_up(self) -> None:
-        steps = self._quiet_steps
+        steps = self.quiet_steps
         if not steps:
             return
         sums_SF = np.frombuffer(b"".join(step.sums for step in steps), dtype=np.int64)
@@ -140,7 +137,7 @@ class Tally:
             return sealed
         now = self._timer()
         urgent = idle or self._delta.decisions or now >= self.due_at
-        if not self._moved or not urgent:
+        if not (self._moved or self.quiet_steps) or not urgent:
             return None
         delta = self._seal(masked_requests())
         self._delta = Delta(self._engine, revision=self.revision)

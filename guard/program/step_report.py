@@ -234,6 +234,8 @@ class PackedFlag:
     BEGINS_MASKS = 2
     MASKS = 4
     ALL_SEEN = 8
+    CHECKED = 16
+    """By the running check, which found nothing; then the report's `check` is not made."""
 
 
 class MasksInForce(NamedTuple):
@@ -259,10 +261,10 @@ class PackedReport:
     more than the sums.
 
     data: int64 [columns], the sums; behind them `requests_B`, `masked_BW` and `extremes_BC`
-    host: what the step took of the host, where it was measured
+    begin_s, end_s: what the step took of the host; 0 where nobody measured it
     """
 
-    __slots__ = ("data", "flags", "form", "host", "req_ids", "revision")
+    __slots__ = ("begin_s", "data", "end_s", "flags", "form", "req_ids", "revision")
 
     failed = False
     failures: Mapping[str, int] = MappingProxyType({})
@@ -275,7 +277,11 @@ class PackedReport:
         self.form = form
         self.data = data
         self.flags = flags
-        self.host: HostSeconds | None = None
+        self.begin_s = self.end_s = 0.0
+
+    @property
+    def host(self) -> HostSeconds | None:
+        return HostSeconds(self.begin_s, self.end_s) if self.end_s else None
 
     @property
     def sums(self) -> bytes:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from guard.device.layout import Capacity
-from guard.device.readback import Readback
 from guard.policy.model import Policy, PolicySet, Rule
 from guard.program.applicability import RequestFacts
 from guard.program.compile import compile_policies
@@ -21,6 +20,7 @@ from guard.program.step_report import NEVER, EventColumn, RequestColumn, StepRep
 from guard.program.topology import Topology
 from guard.program.verdict import BlockedAt, Evidence, Firing, Routing, Verdict
 from guard.runtime import Guard
+from tests.support.opened import opened
 
 MAX_ROWS = 64
 _OFF_THE_EDGE = 3.7e-9
@@ -115,9 +115,7 @@ def step(
         padded_weights = np.concatenate([weights, np.ones((padding_rows, top_k), weights.dtype)])
         guard.tap.record(layer, torch.from_numpy(padded_ids), torch.from_numpy(padded_weights))
     _note_masks(guard, batch, starts, positions)
-    report = guard.end_step()
-    if isinstance(report, Readback):
-        report = report.result()
+    report = opened(guard.end_step(), guard)
     if report is not None:
         assert report.failed == guard.blind, guard.failures.count
     if report is not None and not report.failed:

@@ -82,7 +82,7 @@ def serve(case: Case, requests: list[Speculated], max_draft_tokens: int) -> Delt
     for request in requests:
         guard.add_request(request.req_id, request.routing.num_prompt_tokens, request.facts)
     # No mask changes what is routed here, which a check of a later step would find.
-    with mock.patch("guard.device.check.CHECK_EVERY_STEPS", 10**9):
+    with mock.patch("guard.runtime.CHECK_EVERY_STEPS", 10**9):
         while batch := [request for request in requests if not request.is_over]:
             _settle(ledger, batch, _step(guard, batch), [r.steps.pop(0) for r in batch])
     delta = ledger.take(idle=True)

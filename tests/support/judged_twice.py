@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 import guard.prepared
+from guard.device.check import LivenessCheck
 from guard.device.evaluate import StepEvaluator
 from guard.device.kept_evidence import KeepRows, KeptEvidence
 from guard.device.kernels.backends import Judge, make_judge
@@ -26,6 +27,7 @@ from guard.device.kernels.native.judge import NativeJudge
 from guard.device.kernels.native.start import NativeStart
 from guard.device.kernels.native.whole_step import WholeStep, make_whole_step
 from guard.device.layout import NULL_SLOT, Capacity
+from guard.device.load import ExpertLoad
 from guard.device.mask import ExpertMask
 from guard.device.readback import StepDecisions
 from guard.device.rows import StepBatch
@@ -135,13 +137,15 @@ class SteppedTwice:
         mask: ExpertMask | None,
         state: SlotState,
         kept: KeptEvidence | None,
-        trusted: torch.Tensor,
+        check: LivenessCheck,
+        load: ExpertLoad,
     ) -> None:
-        whole = make_whole_step(judge.kernels, tap, mask, state, kept, trusted)
+        whole = make_whole_step(judge.kernels, tap, mask, state, kept, check, load)
         assert whole is not None
+        self.checks = whole.checks
+        self._check, self._load = check, load
         self._whole, self._judge = whole, judge
         self._tap, self._mask, self._state, self._kept = tap, mask, state, kept
-        self._trusted = trusted
         self._twin = TorchStart(tap, mask)
 
     def begin(
@@ -172,6 +176,16 @@ class SteppedTwice:
             assert torch.equal(ours, twins)
         return batch
 
+    @torch.inference_mode()
+    def is_sound(self) -> bool:
+        in_force_TA = None
+        if self._mask is not None and self._state.program.masks.num_actions:
+            in_force_TA = self._state.masks_at(self._batch.slot_T, self._batch.position_T)
+        findings, _ = self._check._find(self._tap, self._batch, in_force_TA)
+        is_sound = self._whole.is_sound()
+        assert is_sound == (not any(found.any() for found in findings))
+        return is_sound
+
     @torch.inference_mode()  # for the twins: a whole step has no operation of torch
     def end(
         self, req_ids: tuple[str, ...], revision: str, kv_slot_T: torch.Tensor | None
@@ -179,13 +193,20 @@ class SteppedTwice:
         judged["both"] += 1
         judged["whole"] += 1
         twins, twin, num_rows = _copy_of(self._state), self._judge.twin, len(self._batch.position_T)
-        expected_TX = twin.signals(self._tap, num_rows) * self._trusted
+        trusted = self._check.trusted
+        expected_TX = twin.signals(self._tap, num_rows) * trusted
+        twins_load = copy.copy(self._load)
+        twins_load.counts, twins_load._native = self._load.counts.clone(), None
+        if self._load.is_due:
+            next_position_S = twins.next_position_S
+            twins_load.add(self._tap, self._batch, next_position_S, None, trusted.reshape(1))
         kept = self._kept if kv_slot_T is not None else None
         twins_kept = None if kept is None else _copy_of_kept(kept)
         if twins_kept is not None and kv_slot_T is not None:
             KeepRows(twins_kept, kv_slot_T[:num_rows], self._batch, None).write(expected_TX)
         expected = twin.evaluate(expected_TX, self._batch, twins, None)
         decided = self._whole.end(req_ids, revision, kv_slot_T)
+        assert torch.equal(self._load.counts[:-1], twins_load.counts[:-1])
         report = _report_of(decided, req_ids, revision)
         _assert_same("requests_B", torch.from_numpy(report.requests_B), expected.requests_B)
         _assert_same("masked_BW", torch.from_numpy(report.masked_BW), expected.masked_BW)

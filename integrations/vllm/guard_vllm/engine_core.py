@@ -215,38 +215,67 @@ class EngineCoreGuard:
 
     def _update_from_output(self, stock: Any, scheduler_output: Any, output: Any) -> Any:
         began = time.perf_counter()
-        self._blocked, self._is_quiet = {}, False
+        ledger, kv_blocks = self._ledger, self._kv_blocks
         report: StepReport | PackedReport | None = getattr(output, REPORT_ATTRIBUTE, None)
-        if self._kv_blocks is not None:
-            self._kv_blocks.note_step(scheduler_output, report)
+        if kv_blocks is not None and kv_blocks.notes_steps:
+            kv_blocks.note_step(scheduler_output, report)
+        self._blocked = {}
+        is_quiet: bool | None = False
+        if isinstance(report, PackedReport):
+            is_quiet = self._failures.tried(Stage.LEDGER, self._takes_quietly, report)
+        if is_quiet:
+            self._is_quiet = True
+            spent = time.perf_counter() - began
+            outputs = stock(scheduler_output, output)
+            ledger.end_step(spent)
+            return outputs
+        self._is_quiet = False
         if scheduler_output.num_scheduled_tokens and (report is not None or self._awaits_report()):
-            with self._failures.caught(Stage.LEDGER) as attempt:
-                if isinstance(report, PackedReport):
-                    self._is_quiet = self._ledger.take_quiet_step(report, self._accepts_all)
-                if not self._is_quiet:
-                    if report is None:
-                        report = self._unreported(tuple(scheduler_output.num_scheduled_tokens))
-                    self._ledger.note_step(report)
-                    self._blocked = self._ledger.begin_step(report, self._rows_of)
-                    # Before this step's tokens fill a block.
-                    self._isolate_kv(report, scheduler_output)
-            if attempt.failed:
-                is_counted = report is None or self._ledger.has_begun(report)
-                faults = {} if report is None or is_counted else report.failures
-                req_ids = tuple(scheduler_output.num_scheduled_tokens)
-                self._enter_failed_step(req_ids, scheduler_output, faults)
+            self._enter_step(scheduler_output, report, has_failed=is_quiet is None)
         assert self._cut_tokens is not None, "requests come first"
         spent = time.perf_counter() - began
-        if not self._is_quiet and (self._blocked or self._ledger.awaits_tokens):
+        if self._blocked or ledger.awaits_tokens:
             # Called for each request, so only in steps in which there is something to do.
             with self._cut_tokens.hung():
                 outputs = stock(scheduler_output, output)
         else:
             outputs = stock(scheduler_output, output)
         began = time.perf_counter()
-        self._ledger.end_step()
-        self._ledger.note_own_time(spent + time.perf_counter() - began)
+        ledger.end_step()
+        ledger.note_own_time(spent + time.perf_counter() - began)
         return outputs
+
+    def _takes_quietly(self, report: PackedReport) -> bool:
+        """Whether nothing is to be done in a step but to add up its sums, and that later."""
+        requests, last = self._core.scheduler.requests, RequestStatus.PREEMPTED
+        for req_id in report.req_ids:  # as in `_rows_of`
+            request = requests.get(req_id)
+            if request is None or request.status > last:
+                return False
+        return self._ledger.take_quiet_step(report)
+
+    def _enter_step(
+        self,
+        scheduler_output: Any,
+        report: StepReport | PackedReport | None,
+        *,
+        has_failed: bool,
+    ) -> None:
+        """has_failed: when it was tried to be taken quietly"""
+        if not has_failed:
+            with self._failures.caught(Stage.LEDGER) as attempt:
+                if report is None:
+                    report = self._unreported(tuple(scheduler_output.num_scheduled_tokens))
+                self._ledger.note_step(report)
+                self._blocked = self._ledger.begin_step(report, self._rows_of)
+                # Before this step's tokens fill a block.
+                self._isolate_kv(report, scheduler_output)
+            has_failed = attempt.failed
+        if has_failed:
+            is_counted = report is None or self._ledger.has_begun(report)
+            faults = {} if report is None or is_counted else report.failures
+            req_ids = tuple(scheduler_output.num_scheduled_tokens)
+            self._enter_failed_step(req_ids, scheduler_output, faults)
 
     def _awaits_report(self) -> bool:
         """Whether the step at hand was handed out under a program with rules, whatever is in force
@@ -285,15 +314,6 @@ class EngineCoreGuard:
     def _unreported(self, req_ids: tuple[str, ...]) -> StepReport:
         """A step of which the worker said nothing was not judged."""
         return StepReport.of_failed_step(self._revision, req_ids, {Stage.READBACK: 1})
-
-    def _accepts_all(self, req_ids: Sequence[str]) -> bool:
-        """Whether `_rows_of` has them all."""
-        requests, last = self._core.scheduler.requests, RequestStatus.PREEMPTED
-        for req_id in req_ids:
-            request = requests.get(req_id)
-            if request is None or request.status > last:
-                return False
-        return True
 
     def _rows_of(self, req_ids: Sequence[str]) -> dict[str, int]:
         """The places of the requests for which the scheduler takes this step's result, as it will

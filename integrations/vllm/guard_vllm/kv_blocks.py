@@ -39,6 +39,7 @@ class KVBlocks:
 
     must_be_seen: whether a request may take only blocks whose evidence was confirmed; None while no
         policy asks for that
+    notes_steps: there is something to `note_step` for
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class KVBlocks:
         self._serial = 0
         self._handed_out: list[int] = []
         self._must_be_seen = must_be_seen
+        self.notes_steps = must_be_seen is not None
         self._registering: dict[int, _Registered] = {}
         self._in_flight: dict[int, dict[int, _Registered]] = {}  # by serial of the step
         self._confirmed: set[int] = set()
@@ -73,6 +75,7 @@ class KVBlocks:
         computed: of each request under way, the positions that were
         """
         self._must_be_seen = must_be_seen
+        self.notes_steps = must_be_seen is not None
         self._confirmed.clear()
         self._registering.clear()
         self._in_flight.clear()
@@ -104,7 +107,9 @@ class KVBlocks:
     def _schedule(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         output = stock(*args, **kwargs)
         self._serial += 1
-        handed_out, self._handed_out = tuple(self._handed_out), []
+        handed_out: tuple[int, ...] = ()
+        if self._handed_out:
+            handed_out, self._handed_out = tuple(self._handed_out), []
         setattr(output, NEWS_ATTRIBUTE, BlockNews(self._serial, handed_out))
         if self._must_be_seen is not None:
             self._in_flight[self._serial], self._registering = self._registering, {}
@@ -141,7 +146,7 @@ class KVBlocks:
 
     def note_step(self, scheduler_output: Any, report: StepReport | PackedReport | None) -> None:
         """What the workers say of a step that was scheduled. None: nothing."""
-        if self._must_be_seen is None:
+        if not self.notes_steps:
             return
         with self._failures.caught(Stage.LEDGER) as attempt:
             self._note_step(scheduler_output, report)

@@ -11,7 +11,7 @@ import torch
 from guard.failures import Stage
 from guard.runtime import Guard
 from guard_vllm.compat import seam
-from guard_vllm.steps import StepHooks, wrap
+from guard_vllm.steps import StepHooks, StepRows, wrap
 
 
 def hook_runner(runner: Any, guard: Guard, *, is_v2: bool) -> StepHooks:
@@ -26,17 +26,14 @@ def hook_runner(runner: Any, guard: Guard, *, is_v2: bool) -> StepHooks:
 
 
 def _hook_v2(runner: Any, hooks: StepHooks) -> None:
+    def rows_of(batch: Any) -> StepRows:
+        # On the device: under adaptive verification the host does not know the rows.
+        return batch.req_ids, batch.query_start_loc, batch.positions, batch.num_tokens, None
+
     def prepare_inputs(stock: Any, *args: Any, **kwargs: Any) -> Any:
         batch = stock(*args, **kwargs)
         if hooks.armed:
-            hooks.guard.count_step()
-            # On the device: under adaptive verification the host does not know the rows.
-            with hooks.guard.failures.caught(Stage.BEGIN_STEP) as attempt:
-                hooks.begin_step(
-                    batch.req_ids, batch.query_start_loc, batch.positions, batch.num_tokens
-                )
-            if attempt.failed:
-                hooks.guard.give_up_step(batch.req_ids)
+            hooks.begin_step(rows_of, batch, batch.req_ids)
         return batch
 
     def prepare_attn(stock: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,22 +55,20 @@ def _hook_v2(runner: Any, hooks: StepHooks) -> None:
 
 
 def _hook_v1(runner: Any, hooks: StepHooks) -> None:
+    def rows_of(scheduler_output: Any) -> StepRows:
+        batch, prefixes = runner.input_batch, hooks.prefixes
+        return (
+            batch.req_ids[: batch.num_reqs],
+            runner.query_start_loc.gpu,
+            runner.positions,
+            scheduler_output.total_num_scheduled_tokens,
+            None if prefixes is None else batch.block_table[prefixes.group].slot_mapping.gpu,
+        )
+
     def prepare_inputs(stock: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = stock(scheduler_output, *args, **kwargs)
         if hooks.armed:
-            hooks.guard.count_step()
-            with hooks.guard.failures.caught(Stage.BEGIN_STEP) as attempt:
-                batch = runner.input_batch
-                hooks.begin_step(
-                    batch.req_ids[: batch.num_reqs],
-                    runner.query_start_loc.gpu,
-                    runner.positions,
-                    scheduler_output.total_num_scheduled_tokens,
-                )
-                if hooks.prefixes is not None:
-                    hooks.guard.place_rows(batch.block_table[hooks.prefixes.group].slot_mapping.gpu)
-            if attempt.failed:
-                hooks.guard.give_up_step(scheduler_output.num_scheduled_tokens)
+            hooks.begin_step(rows_of, scheduler_output, scheduler_output.num_scheduled_tokens)
         return prepared
 
     def sample(stock: Any, logits: Any, drafts: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,9 +13,9 @@ import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from guard import fault_injection
-from guard.device.readback import PackedReadback, Readback
+from guard.device.readback import Readback
 from guard.failures import Stage
-from guard.program.step_report import HostSeconds, StepReport
+from guard.program.step_report import HostSeconds, PackedReport, StepReport
 from guard.record.recorder import TraceRecorder
 from guard.runtime import Guard
 from guard_vllm.compat import seam
@@ -27,13 +27,17 @@ ENDS_ATTRIBUTE = "moe_guard_ends"
 """Of a scheduler's output, where requests are recorded: how many positions of ended ones count."""
 
 
+StepRows = tuple[Sequence[str], torch.Tensor, torch.Tensor, int, torch.Tensor | None]
+"""Of a step, the arguments of `Guard.begin_step_uncaught`."""
+
+
 class StepHooks:
     """Hooks on one model runner. Until `armed`, every forward is a dummy one and counts nothing."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
         self.armed = False
-        self.pending: Readback | StepReport | None = None
+        self.pending: Readback | PackedReport | StepReport | None = None
         self.prefixes: PrefixEvidence | None = None
         self.recorder: TraceRecorder | None = None
         self._begin_s = 0.0
@@ -43,18 +47,35 @@ class StepHooks:
         execute_model = seam(runner, "execute_model")
         sample_tokens = seam(runner, "sample_tokens")
         dummy_run = seam(runner, "_dummy_run")
+        hooks = self
 
         def guarded_execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             if not self.armed or kwargs.get("dummy_run"):
                 return execute_model(scheduler_output, *args, **kwargs)
-            self.admit(scheduler_output)
-            self.guard.idle()  # until this step's rows are known
+            prefixes = self.prefixes
+            if (
+                scheduler_output.finished_req_ids
+                or scheduler_output.scheduled_new_reqs
+                or self.recorder is not None
+                or (prefixes is not None and not prefixes.passes(scheduler_output))
+            ):
+                self.admit(scheduler_output)
+            if not self.guard.is_idle:
+                self.guard.idle()  # until this step's rows are known
             return execute_model(scheduler_output, *args, **kwargs)
 
         def guarded_sample_tokens(*args: Any, **kwargs: Any) -> Any:
             self.pending = None
             output = sample_tokens(*args, **kwargs)
-            return with_report(output, self.pending, self.guard)
+            pending = hooks.pending  # `end_step` was called in between
+            if (
+                isinstance(pending, PackedReport)
+                and type(output) is ModelRunnerOutput
+                and fault_injection.drill is None
+            ):  # in most steps: it is at hand, and nothing can fail
+                setattr(output, REPORT_ATTRIBUTE, pending)
+                return output
+            return with_report(output, pending, self.guard)
 
         def guarded_dummy_run(*args: Any, **kwargs: Any) -> Any:
             if self.armed:
@@ -65,31 +86,35 @@ class StepHooks:
         runner.sample_tokens = guarded_sample_tokens
         runner._dummy_run = guarded_dummy_run
 
-    def begin_step(
-        self,
-        req_ids: Sequence[str],
-        query_start_B1: torch.Tensor,
-        position_T: torch.Tensor,
-        num_rows: int,
-    ) -> None:
-        """As `Guard.begin_step_uncaught`."""
+    def begin_step(self, rows_of: Callable[[Any], StepRows], step: Any, req_ids: Iterable[str]) -> None:
+        """Begin a step of these requests. rows_of: says which rows the runner gave this step"""
         began = time.perf_counter()
-        self.guard.begin_step_uncaught(req_ids, query_start_B1, position_T, num_rows)
-        if self.recorder is not None:
-            self.recorder.begin_step(req_ids, query_start_B1[: len(req_ids) + 1], position_T[:num_rows])
+        guard = self.guard
+        guard.count_step()
+        if not guard.failures.tried(Stage.BEGIN_STEP, self._begin_step, rows_of, step):
+            guard.give_up_step(req_ids)
         self._begin_s = time.perf_counter() - began
+
+    def _begin_step(self, rows_of: Callable[[Any], StepRows], step: Any) -> bool:
+        rows = rows_of(step)
+        self.guard.begin_step_uncaught(*rows)
+        if self.recorder is not None:
+            req_ids, query_start_B1, position_T, num_rows, _ = rows
+            self.recorder.begin_step(req_ids, query_start_B1[: len(req_ids) + 1], position_T[:num_rows])
+        return True
 
     def end_step(self, rejected_B: torch.Tensor | None = None) -> None:
         began = time.perf_counter()
         if self.recorder is not None:
             self.recorder.end_step(rejected_B)
-        pending = self.guard.end_step(rejected_B)
-        host = HostSeconds(self._begin_s, time.perf_counter() - began)
-        if isinstance(pending, Readback):
-            pending.host = host
+        self.pending = pending = self.guard.end_step(rejected_B)
+        end_s = time.perf_counter() - began
+        if isinstance(pending, PackedReport):
+            pending.begin_s, pending.end_s = self._begin_s, end_s
+        elif isinstance(pending, Readback):
+            pending.host = HostSeconds(self._begin_s, end_s)
         elif pending is not None:
-            pending = replace(pending, host=host)
-        self.pending = pending
+            self.pending = replace(pending, host=HostSeconds(self._begin_s, end_s))
 
     def admit(self, scheduler_output: Any) -> None:
         if scheduler_output.finished_req_ids:
@@ -103,7 +128,7 @@ class StepHooks:
                 len(request.prompt_token_ids or ()),
                 facts_of(request.req_id, request.sampling_params, request.lora_request),
             )
-        if self.prefixes is not None and not self.prefixes.passes(scheduler_output):
+        if self.prefixes is not None:
             with self.guard.failures.caught(Stage.ADMIT) as attempt:
                 self.prefixes.admit(scheduler_output)
             if attempt.failed:
@@ -117,22 +142,16 @@ class StepHooks:
             recorder.add_request(request.req_id, len(request.prompt_token_ids or ()))
 
 
-def with_report(output: Any, pending: Readback | StepReport | None, guard: Guard) -> Any:
+def with_report(output: Any, pending: Readback | PackedReport | StepReport | None, guard: Guard) -> Any:
     """The runner's output, which carries what the guard decided in the same step."""
     if pending is None or output is None:
-        return output
-    if (
-        isinstance(pending, PackedReadback)
-        and type(output) is ModelRunnerOutput
-        and fault_injection.drill is None
-    ):  # in most steps: it is at hand, and nothing can fail
-        setattr(output, REPORT_ATTRIBUTE, pending.report())
         return output
     if isinstance(output, AsyncModelRunnerOutput):
         return _ReportingOutput(output, pending, guard)
     assert isinstance(output, ModelRunnerOutput)
+    report: PackedReport | StepReport
     with guard.failures.caught(Stage.READBACK) as attempt:
-        report = pending.report() if isinstance(pending, Readback) else pending
+        report = pending.result() if isinstance(pending, Readback) else pending
     if attempt.failed:
         faults = guard.failures.take()
         report = StepReport.of_failed_step(pending.revision, pending.req_ids, faults)
@@ -145,7 +164,10 @@ class _ReportingOutput(AsyncModelRunnerOutput):
     """An output that is still on its way; the guard's report is waited for together with it."""
 
     def __init__(
-        self, output: AsyncModelRunnerOutput, pending: Readback | StepReport, guard: Guard
+        self,
+        output: AsyncModelRunnerOutput,
+        pending: Readback | PackedReport | StepReport,
+        guard: Guard,
     ) -> None:
         self._output = output
         self._pending = pending

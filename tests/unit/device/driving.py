@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from guard.device.layout import Capacity
-from guard.device.readback import Readback
 from guard.policy import parse_policies
 from guard.program.compile import compile_policies
 from guard.program.program import Program
 from guard.program.step_report import NEVER, EventColumn, RequestColumn, StepReport
 from guard.program.topology import MoELayer, Topology
 from guard.runtime import Guard
+from tests.support.opened import opened
 
 TOPOLOGY = Topology("TestMoeForCausalLM", (MoELayer(0, 8, 2), MoELayer(1, 8, 2)))
 FLAGGED, OTHER = 3, 1
@@ -75,9 +75,8 @@ class Engine:
         ids = torch.stack([chosen, torch.full_like(chosen, 7)], dim=1)
         for layer in range(len(TOPOLOGY.layers)):
             self.guard.tap.record(layer, ids, torch.full(ids.shape, 0.5))
-        report = self.guard.end_step(None if rejected is None else torch.tensor(rejected))
-        if isinstance(report, Readback):
-            report = report.result()
+        pending = self.guard.end_step(None if rejected is None else torch.tensor(rejected))
+        report = opened(pending, self.guard)
         assert report is not None
         return report
 

@@ -111,7 +111,7 @@ def test_findings_are_those_of_a_loop_over_rows_layers_and_actions(
     starts = torch.from_numpy(np.cumsum([0, *counts]))
     batch = StepBatch.of(torch.arange(1, len(counts) + 1), starts, torch.arange(num_rows))
     check = LivenessCheck(TOPOLOGY, masks, torch.device("cpu"))
-    check.begin_step()
+    check.is_due = True
 
     found, trusted = check.check(tap, batch, torch.from_numpy(in_force) if num_actions else None)
 

@@ -113,7 +113,7 @@ def test_ranks_that_do_not_check_the_same_steps_differ_and_do_not_hang() -> None
     def run(rank: int, group: dist.ProcessGroup) -> int:
         engine = tensor_parallel(group)
         if rank == 1:
-            engine.guard._check.begin_step()
+            engine.guard.count_step()
         return int(engine.one().requests_B[0, RequestColumn.JUDGED])
 
     assert run_ranks(2, run) == [Judged.RANKS_DIFFER] * 2
@@ -169,7 +169,7 @@ def test_ranks_of_a_pipeline_that_do_not_check_the_same_steps_speak_for_no_row()
         one = Rank(rank, group)
         one.guard.add_request("a", 1)
         if rank == 0:
-            one.guard._check.begin_step()
+            one.guard.count_step()
         return one.step({"a": (0, [OTHER])})
 
     report = run_ranks(SIZE, run)[-1]

@@ -86,7 +86,7 @@ def expected(
 def test_counts_are_those_of_a_loop(back_end: str, data: st.DataObject, seed: int) -> None:
     random = Random(seed)
     load = made(back_end)
-    device = load._counts.device
+    device = load.counts.device
     total, found = 0, np.zeros((len(LAYERS), TOPOLOGY.max_experts), dtype=np.int64)
     for _ in range(2):
         counts = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
@@ -132,7 +132,7 @@ def test_counts_are_those_of_a_loop(back_end: str, data: st.DataObject, seed: in
 def test_many_rows_are_counted_in_parts(back_end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("guard.device.load._ROWS_AT_ONCE", 3)
     load = made(back_end)
-    device = load._counts.device
+    device = load.counts.device
     tap = RoutingTap(TOPOLOGY, Capacity(8, 4), device)
     tap.topk_ids_TLK[:7, 0, 0], tap.topk_weights_TLK[:7] = 5, 1.0
     starts_B1, position_T = torch.tensor([0, 7]).to(device), torch.arange(7).to(device)
@@ -257,10 +257,10 @@ def test_a_fault_in_it_leaves_the_step_judged(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_a_poll_gives_what_was_there_at_the_one_before() -> None:
     load = made("cuda")
-    load._counts += 1
+    load.counts += 1
     assert load.poll() is None
     torch.cuda.synchronize()
-    load._counts += 1
+    load.counts += 1
     assert numbers(load.poll()) == (1, [[1] * 6] * 2)
     torch.cuda.synchronize()
     assert numbers(load.poll()) == (2, [[2] * 6] * 2)

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from guard.device.layout import Capacity
 from guard.device.pipeline import PipelineStage, StageEvidence
-from guard.device.readback import Readback
 from guard.policy import parse_policies
 from guard.program.compile import compile_policies
 from guard.program.step_report import Judged, RequestColumn, StepReport
 from guard.staged import StagedGuard
+from tests.support.opened import opened
 from tests.support.ranks import run_ranks
 from tests.unit.device.driving import FLAGGED, OTHER, TOPOLOGY, Engine, policy_text, rule_text
 
@@ -74,8 +74,7 @@ class Rank:
             position_T.fill_(-1)  # as an engine that writes its next step over these
             return None
         guard.evidence(num_rows, len(rows), self._received(torch.empty((num_rows, width))))
-        report = guard.end_step()
-        return report.result() if isinstance(report, Readback) else report
+        return opened(guard.end_step(), guard)
 
     def _send(self, evidence: StageEvidence) -> None:
         dist.broadcast(evidence.rows_TY.clone(), group=self.group, group_src=0)

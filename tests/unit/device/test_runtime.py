@@ -209,6 +209,7 @@ def test_a_window_that_reaches_over_a_failed_step_sees_only_its_own_positions(
         expert = FLAGGED if position in (5, 6, 7) else OTHER
         with monkeypatch.context() as broken:
             if position in (8, 9):
+                broken.setattr(engine.guard, "_whole", None)  # in parts
                 broken.setattr(engine.guard._evaluator, "evaluate", fail)
             report = engine.step({"a": (position, [expert])})
         if not report.failed:

@@ -187,5 +187,6 @@ def packed(made: StepReport) -> PackedReport:
     done = PackedReport(
         made.revision, made.req_ids, form, data, sum(flag for holds, flag in flags if holds)
     )
-    done.host = made.host
+    if made.host is not None:
+        done.begin_s, done.end_s, _ = made.host
     return done

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from guard.events.ledger import Ledger
 from guard.events.rulebook import RuleBook
-from guard.program.step_report import NEVER, HostSeconds, PackedReport, StepReport, StepSummary
+from guard.program.step_report import NEVER, PackedReport, StepReport, StepSummary
 from tests.unit.events.reports import Row, everyone, failed, packed, report, rule
 
 RULES = (rule("watch"), rule("steer", "mask"), rule("stop", "block", on_error="closed"))
@@ -89,13 +89,11 @@ def test_a_packed_report_counts_as_what_it_holds(steps: Any) -> None:
         def rows_of(req_ids: Any, gone: Any = gone) -> dict[str, int]:
             return {req_id: row for row, req_id in enumerate(req_ids) if req_id not in gone}
 
-        def accepts_all(req_ids: Any, gone: Any = gone) -> bool:
-            return bool(gone.isdisjoint(req_ids))
-
         plain.note_step(step)
         blocked = plain.begin_step(step, rows_of)
         as_bytes = step if step.failed or step.num_events else packed(step)
-        if isinstance(as_bytes, PackedReport) and ours.take_quiet_step(as_bytes, accepts_all):
+        accepts_all = gone.isdisjoint(step.req_ids)
+        if isinstance(as_bytes, PackedReport) and accepts_all and ours.take_quiet_step(as_bytes):
             assert not blocked
             assert plain.mask_starts().items() <= starts.items(), "they were said before"
         else:
@@ -127,10 +125,10 @@ def test_a_quiet_report_is_not_taken_apart_until_a_request_ends(
     monkeypatch.setattr(PackedReport, "unpacked", unpacked)
     ledger, steps = make(), [packed(report(Row("a"), Row("b", extreme=0.5))) for _ in range(4)]
     for step in steps[:3]:
-        assert ledger.take_quiet_step(step, lambda _: True)
+        assert ledger.take_quiet_step(step)
         ledger.end_step()
     assert not opened
-    assert ledger.take_quiet_step(steps[3], lambda _: True)
+    assert ledger.take_quiet_step(steps[3])
     ledger.finish("b")
     assert opened == [steps[3]]
     [delta] = told(ledger)
@@ -141,7 +139,7 @@ def test_a_quiet_report_is_not_taken_apart_until_a_request_ends(
 def test_a_step_under_the_masks_of_the_one_before_is_quiet() -> None:
     def take(ledger: Ledger, *rows: Row) -> bool:
         step = packed(report(*rows))
-        is_quiet = ledger.take_quiet_step(step, lambda _: True)
+        is_quiet = ledger.take_quiet_step(step)
         if not is_quiet:
             ledger.begin_step(step, everyone)
         ledger.end_step()
@@ -166,7 +164,7 @@ def test_a_step_under_the_masks_of_the_one_before_is_quiet() -> None:
 def test_a_packed_report_crosses_processes_and_its_arrays_can_be_written_to() -> None:
     made = report(Row("a", selections=3, extreme=0.5), Row("b", masks=(0, 1)))
     sent = packed(made)
-    sent.host = HostSeconds(0.1, 0.2)
+    sent.begin_s, sent.end_s = 0.1, 0.2
     got = pickle.loads(pickle.dumps(sent))
     unpacked = got.unpacked()
     for name in ("requests_B", "masked_BW", "extremes_BC"):

@@ -46,7 +46,7 @@ class Guard:
         self.prompts: list[int] = []
         self.positions: list[torch.Tensor] = []
 
-    def idle(self) -> None: ...
+    is_idle = True
 
     def finish_requests(self, req_ids: Any) -> None: ...
 
@@ -56,9 +56,10 @@ class Guard:
     def count_step(self) -> None: ...
 
     def begin_step_uncaught(
-        self, req_ids: Any, query_start_B1: Any, position_T: torch.Tensor, num_rows: int
-    ) -> None:
+        self, req_ids: Any, query_start_B1: Any, position_T: torch.Tensor, num_rows: int, _: Any
+    ) -> bool:
         self.positions.append(position_T[:num_rows])
+        return True
 
 
 class Runner:
@@ -92,6 +93,7 @@ def test_placeholders_count_as_prompt_tokens_and_each_row_has_the_position_of_it
         SimpleNamespace(
             finished_req_ids=set(),
             scheduled_new_reqs=[NewRequestData.from_request(request, block_ids=([1, 2, 3],))],
+            num_scheduled_tokens={"a": request.num_prompt_tokens},
             total_num_scheduled_tokens=request.num_prompt_tokens,
         )
     )

@@ -17,12 +17,13 @@ from guard_vllm.steps import REPORT_ATTRIBUTE, Hook, StepHooks, with_report, wra
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from guard.device.check import CHECK_EVERY_STEPS
-from guard.device.readback import PackedReadback, Readback
+from guard.device.readback import Readback
 from guard.errors import UnsupportedHostError
 from guard.failures import Failures
 from guard.program.applicability import RequestFacts
 from guard.program.step_report import StepReport
 from tests.support.drills import drilling
+from tests.support.opened import opened
 from tests.unit.device.driving import COUNT, OTHER, Engine, policy_text, rule_text
 from tests.unit.events.reports import Row, packed, report
 
@@ -31,6 +32,8 @@ REPORT = StepReport.of_failed_step("rev", ["a"], {})
 
 class Recorder:
     """A guard that notes what it is told."""
+
+    is_idle = False
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -158,13 +161,23 @@ def test_a_readback_that_fails_is_reported_once_as_a_step_that_was_not_judged() 
     assert holder.failures.take() == {}
 
 
-def test_a_report_that_is_at_hand_can_be_lost_in_a_drill_all_the_same() -> None:
-    for faults, failed in (("readback@1", True), ("readback@2", False)):
-        with drilling(faults):
-            output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={})
-            at_hand = PackedReadback(packed(report(Row("a"))))
-            got = getattr(with_report(output, at_hand, guard()), REPORT_ATTRIBUTE)
-        assert got.failed is failed
+@pytest.mark.parametrize(
+    ("faults", "failed"), [("", False), ("readback@1", True), ("readback@2", False)]
+)
+def test_a_report_that_is_at_hand_travels_but_can_be_lost_in_a_drill(
+    faults: str, failed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(runner: Runner, grammar: Any) -> Any:
+        hooks.pending = packed(report(Row("a")))
+        return runner.output
+
+    monkeypatch.setattr(Runner, "sample_tokens", sample)
+    runner, hooks, _ = hooked()
+    hooks.guard.program = SimpleNamespace(revision="rev")  # type: ignore[assignment]
+    with drilling(faults) if faults else nullcontext():
+        output = runner.sample_tokens(None)
+    assert output is runner.output
+    assert getattr(output, REPORT_ATTRIBUTE).failed is failed
 
 
 class Later(AsyncModelRunnerOutput):  # type: ignore[misc]
@@ -235,8 +248,11 @@ class Timed(Recorder):
         super().__init__()
         self.pending = pending
 
-    def begin_step_uncaught(self, *_: Any) -> None:
+    def count_step(self) -> None: ...
+
+    def begin_step_uncaught(self, *_: Any) -> bool:
         time.sleep(0.02)
+        return True
 
     def end_step(self, _: Any) -> Any:
         time.sleep(0.01)
@@ -255,7 +271,7 @@ class Slow(Readback):
 def test_the_host_time_of_a_step_travels_with_its_report(pending: Any) -> None:
     hooks = StepHooks(Timed(pending))  # type: ignore[arg-type]
     rows = torch.zeros(2, dtype=torch.int64)
-    hooks.begin_step(["a"], rows, rows, 1)
+    hooks.begin_step(lambda rows: (["a"], rows, rows, 1, None), rows, ["a"])
     hooks.end_step()
     output = with_report(
         ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0}), hooks.pending, hooks.guard
@@ -327,7 +343,7 @@ def test_steps_are_checked_in_the_same_order_whichever_could_not_be_begun(fault:
             runner._prepare_inputs(step)
             runner._sample(None, None)
             assert hooks.pending is not None
-            report = hooks.pending.result() if isinstance(hooks.pending, Readback) else hooks.pending
+            report = opened(hooks.pending, engine.guard)
             checked += [number] if report.check is not None or report.failed else []
     faulty = {int(fault.partition("@")[2]) - 1} if fault else set()
     assert set(checked) == {0, CHECK_EVERY_STEPS, 2 * CHECK_EVERY_STEPS} | faulty

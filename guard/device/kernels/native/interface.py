@@ -168,6 +168,9 @@ class StepAddresses(ctypes.Structure):
         ("starts_B1", c_void_p),
         ("position_T", c_void_p),
         ("decided", c_void_p),
+        ("used_L", c_void_p),
+        ("excluding_LEW", c_void_p),
+        ("counts_LE", c_void_p),
     )
 
 
@@ -175,7 +178,7 @@ _ARGUMENTS: dict[str, tuple[list[Any], Any]] = {
     "moe_guard_sizes": ([c_int64], c_int64),
     "moe_guard_begin": (
         [c_void_p] * 4 + [c_int64] * 3 + [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p],
-        None,
+        c_bool,
     ),
     "moe_guard_reduce": (
         [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_bool, c_void_p],
@@ -184,8 +187,9 @@ _ARGUMENTS: dict[str, tuple[list[Any], Any]] = {
     "moe_guard_keep": ([c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p], None),
     "moe_guard_decide": ([c_void_p] * 8 + [c_int64] + [c_void_p] * 4, c_int64),
     "moe_guard_take_firings": ([c_void_p, c_void_p], None),
-    "moe_guard_begin_step": ([c_void_p, c_int64, c_int64, c_int64], None),
-    "moe_guard_end_step": ([c_void_p, c_int64, c_int64, c_void_p], c_int64),
+    "moe_guard_begin_step": ([c_void_p, c_int64, c_int64, c_int64], c_bool),
+    "moe_guard_step_is_sound": ([c_void_p, c_int64, c_int64], c_bool),
+    "moe_guard_end_step": ([c_void_p, c_int64, c_int64, c_void_p, c_bool], c_int64),
     "moe_guard_count_load": (
         [c_void_p] * 8 + [c_bool, c_int64, c_void_p] + [c_int64] * 3 + [c_void_p],
         None,

@@ -57,22 +57,13 @@ int64_t moe_guard_sizes(int64_t which) {
   return sizes[which];
 }
 
-// Whose each row is, no expert in the rows' part of the tap, and the rows' masks.
-// row_bits_TW: null where nothing is masked; the first `num_rows_before` rows may be masked still
-// request_T: null where nobody asks
-void moe_guard_begin(const Slots* slots, const int64_t* slots_B, const int64_t* query_start_B1,
-                     const int64_t* position_T, int64_t num_requests, int64_t num_rows,
-                     int64_t num_rows_before, int32_t* ids_TLK, int64_t tap_width,
-                     int64_t* row_bits_TW, int64_t num_words, int64_t num_actions,
-                     int64_t* request_T) {
-  std::fill_n(ids_TLK, num_rows * tap_width, -1);
-  if (row_bits_TW != nullptr) {
-    std::fill_n(row_bits_TW, std::max(num_rows, num_rows_before) * num_words, 0);
-  }
+// The masks in force for each row, where `row_bits_TW` has none yet. Returns whether there are any.
+bool moe_guard_mask_rows(const Slots* slots, const int64_t* slots_B, const int64_t* query_start_B1,
+                         const int64_t* position_T, int64_t num_requests, int64_t num_actions,
+                         int64_t* row_bits_TW, int64_t num_words) {
+  bool any = false;
   for (int64_t request = 0; request < num_requests; ++request) {
     const int64_t first_row = query_start_B1[request], stop_row = query_start_B1[request + 1];
-    if (request_T != nullptr) std::fill(request_T + first_row, request_T + stop_row, request);
-    if (row_bits_TW == nullptr) continue;
     const int64_t at = slots_B[request] * slots->num_intervals * num_actions;
     for (int64_t place = 0; place < slots->num_intervals; ++place) {
       const int64_t* from_A = slots->mask_from_SIA + at + place * num_actions;
@@ -83,14 +74,38 @@ void moe_guard_begin(const Slots* slots, const int64_t* slots_B, const int64_t* 
         for (int64_t row = first_row; row < stop_row; ++row) {
           if (from_A[action] <= position_T[row] && position_T[row] < to_A[action]) {
             row_bits_TW[row * num_words + (action >> 6)] |= bit;
+            any = true;
           }
         }
       }
     }
   }
-  if (request_T == nullptr) return;
+  return any;
+}
+
+// Whose each row is, no expert in the rows' part of the tap, and the rows' masks. Returns whether any row is
+// masked.
+// row_bits_TW: null where nothing is masked; the first `num_rows_before` rows may be masked still
+// request_T: null where nobody asks
+bool moe_guard_begin(const Slots* slots, const int64_t* slots_B, const int64_t* query_start_B1,
+                     const int64_t* position_T, int64_t num_requests, int64_t num_rows,
+                     int64_t num_rows_before, int32_t* ids_TLK, int64_t tap_width,
+                     int64_t* row_bits_TW, int64_t num_words, int64_t num_actions,
+                     int64_t* request_T) {
+  std::fill_n(ids_TLK, num_rows * tap_width, -1);
+  bool is_masked = false;
+  if (row_bits_TW != nullptr) {
+    std::fill_n(row_bits_TW, std::max(num_rows, num_rows_before) * num_words, 0);
+    is_masked = moe_guard_mask_rows(slots, slots_B, query_start_B1, position_T, num_requests, num_actions,
+                                    row_bits_TW, num_words);
+  }
+  if (request_T == nullptr) return is_masked;
+  for (int64_t request = 0; request < num_requests; ++request) {
+    std::fill(request_T + query_start_B1[request], request_T + query_start_B1[request + 1], request);
+  }
   // Rows behind the last request's: as a search for their request finds.
   std::fill(request_T + query_start_B1[num_requests], request_T + num_rows, num_requests);
+  return is_masked;
 }
 
 }  // extern "C"

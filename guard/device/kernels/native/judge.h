@@ -79,12 +79,13 @@ struct Kept {
 // query_start_B1: of `query_start_bytes` each, copied into `starts_B1` when the step begins
 // row_bits_TW: null where nothing is masked; kept: null where nothing is; trusted: one for all rows
 // decided: what the step's sums are, then its requests, masks and extremes, see `PackedReport`
+// used_L, excluding_LEW: see `moe_guard_is_sound`; counts_LE: see `moe_guard_count_load`
 struct WholeStep {
   const SignalTables* signals;
   const DecisionTables* decisions;
   const Slots* slots;
   const Kept* kept;
-  const bool* trusted;
+  bool* trusted;
   int32_t* ids_TLK;
   const float* weights_TLK;
   int64_t* row_bits_TW;
@@ -95,9 +96,11 @@ struct WholeStep {
   int64_t* starts_B1;
   const int64_t* position_T;
   int64_t* decided;
+  const int64_t *used_L, *excluding_LEW;
+  int64_t* counts_LE;
 };
 
-void moe_guard_begin(const Slots* slots, const int64_t* slots_B, const int64_t* query_start_B1,
+bool moe_guard_begin(const Slots* slots, const int64_t* slots_B, const int64_t* query_start_B1,
                      const int64_t* position_T, int64_t num_requests, int64_t num_rows,
                      int64_t num_rows_before, int32_t* ids_TLK, int64_t tap_width,
                      int64_t* row_bits_TW, int64_t num_words, int64_t num_actions,
@@ -108,6 +111,19 @@ void moe_guard_reduce(const SignalTables* tables, const int32_t* ids_TLK, const 
 void moe_guard_keep(const int64_t* evidence_TX, int64_t num_evidence, const int64_t* query_start_B1,
                     const int64_t* rejected_B, int64_t num_requests, const int64_t* kv_slot_T,
                     const Kept* kept);
+bool moe_guard_is_sound(const int32_t* ids_TLK, const float* weights_TLK, int64_t num_rows,
+                        int64_t num_layers, int64_t top_k, const int64_t* used_L,
+                        const int64_t* num_experts_L, const int64_t* excluding_LEW,
+                        int64_t max_experts, const int64_t* words_TW, int64_t num_words);
+void moe_guard_count_load(const int32_t* ids_TLK, const float* weights_TLK, const int64_t* slots_B,
+                          const int64_t* query_start_B1, const int64_t* position_T,
+                          const int64_t* rejected_B, const int64_t* next_position_S,
+                          const bool* trusted_T, bool one_for_all, int64_t num_requests,
+                          const int64_t* num_experts_L, int64_t num_layers, int64_t max_experts,
+                          int64_t top_k, int64_t* counts_LE);
+bool moe_guard_mask_rows(const Slots* slots, const int64_t* slots_B, const int64_t* query_start_B1,
+                         const int64_t* position_T, int64_t num_requests, int64_t num_actions,
+                         int64_t* row_bits_TW, int64_t num_words);
 int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const int64_t* evidence_TX,
                          const int64_t* slots_B, const int64_t* query_start_B1,
                          const int64_t* position_T, const int64_t* rejected_B,

@@ -1,6 +1,6 @@
 // How often each expert was chosen, on a CPU. Its twin is `ExpertLoad` in `guard/device/load.py`.
 
-#include <cstdint>
+#include "judge.h"
 
 extern "C" {
 

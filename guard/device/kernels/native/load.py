@@ -11,7 +11,7 @@ from guard.program.topology import Topology
 
 
 class NativeLoad:
-    """counts: int64 [L·E + 2], see `ExpertLoad`; added to in place"""
+    """counts: see `ExpertLoad`; added to in place"""
 
     def __init__(self, topology: Topology, counts: torch.Tensor) -> None:
         assert counts.is_contiguous(), "counts lie one behind another"

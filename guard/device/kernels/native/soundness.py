@@ -23,12 +23,12 @@ class Soundness:
         self._holds = functions().moe_guard_is_sound
         self.used_L = used_L
         self._num_experts_L = num_experts_L.contiguous()
-        self._excluding_LEW = None if excluding_LEW is None else excluding_LEW.contiguous()
+        self.excluding_LEW = None if excluding_LEW is None else excluding_LEW.contiguous()
 
     def holds(self, tap: RoutingTap, num_rows: int, words_TW: torch.Tensor | None) -> bool:
         """words_TW: int64, the mask actions in force for each row; None where none are"""
         _, num_layers, top_k = tap.topk_ids_TLK.shape
-        excluding_LEW = None if words_TW is None else self._excluding_LEW
+        excluding_LEW = None if words_TW is None else self.excluding_LEW
         assert (
             excluding_LEW is None or words_TW is None or (excluding_LEW.shape[2] == words_TW.shape[1])
         ), "words of one program"

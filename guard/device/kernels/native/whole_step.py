@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from guard.device.check import LivenessCheck
 from guard.device.kept_evidence import KeptEvidence
 from guard.device.kernels.native.interface import (
     KeptAddresses,
@@ -16,19 +17,24 @@ from guard.device.kernels.native.interface import (
     functions,
 )
 from guard.device.kernels.native.judge import NativeJudge, whole
+from guard.device.load import ExpertLoad
 from guard.device.mask import ExpertMask
 from guard.device.readback import StepDecisions, Summarised
 from guard.device.rows import StepBatch
 from guard.device.state import SlotState
 from guard.device.tap import RoutingTap
-from guard.program.step_report import PackedReport
+from guard.program.step_report import PackedFlag, PackedReport
 
-_FLAGS, _FIRINGS = 15, 16  # as in `step.cpp`
+_FLAGS, _FIRINGS = 15, 32  # as in `step.cpp`
 
 
 class WholeStep(Protocol):
-    """`StepStart`, `KeepsSignals` and `Judge` in one, for a step without drafts, checks or cached
-    prefixes."""
+    """`StepStart`, `KeepsSignals` and `Judge` in one, for a step without drafts or cached prefixes.
+
+    checks: it knows `is_sound`
+    """
+
+    checks: bool
 
     def begin(
         self,
@@ -37,10 +43,14 @@ class WholeStep(Protocol):
         position_T: torch.Tensor,
         num_rows: int,
     ) -> None:
-        """As `StepStart.begin`. query_start_B1, position_T: [B+1] and [T], or longer"""
+        """As `StepStart.begin`. query_start_B1, position_T: [B+1] and [T], or longer. Where no row is
+        masked, the mask's `rows_in_use` are 0."""
 
     def batch(self) -> StepBatch:
         """The step that was begun, for a step that is out of the ordinary after all."""
+
+    def is_sound(self) -> bool:
+        """Whether the running check, which is due, finds nothing in the step at hand."""
 
     def end(
         self, req_ids: tuple[str, ...], revision: str, kv_slot_T: torch.Tensor | None
@@ -49,10 +59,6 @@ class WholeStep(Protocol):
 
 
 class NativeWholeStep:
-    """
-    trusted: bool, whether rows are, see `LivenessCheck.check`; it is read in each step
-    """
-
     def __init__(
         self,
         judge: NativeJudge,
@@ -60,27 +66,36 @@ class NativeWholeStep:
         mask: ExpertMask | None,
         state: SlotState,
         kept: KeptEvidence | None,
-        trusted: torch.Tensor,
+        check: LivenessCheck,
+        load: ExpertLoad,
     ) -> None:
-        self._judge, self._mask, self._state = judge, mask, state
+        self._judge, self._state, self._check, self._load = judge, state, check, load
         self._form = judge.form
         self._begin = functions().moe_guard_begin_step
+        self._is_sound = functions().moe_guard_step_is_sound
         self._end = functions().moe_guard_end_step
         self._slot_addresses = SlotAddresses()
         self._kept = None if kept is None else KeptAddresses.of(kept)
-        self._keep_alive = (tap, kept, trusted)
-        masks = mask is not None and judge.decision_tables.num_actions > 0
-        row_bits_TW = mask.row_bits_TW if masks and mask is not None else None
-        self._masks = row_bits_TW is not None
+        soundness = check.soundness
+        self.checks = soundness is not None
+        used_L, excluding_LEW = None, None
+        if soundness is not None:
+            used_L, excluding_LEW = soundness.used_L, soundness.excluding_LEW
+        self._mask = mask if judge.decision_tables.num_actions else None
+        row_bits_TW = None if self._mask is None else self._mask.row_bits_TW
+        self._keep_alive = (tap, kept, used_L, excluding_LEW)
         self._places = StepAddresses(
             signals=ctypes.addressof(judge.signal_tables),
             decisions=ctypes.addressof(judge.decision_tables),
             kept=None if self._kept is None else ctypes.addressof(self._kept),
-            trusted=trusted.data_ptr(),
+            trusted=check.trusted.data_ptr(),
             ids_TLK=tap.topk_ids_TLK.data_ptr(),
             weights_TLK=tap.topk_weights_TLK.data_ptr(),
             row_bits_TW=None if row_bits_TW is None else row_bits_TW.data_ptr(),
             num_words=0 if row_bits_TW is None else row_bits_TW.shape[1],
+            used_L=None if used_L is None else used_L.data_ptr(),
+            excluding_LEW=None if excluding_LEW is None else excluding_LEW.data_ptr(),
+            counts_LE=load.counts.data_ptr(),
         )
         self._address = ctypes.addressof(self._places)
         self._sum_SX: torch.Tensor | None = None
@@ -127,14 +142,23 @@ class NativeWholeStep:
             self._position_T = whole(position_T)
             places.position_T = self._position_T.data_ptr()
         self._num_rows = num_rows
-        num_rows_before = self._mask.take_rows(num_rows) if self._masks and self._mask else 0
-        self._begin(self._address, self._num_requests, num_rows, num_rows_before)
+        mask = self._mask
+        if mask is None:
+            self._begin(self._address, self._num_requests, num_rows, 0)
+        elif self._begin(self._address, self._num_requests, num_rows, mask.rows_in_use):
+            mask.rows_in_use = num_rows
+        else:
+            mask.rows_in_use = 0
 
     def batch(self) -> StepBatch:
         assert self._slots_B is not None, "no step was begun"
         assert self._position_T is not None, "no step was begun"
         query_start_B1 = torch.from_numpy(self._starts_B1[: self._num_requests + 1])
         return StepBatch.of(self._slots_B, query_start_B1, self._position_T[: self._num_rows])
+
+    def is_sound(self) -> bool:
+        sound: bool = self._is_sound(self._address, self._num_requests, self._num_rows)
+        return sound
 
     def end(
         self, req_ids: tuple[str, ...], revision: str, kv_slot_T: torch.Tensor | None
@@ -143,9 +167,18 @@ class NativeWholeStep:
         if self._kv_slot_T is not kv_slot_T:
             self._kv_slot_T = None if kv_slot_T is None else whole(kv_slot_T)
             self._kv_slot_address = None if self._kv_slot_T is None else self._kv_slot_T.data_ptr()
-        held = self._end(self._address, num_requests, self._num_rows, self._kv_slot_address)
+        held = self._end(
+            self._address,
+            num_requests,
+            self._num_rows,
+            self._kv_slot_address,
+            self._load.is_due,
+        )
+        flags = held & _FLAGS
+        if self._check.is_due:
+            flags |= PackedFlag.CHECKED
         data = bytes(self._decided[: self._form.num_bytes(num_requests)])
-        packed = PackedReport(revision, req_ids, self._form, data, held & _FLAGS)
+        packed = PackedReport(revision, req_ids, self._form, data, flags)
         if held < _FIRINGS:
             return packed
         report = packed.unpacked()
@@ -166,9 +199,10 @@ def make_whole_step(
     mask: ExpertMask | None,
     state: SlotState,
     kept: KeptEvidence | None,
-    trusted: torch.Tensor,
+    check: LivenessCheck,
+    load: ExpertLoad,
 ) -> WholeStep | None:
     """None where something else than `NativeJudge` judges."""
     if not isinstance(judge, NativeJudge):
         return None
-    return NativeWholeStep(judge, tap, mask, state, kept, trusted)
+    return NativeWholeStep(judge, tap, mask, state, kept, check, load)
