@@ -35,6 +35,9 @@ T* scratch(std::vector<T>& memory, int64_t size, T value) {
   return memory.data();
 }
 
+// A few rows are worked off without a call of OpenMP: even of one thread it makes a team, out of cold memory.
+bool is_for_one(int64_t num_rows) { return num_rows < 2 * kRowsAThread; }
+
 int num_threads(int64_t num_rows) {
   return static_cast<int>(std::clamp<int64_t>(num_rows / kRowsAThread, 1, omp_get_max_threads()));
 }
@@ -42,10 +45,12 @@ int num_threads(int64_t num_rows) {
 // The part of a loop that is the calling thread's.
 struct Share {
   int64_t first, stop;
-  explicit Share(int64_t size)
-      : first(size * omp_get_thread_num() / omp_get_num_threads()),
-        stop(size * (omp_get_thread_num() + 1) / omp_get_num_threads()) {}
 };
+
+Share share_of_thread(int64_t size) {
+  const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  return {size * thread / threads, size * (thread + 1) / threads};
+}
 
 }  // namespace
 
@@ -205,8 +210,12 @@ extern "C" {
 void moe_guard_reduce(const SignalTables* tables, const int32_t* ids_TLK, const float* weights_TLK,
                       int64_t num_rows, const bool* trusted_T, bool one_for_all,
                       int64_t* evidence_TX) {
-#pragma omp parallel num_threads(num_threads(num_rows)) if (num_rows >= 2 * kRowsAThread)
-  reduce_rows(*tables, ids_TLK, weights_TLK, trusted_T, one_for_all, Share(num_rows), evidence_TX);
+  if (is_for_one(num_rows)) {
+    reduce_rows(*tables, ids_TLK, weights_TLK, trusted_T, one_for_all, {0, num_rows}, evidence_TX);
+    return;
+  }
+#pragma omp parallel num_threads(num_threads(num_rows))
+  reduce_rows(*tables, ids_TLK, weights_TLK, trusted_T, one_for_all, share_of_thread(num_rows), evidence_TX);
 }
 
 }  // extern "C"
@@ -629,11 +638,16 @@ int64_t moe_guard_decide(const DecisionTables* tables, const Slots* slots, const
                   computed_B,  requests_BF, masked_BW,      extremes_BC};
   thread_local std::vector<Firings> memory;
   std::vector<Firings>& by_thread = memory;  // the caller's, in all threads
-  const int threads = num_threads(num_requests);
+  const bool is_alone = is_for_one(num_requests);
+  const int threads = is_alone ? 1 : num_threads(num_requests);
   by_thread.resize(threads);
   for (Firings& each : by_thread) each.clear();
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  decide_requests(*tables, *slots, step, Share(num_requests), by_thread[omp_get_thread_num()]);
+  if (is_alone) {
+    decide_requests(*tables, *slots, step, {0, num_requests}, by_thread[0]);
+  } else {
+#pragma omp parallel num_threads(threads)
+    decide_requests(*tables, *slots, step, share_of_thread(num_requests), by_thread[omp_get_thread_num()]);
+  }
   summarise(*tables, step, num_requests, summary);
   last_firings.clear();
   last_firings.most_conditions = tables->most_conditions;

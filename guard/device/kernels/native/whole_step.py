@@ -106,12 +106,13 @@ class NativeWholeStep:
         self._kv_slot_address: int | None = None
         self._num_requests = self._num_rows = 0
         self._make_room(1)
+        self._decided = self._decided_room
 
     def _make_room(self, num_requests: int) -> None:
         self._room = num_requests
         self._starts_B1 = np.empty(num_requests + 1, dtype=np.int64)
         decided = np.zeros(self._form.num_bytes(num_requests) // 8, dtype=np.int64)
-        self._decided = decided.data.cast("B")
+        self._decided_room = decided.data.cast("B")
         self._places.starts_B1 = self._starts_B1.ctypes.data
         self._places.decided = decided.ctypes.data
 
@@ -132,6 +133,7 @@ class NativeWholeStep:
             places.slots_B = slots_B.data_ptr()
             if self._num_requests > self._room:
                 self._make_room(2 * self._num_requests)
+            self._decided = self._decided_room[: self._form.num_bytes(self._num_requests)]
         if self._query_start_B1 is not query_start_B1:
             is_narrow = query_start_B1.dtype == torch.int32
             # Itself as a rule, or else a copy, which is made anew in each step.
@@ -177,8 +179,7 @@ class NativeWholeStep:
         flags = held & _FLAGS
         if self._check.is_due:
             flags |= PackedFlag.CHECKED
-        data = bytes(self._decided[: self._form.num_bytes(num_requests)])
-        packed = PackedReport(revision, req_ids, self._form, data, flags)
+        packed = PackedReport(revision, req_ids, self._form, bytes(self._decided), flags)
         if held < _FIRINGS:
             return packed
         report = packed.unpacked()
