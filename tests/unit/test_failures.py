@@ -7,6 +7,7 @@ import logging
 import pytest
 
 from guard.failures import Failures, Stage
+from tests.support.drills import drilling
 
 
 def test_a_fault_is_counted_logged_and_goes_no_further(caplog: pytest.LogCaptureFixture) -> None:
@@ -42,3 +43,28 @@ def test_what_ends_a_process_is_no_fault(stop: type[BaseException]) -> None:
     with pytest.raises(stop), failures.caught(Stage.DELIVER):
         raise stop
     assert not failures.count
+
+
+def test_a_single_call_ends_as_a_block_does() -> None:
+    failures = Failures()
+    assert failures.tried(Stage.LEDGER, divmod, 7, 2) == (3, 1)
+    assert failures.tried(Stage.LEDGER, divmod, 7, 0) is None
+    assert failures.take() == {"ledger": 1}
+
+
+def test_a_single_call_can_be_made_to_fail_before_it_is_made() -> None:
+    failures, calls = Failures(), list[int]()
+    with drilling("ledger@2"):
+        for number in range(3):
+            failures.tried(Stage.LEDGER, calls.append, number)
+    assert calls == [0, 2]
+    assert failures.take() == {"ledger": 1}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_single_call_lets_through_what_ends_a_process(stop: type[BaseException]) -> None:
+    def work() -> None:
+        raise stop
+
+    with pytest.raises(stop):
+        Failures().tried(Stage.LEDGER, work)

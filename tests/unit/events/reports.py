@@ -170,11 +170,13 @@ def everyone(req_ids: Sequence[str]) -> dict[str, int]:
     return {req_id: row for row, req_id in enumerate(req_ids)}
 
 
-def packed(made: StepReport) -> PackedReport:
-    """As machine code reports a step in which nothing fired."""
+def packed(made: StepReport, *, checked: bool = False) -> PackedReport:
+    """As machine code reports a step in which nothing fired. checked: and the running check found
+    nothing"""
     assert not made.num_events
     summary = StepSummary.of(made)
     flags = (
+        (checked, PackedFlag.CHECKED),
         (summary.blocks, PackedFlag.BLOCKS),
         (summary.begins_masks, PackedFlag.BEGINS_MASKS),
         (summary.masks, PackedFlag.MASKS),

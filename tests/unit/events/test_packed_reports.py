@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 
 from guard.events.ledger import Ledger
 from guard.events.rulebook import RuleBook
-from guard.program.step_report import NEVER, PackedReport, StepReport, StepSummary
-from tests.unit.events.reports import Row, everyone, failed, packed, report, rule
+from guard.program.step_report import NEVER, Finding, PackedReport, StepReport, StepSummary
+from tests.unit.events.reports import Row, check, everyone, failed, packed, report, rule
 
 RULES = (rule("watch"), rule("steer", "mask"), rule("stop", "block", on_error="closed"))
 
@@ -159,6 +160,27 @@ def test_a_step_under_the_masks_of_the_one_before_is_quiet() -> None:
     ledger.finish("c")
     assert not take(ledger, masked), "something came in between"
     assert take(ledger, masked)
+
+
+def test_a_step_that_was_checked_is_quiet_unless_an_earlier_check_had_found_something() -> None:
+    ledger, step = make(), packed(report(Row("a")), checked=True)
+
+    def is_up() -> bool:
+        return ledger.liveness.health.up
+
+    assert ledger.take_quiet_step(step)
+    ledger.end_step()
+    blind = replace(report(Row("b")), check=check(findings=[(0, 1, Finding.DUPLICATE)]))
+    ledger.begin_step(blind, everyone)
+    ledger.finish("b")
+    ledger.end_step()
+    assert not is_up()
+    assert not ledger.take_quiet_step(packed(report(Row("a")))), "of a blind guard nothing is quiet"
+    assert not ledger.take_quiet_step(step)
+    ledger.begin_step(step, everyone)
+    ledger.end_step()
+    assert is_up()
+    assert ledger.take_quiet_step(step)
 
 
 def test_a_packed_report_crosses_processes_and_its_arrays_can_be_written_to() -> None:

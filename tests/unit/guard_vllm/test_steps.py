@@ -102,6 +102,16 @@ def test_requests_that_ended_are_freed_before_new_ones_are_taken_in() -> None:
     ]
 
 
+def test_a_guard_that_is_idle_is_not_told_to_be() -> None:
+    runner, hooks, calls = hooked()
+    hooks.guard.is_idle = True
+    runner.execute_model(scheduled())
+    assert calls == []
+    hooks.guard.is_idle = False
+    runner.execute_model(scheduled())
+    assert calls == ["idle"]
+
+
 def test_until_it_is_armed_nothing_counts_and_masks_of_the_proof_stay() -> None:
     runner, _, calls = hooked(armed=False)
     runner.execute_model(scheduled(new_request("a", [1], None)))
