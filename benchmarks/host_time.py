@@ -4,7 +4,8 @@
 
 Decode steps of a model of 12 MoE layers with 64 experts each, 8 of them chosen, one process, nothing
 else running: what a step of the worker and of the engine core adds, without the layers' own routing.
-Medians; a step in 13 has the running check and takes longer, so the mean is beside them.
+Medians; a step in 13 has the running check, one in 8 counts loads, and at times counters are due, so
+the mean is beside them.
 """
 
 from __future__ import annotations

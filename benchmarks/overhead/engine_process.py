@@ -69,9 +69,13 @@ class Batches:
         self._clock.turn_to(self)
 
     @property
+    def core(self) -> Any:
+        """vLLM's engine core, which is in this process."""
+        return self._engine.engine_core.engine_core
+
+    @property
     def model(self) -> torch.nn.Module:
-        core = self._engine.engine_core.engine_core
-        model: torch.nn.Module = core.model_executor.driver_worker.worker.model_runner.get_model()
+        model: torch.nn.Module = self.core.model_executor.driver_worker.worker.model_runner.get_model()
         return model
 
     def begin_decoding(self, order: dict[str, Any], masks: list[str | None]) -> None:

@@ -84,6 +84,20 @@ class Plan:
     one_at_a_time: bool = False
 
 
+def environment() -> dict[str, str]:
+    """Of a process of engines. It loads the plugin itself, behind the engines without."""
+    variables = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, [_ROOT, _ROOT / "integrations" / "vllm"])),
+        "VLLM_PLUGINS": "",
+    }
+    variables.pop("MOE_GUARD_POLICIES", None)
+    return variables
+
+
 class EngineProcess:
     """One process. In it are the engines of its states: they have one thread pool, one
     allocator and one interpreter, so that what differs from process to process is no difference."""
@@ -98,19 +112,11 @@ class EngineProcess:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.name = ", ".join(state.name for state in states)
-        environment = {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, [_ROOT, _ROOT / "integrations" / "vllm"])),
-            "VLLM_PLUGINS": "",  # the process loads the plugin itself, behind the engines without
-        }
-        environment.pop("MOE_GUARD_POLICIES", None)
+        variables = environment()
         read_fd, write_fd = os.pipe()
         in_order = sorted(states, key=lambda state: _BY_NAME[state.engine].plugin)
         jobs = [
-            _job(state, plan, scratch / str(nth), max_num_seqs) for nth, state in enumerate(in_order)
+            job_of(state, plan, scratch / str(nth), max_num_seqs) for nth, state in enumerate(in_order)
         ]
         job = {"engines": jobs, "answers_fd": write_fd}
         self._log = scratch / "engines.log"
@@ -120,7 +126,7 @@ class EngineProcess:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=variables,
                 pass_fds=[write_fd],
                 text=True,
             )
@@ -167,7 +173,8 @@ class EngineProcess:
         return answer
 
 
-def _job(state: State, plan: Plan, folder: Path, max_num_seqs: int) -> dict[str, Any]:
+def job_of(state: State, plan: Plan, folder: Path, max_num_seqs: int) -> dict[str, Any]:
+    """What `Batches` needs for an engine of this state. folder: an empty one, for its files"""
     engine, config = _BY_NAME[state.engine], MODELS[plan.model]
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text(json.dumps(config))
