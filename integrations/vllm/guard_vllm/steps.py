@@ -44,47 +44,45 @@ class StepHooks:
 
     def install(self, runner: Any) -> None:
         """Wrap the parts that the runners have in common."""
-        execute_model = seam(runner, "execute_model")
-        sample_tokens = seam(runner, "sample_tokens")
-        dummy_run = seam(runner, "_dummy_run")
-        hooks = self
+        wrap(runner, "execute_model", self._execute_model)
+        wrap(runner, "sample_tokens", self._sample_tokens)
+        wrap(runner, "_dummy_run", self._dummy_run)
 
-        def guarded_execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self.armed or kwargs.get("dummy_run"):
-                return execute_model(scheduler_output, *args, **kwargs)
-            prefixes = self.prefixes
-            if (
-                scheduler_output.finished_req_ids
-                or scheduler_output.scheduled_new_reqs
-                or self.recorder is not None
-                or (prefixes is not None and not prefixes.passes(scheduler_output))
-            ):
-                self.admit(scheduler_output)
-            if not self.guard.is_idle:
-                self.guard.idle()  # until this step's rows are known
-            return execute_model(scheduler_output, *args, **kwargs)
+    def _execute_model(self, stock: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.armed or kwargs.get("dummy_run"):
+            return stock(scheduler_output, *args, **kwargs)
+        prefixes = self.prefixes
+        if (
+            scheduler_output.finished_req_ids
+            or scheduler_output.scheduled_new_reqs
+            or self.recorder is not None
+            or (prefixes is not None and not prefixes.passes(scheduler_output))
+        ):
+            self.admit(scheduler_output)
+        if not self.guard.is_idle:
+            self.guard.idle()  # until this step's rows are known
+        return stock(scheduler_output, *args, **kwargs)
 
-        def guarded_sample_tokens(*args: Any, **kwargs: Any) -> Any:
-            self.pending = None
-            output = sample_tokens(*args, **kwargs)
-            pending = hooks.pending  # `end_step` was called in between
-            if (
-                isinstance(pending, PackedReport)
-                and type(output) is ModelRunnerOutput
-                and fault_injection.drill is None
-            ):  # in most steps: it is at hand, and nothing can fail
-                setattr(output, REPORT_ATTRIBUTE, pending)
-                return output
-            return with_report(output, pending, self.guard)
+    def _sample_tokens(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        self.pending = None
+        return self._with_pending(stock(*args, **kwargs))
 
-        def guarded_dummy_run(*args: Any, **kwargs: Any) -> Any:
-            if self.armed:
-                self.guard.idle()
-            return dummy_run(*args, **kwargs)
+    def _with_pending(self, output: Any) -> Any:
+        """The runner's output with the report that `end_step` left in between."""
+        pending = self.pending
+        if (
+            isinstance(pending, PackedReport)
+            and type(output) is ModelRunnerOutput
+            and fault_injection.drill is None
+        ):  # in most steps: it is at hand, and nothing can fail
+            setattr(output, REPORT_ATTRIBUTE, pending)
+            return output
+        return with_report(output, pending, self.guard)
 
-        runner.execute_model = guarded_execute_model
-        runner.sample_tokens = guarded_sample_tokens
-        runner._dummy_run = guarded_dummy_run
+    def _dummy_run(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.armed:
+            self.guard.idle()
+        return stock(*args, **kwargs)
 
     def begin_step(self, rows_of: Callable[[Any], StepRows], step: Any, req_ids: Iterable[str]) -> None:
         """Begin a step of these requests. rows_of: says which rows the runner gave this step"""
