@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "MOE_GUARD_CACHE_DIR"
 """Folder for compiled kernels; by default `moe-guard` in the user's cache folder."""
 
-_NAMES = ("distributions.cpp", "judge.cpp", "load.cpp", "route.cpp", "step.cpp")
+_NAMES = ("distributions.cpp", "judge.cpp", "load.cpp", "python_calls.cpp", "route.cpp", "step.cpp")
 _SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("distributions.h", "judge.h"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("distributions.h", "judge.h", "route.h"))
 _FLAGS = (
     "-std=c++20",
     "-O3",
@@ -44,7 +44,7 @@ _FLAGS = (
 )
 _LIBRARIES = ("-ltorch", "-ltorch_cpu", "-lc10")
 _EXTENSION = "moe_guard_cpu"
-"""As `route.cpp` calls it."""
+"""As `python_calls.cpp` calls it."""
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_bool, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from guard.device.kept_evidence import KeptEvidence
-from guard.device.kernels.native.build import library
+from guard.device.kernels.native.build import extension, library
 from guard.device.state import SlotState
 
 SIGNAL_ARRAYS = (
@@ -220,6 +221,14 @@ def functions() -> ctypes.PyDLL:
     for which, structure in enumerate(structures):
         assert found.moe_guard_sizes(which) == ctypes.sizeof(structure), structure.__name__
     return found
+
+
+def step_functions() -> tuple[Callable[..., bool], Callable[..., int]]:
+    """`moe_guard_begin_step` and `moe_guard_end_step`, by the shortest way there is."""
+    compiled = extension()
+    if compiled is None:
+        return functions().moe_guard_begin_step, functions().moe_guard_end_step
+    return compiled.begin_step, compiled.end_step
 
 
 class SlotAddresses:

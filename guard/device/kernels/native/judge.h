@@ -111,6 +111,10 @@ void moe_guard_reduce(const SignalTables* tables, const int32_t* ids_TLK, const 
 void moe_guard_keep(const int64_t* evidence_TX, int64_t num_evidence, const int64_t* query_start_B1,
                     const int64_t* rejected_B, int64_t num_requests, const int64_t* kv_slot_T,
                     const Kept* kept);
+bool moe_guard_begin_step(const WholeStep* step, int64_t num_requests, int64_t num_rows,
+                          int64_t num_rows_before);
+int64_t moe_guard_end_step(const WholeStep* step, int64_t num_requests, int64_t num_rows,
+                           const int64_t* kv_slot_T, bool counts_load);
 bool moe_guard_is_sound(const int32_t* ids_TLK, const float* weights_TLK, int64_t num_rows,
                         int64_t num_layers, int64_t top_k, const int64_t* used_L,
                         const int64_t* num_experts_L, const int64_t* excluding_LEW,

@@ -6,14 +6,10 @@
 //
 // Letters as in `guard/device/layout.py`.
 
-#if __has_include(<Python.h>)
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
-#endif
+#include "route.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -21,7 +17,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <optional>
 #include <vector>
 
 namespace {
@@ -270,8 +265,10 @@ std::vector<int64_t> masked_rows(const Layer& layer, int64_t num_rows) {
   return rows;
 }
 
-// topk_weights, topk_ids: the stock router's; masked rows are replaced in their first `top_k` columns
-// facts: of all layers, a `Layer` each; bias: [E] or [T, E]
+}  // namespace
+
+namespace moe_guard {
+
 void route(const at::Tensor& router_logits, at::Tensor& topk_weights, at::Tensor& topk_ids,
            const at::Tensor& facts, int64_t layer_index, const std::optional<at::Tensor>& bias) {
   TORCH_CHECK(facts.size(1) * facts.itemsize() == sizeof(Layer), "facts are of another release");
@@ -317,40 +314,7 @@ void route(const at::Tensor& router_logits, at::Tensor& topk_weights, at::Tensor
   }
 }
 
-}  // namespace
+}  // namespace moe_guard
 
 // Its schema is in `guard/device/kernels/layer_routing.py`.
-TORCH_LIBRARY_IMPL(moe_guard, CPU, m) { m.impl("route_on_cpu", &route); }
-
-#if __has_include(<Python.h>)
-namespace {
-
-// The same as a function of Python, for `route_call.py`.
-PyObject* call_route(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(num_args == 6, "route takes 6 arguments, not ", num_args);
-  for (const int nth : {0, 1, 2, 3}) {
-    TORCH_CHECK_TYPE(THPVariable_Check(args[nth]), "argument ", nth, " of route is no tensor");
-  }
-  at::Tensor topk_weights = THPVariable_Unpack(args[1]), topk_ids = THPVariable_Unpack(args[2]);
-  const int64_t layer_index = PyLong_AsLongLong(args[4]);
-  if (layer_index == -1 && PyErr_Occurred()) return nullptr;
-  std::optional<at::Tensor> bias;
-  if (args[5] != Py_None) {
-    TORCH_CHECK_TYPE(THPVariable_Check(args[5]), "the bias is no tensor");
-    bias = THPVariable_Unpack(args[5]);
-  }
-  route(THPVariable_Unpack(args[0]), topk_weights, topk_ids, THPVariable_Unpack(args[3]), layer_index, bias);
-  Py_RETURN_NONE;
-  END_HANDLE_TH_ERRORS
-}
-
-PyMethodDef methods[] = {
-    {"route", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_route)), METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
-PyModuleDef module{PyModuleDef_HEAD_INIT, "moe_guard_cpu", nullptr, -1, methods};
-
-}  // namespace
-
-PyMODINIT_FUNC PyInit_moe_guard_cpu() { return PyModule_Create(&module); }
-#endif
+TORCH_LIBRARY_IMPL(moe_guard, CPU, m) { m.impl("route_on_cpu", &moe_guard::route); }

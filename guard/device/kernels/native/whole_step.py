@@ -15,6 +15,7 @@ from guard.device.kernels.native.interface import (
     SlotAddresses,
     StepAddresses,
     functions,
+    step_functions,
 )
 from guard.device.kernels.native.judge import NativeJudge, whole
 from guard.device.load import ExpertLoad
@@ -71,9 +72,8 @@ class NativeWholeStep:
     ) -> None:
         self._judge, self._state, self._check, self._load = judge, state, check, load
         self._form = judge.form
-        self._begin = functions().moe_guard_begin_step
+        self._begin, self._end = step_functions()
         self._is_sound = functions().moe_guard_step_is_sound
-        self._end = functions().moe_guard_end_step
         self._slot_addresses = SlotAddresses()
         self._kept = None if kept is None else KeptAddresses.of(kept)
         soundness = check.soundness

@@ -1,4 +1,4 @@
-"""A layer's routing as a function of Python: the operation itself, by a shorter way."""
+"""What every step calls, as functions of Python: the same as by ctypes and by torch, only shorter."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from guard.device.kernels.layer_routing import CpuLayerRouting, LayerRouting
-from guard.device.kernels.native import build
+from guard.device.kernels.native import build, interface
 from guard.device.kernels.native.route_call import shortest_way
 from guard.device.layout import Capacity
 from guard.device.mask import ExpertMask
 from guard.device.tap import RoutingTap
 from guard.program.topology import MoELayer, Router, Topology
 from tests.support.route_layer import CPU, make_routing
+from tests.unit.device.driving import COUNT, FLAGGED, MASK, OTHER, Engine, fired, policy_text, rule_text
 
 NUM_ROWS = 3
 
@@ -100,3 +101,38 @@ def test_a_layer_that_is_none_is_refused(
 def test_without_pythons_headers_it_is_the_operation(no_headers: None) -> None:
     _arguments(is_biased=False)
     assert shortest_way() is torch.ops.moe_guard.route_on_cpu.default
+
+
+def _decided(position: int, engine: Engine) -> tuple[Any, ...]:
+    report = engine.step({"a": (position, [FLAGGED if position % 3 else OTHER])})
+    assert not report.failed
+    return fired(report), report.requests_B.tolist(), report.masked_BW.tolist(), engine.masked_rows(1)
+
+
+def test_a_step_is_the_same_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = []
+    for compiled in (build.extension(), None):
+        monkeypatch.setattr(interface, "extension", lambda compiled=compiled: compiled)
+        engine = Engine(policy_text(rule_text(COUNT, MASK)))
+        engine.guard.add_request("a", 1)
+        engines.append(engine)
+    for position in range(8):
+        first, second = (_decided(position, engine) for engine in engines)
+        assert first == second
+    ways = [interface.step_functions()]
+    monkeypatch.undo()
+    ways.append(interface.step_functions())
+    assert ways[0] != ways[1]
+
+
+@pytest.mark.parametrize("name", ["begin_step", "end_step"])
+def test_a_step_without_an_address_is_refused(name: str) -> None:
+    compiled = build.extension()
+    assert compiled is not None, "Python's headers are there"
+    others = [1] * (3 if name == "begin_step" else 4)
+    with pytest.raises(ValueError, match="there is no step"):
+        getattr(compiled, name)(None, *others)
+    with pytest.raises(TypeError, match=f"{name} takes {1 + len(others)} arguments, not 1"):
+        getattr(compiled, name)(1)
+    with pytest.raises(TypeError):
+        getattr(compiled, name)("here", *others)
