@@ -212,25 +212,6 @@ def test_a_step_that_could_not_be_begun_is_not_under_the_masks_of_the_one_before
     assert engine.masked_rows(1) == [False]
 
 
-@pytest.mark.parametrize(
-    ("when", "then", "is_idle"),
-    [("{always: {}}", "", True), ("{always: {}}", MASK, False), (COUNT, MASK, True)],
-    ids=["no mask", "a mask in force", "a mask that is off"],
-)
-def test_a_guard_is_idle_behind_a_step_that_leaves_no_masked_rows(
-    when: str, then: str, is_idle: bool
-) -> None:
-    engine = Engine(policy_text(rule_text(when, then)))
-    engine.guard.add_request("a", 1)
-    for position in range(3):  # the first is out of the ordinary
-        engine.step({"a": (position, [OTHER])})
-    assert engine.guard.is_idle is is_idle
-    engine.guard.idle()
-    assert engine.guard.is_idle
-    engine.guard.begin_step(["a"], torch.tensor([0, 1]), torch.tensor([3]))
-    assert not engine.guard.is_idle
-
-
 def test_a_window_that_reaches_over_a_failed_step_sees_only_its_own_positions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

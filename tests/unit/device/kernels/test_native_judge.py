@@ -23,7 +23,15 @@ from guard.device.tap import RoutingTap
 from guard.errors import GuardError
 from guard.program.program import Program
 from tests.support.judged_twice import judged
-from tests.unit.device.driving import FLAGGED, OTHER, Engine, policy_text, rule_text, tokens
+from tests.unit.device.driving import (
+    FLAGGED,
+    MASK,
+    OTHER,
+    Engine,
+    policy_text,
+    rule_text,
+    tokens,
+)
 
 CPU = torch.device("cpu")
 CAPACITY = Capacity(8, 4, 1)
@@ -155,3 +163,22 @@ def test_a_step_that_is_checked_is_taken_in_parts_and_the_next_one_as_a_whole() 
     report = engine.step({"a": (2, [FLAGGED])})
     assert judged["whole"] == before + 1
     assert tokens(report) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("when", "then", "is_idle"),
+    [("{always: {}}", "", True), ("{always: {}}", MASK, False), (COUNT, MASK, True)],
+    ids=["no mask", "a mask in force", "a mask that is off"],
+)
+def test_a_guard_is_idle_behind_a_step_that_leaves_no_masked_rows(
+    when: str, then: str, is_idle: bool
+) -> None:
+    engine = Engine(policy_text(rule_text(when, then)))
+    engine.guard.add_request("a", 1)
+    for position in range(3):  # the first is out of the ordinary
+        engine.step({"a": (position, [OTHER])})
+    assert engine.guard.is_idle is is_idle
+    engine.guard.idle()
+    assert engine.guard.is_idle
+    engine.guard.begin_step(["a"], torch.tensor([0, 1]), torch.tensor([3]))
+    assert not engine.guard.is_idle
