@@ -454,7 +454,7 @@ class Guard:
             return True
         self._batch, self._is_whole = self.batch, False
         if self._check.is_due and self._batch is not None:
-            self._in_force_TA = self._masks_of(self._batch)
+            self._in_force_TA = self.failures.tried(Stage.EVALUATE, self._masks_of, self._batch)
         return False
 
     def _report_of(

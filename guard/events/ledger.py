@@ -41,7 +41,6 @@ _QUIET = StepSummary(
 """Of a step whose sums are added up later."""
 
 
-_NOT_QUIET = PackedFlag.BLOCKS
 _OF_MASKS = PackedFlag.BEGINS_MASKS | PackedFlag.MASKS
 
 
@@ -115,7 +114,7 @@ class Ledger:
         The engine must accept this step's result for each of its requests.
         """
         outcomes, liveness, tally, flags = self._outcomes, self.liveness, self._tally, report.flags
-        if flags & _NOT_QUIET or not flags & PackedFlag.ALL_SEEN or outcomes.owed:
+        if flags & PackedFlag.BLOCKS or not flags & PackedFlag.ALL_SEEN or outcomes.owed:
             return False
         if (flags & _OF_MASKS or outcomes.masked_by) and report.masks != self._noted:
             return False
