@@ -58,16 +58,22 @@ def library() -> ctypes.PyDLL | None:
 
 @cache
 def extension() -> ModuleType | None:
-    """The functions of the library that are Python's own kind; None where there are none, since
-    Python's headers were not there to compile them."""
+    """The functions of the library that are Python's own kind. None where Python's headers were not
+    there to compile them, or where Python cannot load them, which is logged."""
     path = _path()
     if path is None or not _python_headers():
         return None
     loader = ExtensionFileLoader(_EXTENSION, str(path))
     spec = spec_from_loader(_EXTENSION, loader)
     assert spec is not None, "made for this loader"
-    module = module_from_spec(spec)
-    loader.exec_module(module)
+    try:
+        module = module_from_spec(spec)
+        loader.exec_module(module)
+    except ImportError as error:
+        logger.warning(
+            "the kernels' functions for Python cannot be loaded, so ctypes calls them: %s", error
+        )
+        return None
     return module
 
 

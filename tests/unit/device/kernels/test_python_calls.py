@@ -109,6 +109,18 @@ def _decided(position: int, engine: Engine) -> tuple[Any, ...]:
     return fired(report), report.requests_B.tolist(), report.masked_BW.tolist(), engine.masked_rows(1)
 
 
+def test_what_python_cannot_load_is_said_and_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "_EXTENSION", "moe_guard_other")  # the library has no such module
+    build.extension.cache_clear()
+    try:
+        assert build.extension() is None
+    finally:
+        build.extension.cache_clear()
+    assert "ctypes calls them" in caplog.text
+
+
 def test_a_step_is_the_same_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
     engines = []
     for compiled in (build.extension(), None):
