@@ -210,7 +210,9 @@ def run_group(
         # Where engines have a process each, so that none is in another one's way.
         for together in [[state] for state in drawn] if plan.one_at_a_time else [drawn]:
             with _running(together, workloads, plan, say) as (process, running):
-                for workload in workloads if running else ():
+                for workload in workloads:
+                    if process is None:  # none of them runs here
+                        break
                     say(f"start {start + 1} of {plan.starts}: {workload}")
                     slices = workload.slices * plan.slices
                     for number, seconds in enumerate(process.run(workload, running, slices, start)):
